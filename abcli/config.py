@@ -1,0 +1,126 @@
+"""Paths, environment names, settings and every default, each exactly once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import platformdirs
+
+MergeRule = Literal["confidence", "mean", "product", "max", "entropy"]
+Spread = Literal["symmetric", "paper"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+FlashAttention = Literal["auto", "on", "off"]
+
+MERGE_RULES: tuple[MergeRule, ...] = get_args(MergeRule)
+SPREADS: tuple[Spread, ...] = get_args(Spread)
+CACHE_TYPES: tuple[CacheType, ...] = get_args(CacheType)
+FLASH_ATTENTION: tuple[FlashAttention, ...] = get_args(FlashAttention)
+
+MAX_BUCKETS = 16
+DEFAULT_BUCKETS = 6
+DEFAULT_CONTEXT = 4096
+DEFAULT_DRY_BREAKERS = ("\n", ":", '"', "*")
+# llama.cpp reads this seed as "draw one"; abcli draws its own so that it can be shown.
+NATIVE_RANDOM_SEED = 0xFFFFFFFF
+
+ENV_HOME = "ABCLI_HOME"
+ENV_DEBUG = "ABCLI_DEBUG"
+
+DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """Which bases the buckets use; `bases` and `multipliers` override `count` and `spread`."""
+
+    count: int = DEFAULT_BUCKETS
+    spread: Spread = "symmetric"
+    bases: tuple[float, ...] = ()
+    multipliers: tuple[float, ...] = ()
+    merge: MergeRule = "confidence"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is loaded and decoded; 0 threads means as many as the machine has cores."""
+
+    model: Path
+    bases: tuple[float, ...]
+    context_size: int = DEFAULT_CONTEXT
+    slots: int = 1
+    batch_size: int = 2048
+    ubatch_size: int = 512
+    threads: int = 0
+    gpu_layers: int = 0
+    flash_attention: FlashAttention = "auto"
+    cache_type_k: CacheType = "f16"
+    cache_type_v: CacheType = "f16"
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """llama.cpp's sampler settings under llama.cpp's names and defaults (common/common.h)."""
+
+    seed: int = -1
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_breakers: tuple[str, ...] = DEFAULT_DRY_BREAKERS
+    repeat_last_n: int = 64
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: str = ""
+    json_schema: str = ""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """One answer: how to sample it and when to stop; -1 new tokens means until the context is full."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    max_tokens: int = -1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+def home() -> Path:
+    """The directory of abcli's own files: `$ABCLI_HOME`, else the platform's user data directory."""
+    chosen = os.environ.get(ENV_HOME)
+    return Path(chosen) if chosen else Path(platformdirs.user_data_dir("abcli", appauthor=False))
+
+
+def sessions_directory() -> Path:
+    """Where chat sessions are stored."""
+    return home() / "sessions"
+
+
+def history_file() -> Path:
+    """Where the chat keeps what was typed, for Up."""
+    return home() / "history"
+
+
+def trial_directory() -> Path:
+    """Where it is remembered which model files llama.cpp has loaded without trouble."""
+    return home() / "trials"
+
+
+def debug() -> bool:
+    """Whether errors should carry a traceback (`$ABCLI_DEBUG`)."""
+    return os.environ.get(ENV_DEBUG, "") not in ("", "0")

@@ -1,0 +1,87 @@
+"""Every error abcli raises on purpose, as one tree.
+
+AbcliError                      exit code 1
+|-- UsageError                  exit code 2: flags or values that make no sense
+|-- ModelFileError              a missing, damaged or foreign model file
+|-- UnsupportedModelError       a sound file that abcli cannot serve as asked
+|-- OutOfMemoryError            the set-up does not fit into memory
+|-- NativeError                 llama.cpp refused or failed
+|-- ContextFullError            more tokens than the context holds
+|-- PromptError                 an empty or undecodable prompt
+|-- TemplateError               a chat template that is missing, broken or refuses the messages
+|-- GrammarError                a grammar or JSON schema that cannot be used
+|-- SessionError                a chat session that cannot be read or written
+`-- CancelledError                 exit code 130: the user interrupted
+"""
+
+from __future__ import annotations
+
+
+class AbcliError(Exception):
+    """What is wrong, with the value (`message`), and what to do about it (`hint`)."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AbcliError):
+    """A flag, or a combination of flags, that makes no sense."""
+
+    exit_code = 2
+
+
+class ModelFileError(AbcliError):
+    """A model file that is missing, unreadable, truncated, damaged or not GGUF."""
+
+
+class UnsupportedModelError(AbcliError):
+    """A sound model that cannot be used in the way that was asked for."""
+
+
+class OutOfMemoryError(AbcliError):
+    """The requested set-up needs more memory than there is."""
+
+
+class NativeError(AbcliError):
+    """A call into llama.cpp failed."""
+
+
+class ContextFullError(AbcliError):
+    """A prompt that does not fit. `used` and `available` are numbers of tokens."""
+
+    def __init__(self, used: int, available: int, hint: str = "") -> None:
+        super().__init__(
+            f"the prompt needs {used} tokens, but the context holds {available}",
+            hint or "shorten the prompt, or ask for a larger context with --ctx-size",
+        )
+        self.used = used
+        self.available = available
+
+
+class PromptError(AbcliError):
+    """A prompt that is empty or is not valid UTF-8."""
+
+
+class TemplateError(AbcliError):
+    """A chat template that is missing, cannot be rendered or refuses the messages."""
+
+
+class GrammarError(AbcliError):
+    """A GBNF grammar or JSON schema that cannot be used."""
+
+
+class SessionError(AbcliError):
+    """A chat session that cannot be read, written or locked."""
+
+
+class CancelledError(AbcliError):
+    """The user interrupted a running computation."""
+
+    exit_code = 130
+
+    def __init__(self, message: str = "interrupted", hint: str = "") -> None:
+        super().__init__(message, hint)
