@@ -45,7 +45,7 @@ class BucketConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a model is loaded and decoded; 0 threads means as many as the machine has cores."""
+    """How a model is loaded and decoded; 0 threads: one per core; -1 GPU layers: all of them."""
 
     model: Path
     bases: tuple[float, ...]
@@ -54,7 +54,7 @@ class EngineConfig:
     batch_size: int = 2048
     ubatch_size: int = 512
     threads: int = 0
-    gpu_layers: int = 0
+    gpu_layers: int = -1
     flash_attention: FlashAttention = "auto"
     cache_type_k: CacheType = "f16"
     cache_type_v: CacheType = "f16"

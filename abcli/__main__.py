@@ -1,0 +1,8 @@
+"""`python -m abcli`."""
+
+from __future__ import annotations
+
+from abcli.cli.main import main
+
+if __name__ == "__main__":
+    main()

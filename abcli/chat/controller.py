@@ -1,0 +1,149 @@
+"""A chat: a conversation, the slot it is decoded in, and the session file it is saved to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from abcli.chat.conversation import Conversation, Overflow, fit
+from abcli.chat.session import Session
+from abcli.chat.template import ChatTemplate
+from abcli.config import GenerationConfig, SamplingConfig
+from abcli.engine.protocol import Engine, Progress
+from abcli.errors import PromptError, UsageError
+from abcli.generate import Generator, Piece
+
+_SLOT = 0
+# The names that flags give to fields of SamplingConfig.
+_FIELD_OF = {
+    "temp": "temperature",
+    "typical": "typical_p",
+    "mirostat_ent": "mirostat_tau",
+    "mirostat_lr": "mirostat_eta",
+}
+_NAME_OF = {field: name for name, field in _FIELD_OF.items()}
+
+
+class Chat:
+    """Asks, undoes, regenerates; knows nothing of terminals. Errors leave the conversation as it was."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        engine: Engine,
+        template: ChatTemplate,
+        generation: GenerationConfig,
+        check_sampling: Callable[[SamplingConfig], None],
+        *,
+        overflow: Overflow = "error",
+    ) -> None:
+        """`check_sampling` raises UsageError for settings that no sampler can be made of."""
+        self._generator = generator
+        self._engine = engine
+        self._template = template
+        self._check_sampling = check_sampling
+        self.generation = generation
+        self.overflow = overflow
+        self.conversation = Conversation()
+        self.dropped_turns = 0
+
+    @property
+    def used_tokens(self) -> int:
+        """The tokens of the conversation that the context holds now."""
+        return len(self._engine.tokens(_SLOT))
+
+    @property
+    def context_size(self) -> int:
+        """The tokens the context can hold."""
+        return self._engine.context_size
+
+    def ask(self, text: str, on_progress: Progress | None = None) -> Iterator[Piece]:
+        """Answer `text`; if nothing at all came of it, the conversation is as before.
+
+        What was generated before an interruption stays in the conversation. Raises PromptError, TemplateError,
+        ContextFullError, CancelledError, NativeError.
+        """
+        if not text.strip():
+            raise PromptError("the message is empty", "type some text")
+        self.conversation.add_user(text)
+        try:
+            yield from self._answer(on_progress)
+        finally:
+            if self.conversation.messages[-1].role == "user":
+                self.conversation.undo()
+
+    def regenerate(self, on_progress: Progress | None = None) -> Iterator[Piece]:
+        """Answer the last message once more; the old answer comes back if nothing replaces it.
+
+        Raises UsageError if there is nothing to answer, else as `ask`.
+        """
+        if not self.conversation.turns:
+            raise UsageError("there is no answer to regenerate", "ask something first")
+        before = list(self.conversation.messages)
+        self.conversation.regenerate()
+        try:
+            yield from self._answer(on_progress)
+        finally:
+            if self.conversation.messages[-1].role == "user":
+                self.conversation.replace(before)
+
+    def _answer(self, on_progress: Progress | None) -> Iterator[Piece]:
+        fitted = fit(
+            self.conversation.messages, self._template, available=self.context_size, reserve=1, overflow=self.overflow
+        )
+        self.dropped_turns = fitted.dropped_turns
+        answer = None
+        try:
+            for piece in self._generator.stream(_SLOT, fitted.tokens, self.generation, on_progress):
+                answer = piece.answer
+                yield piece
+        finally:
+            if answer is not None and answer.text:
+                self.conversation.add_assistant(answer.text)
+
+    def settings(self) -> dict[str, object]:
+        """What `/set` can change, by the names of the flags, with the values now in force."""
+        sampling = self.generation.sampling
+        values: dict[str, object] = {
+            _NAME_OF.get(field.name, field.name): getattr(sampling, field.name)
+            for field in dataclasses.fields(sampling)
+            if isinstance(getattr(sampling, field.name), (int, float, str))
+        }
+        return {"system": self.conversation.system or "", "predict": self.generation.max_tokens, **values}
+
+    def set(self, name: str, text: str) -> None:
+        """Change one setting for the answers to come. Raises UsageError for a wrong name or value."""
+        name = name.lstrip("-").replace("-", "_")
+        current = self.settings()
+        if name not in current:
+            raise UsageError(f"there is no setting {name!r}", f"choose one of: {', '.join(current)}")
+        if name == "system":
+            self.conversation.system = text or None
+            return
+        value = _parsed(name, text, type(current[name]))
+        if name == "predict":
+            if not isinstance(value, int) or value < -1:
+                raise UsageError(f"predict {value} is impossible", "choose 0 or more, or -1")
+            self.generation = replace(self.generation, max_tokens=value)
+            return
+        changes: dict[str, Any] = {_FIELD_OF.get(name, name): value}
+        sampling = replace(self.generation.sampling, **changes)
+        self._check_sampling(sampling)
+        self.generation = replace(self.generation, sampling=sampling)
+
+    def store(self, session: Session) -> Session:
+        """`session` with the conversation and settings as they are now."""
+        return replace(session, messages=list(self.conversation.messages), sampling=self.generation.sampling)
+
+    def restore(self, session: Session) -> None:
+        """Continue the conversation of `session`; the settings stay."""
+        self.conversation.replace(session.messages)
+
+
+def _parsed(name: str, text: str, kind: type) -> object:
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{name} {text!r} is not a number", f"write it like /set {name} 1") from None

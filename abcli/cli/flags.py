@@ -1,0 +1,56 @@
+"""Flags declared as dataclass fields, so that commands can share groups of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import typer
+
+
+def flag(help_text: str, *names: str, **settings: Any) -> Any:
+    """The typer option of one flag, for use in `Annotated`."""
+    return typer.Option(*names, help=help_text, **settings)
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Spread every dataclass parameter of `function` into its fields, so that typer sees plain flags.
+
+    A group's `panel` class variable is the heading of its flags in the help.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    groups: dict[str, Any] = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if dataclasses.is_dataclass(parameter.annotation)
+    }
+    plain = [parameter for name, parameter in signature.parameters.items() if name not in groups]
+    flat = plain + [parameter for group in groups.values() for parameter in _parameters(group)]
+
+    @functools.wraps(function)
+    def wrapper(**values: Any) -> None:
+        arguments = {
+            name: group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        function(**values, **arguments)
+
+    wrapper.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return wrapper
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in dataclasses.fields(group):
+        for option in hints[field.name].__metadata__:
+            option.rich_help_panel = group.panel
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(group)
+    ]

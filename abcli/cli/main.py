@@ -1,0 +1,120 @@
+"""The entry point: builds the commands and turns every error into two lines and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from abcli import __version__
+from abcli.cli.chat import chat
+from abcli.cli.flags import with_options
+from abcli.cli.run import run
+from abcli.config import ENV_DEBUG, debug
+from abcli.errors import AbcliError, CancelledError, UsageError
+from abcli.native.library import devices, version
+from abcli.ui.terminal import Terminal
+
+app = typer.Typer(
+    name="abcli",
+    help="Local language models whose attention overlooks nothing: Attention Buckets on llama.cpp.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run", help="Answer one prompt and exit.")(with_options(run))
+app.command("chat", help="Talk with a model.")(with_options(chat))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        lines = [f"abcli {__version__}", version()]
+        lines += [f"device {device.name}: {device.description}" for device in devices()]
+        sys.stdout.write("\n".join(lines) + "\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _abcli(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the versions and devices, and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def call(arguments: list[str] | None = None) -> int:
+    """Run the command line `arguments` (default: the process's own) and return the exit code."""
+    try:
+        # A closed or exotic standard stream must not turn an answer into a traceback.
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        outcome = app(args=arguments, prog_name="abcli", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _detach_output()
+        return 1
+    except Exception as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return _report(CancelledError())
+    return outcome if isinstance(outcome, int) else 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(call())
+
+
+def _report(error: BaseException) -> int:
+    """Print `error` in two lines and return its exit code."""
+    if debug():
+        traceback.print_exception(error)
+    shown = _as_ours(error)
+    with contextlib.suppress(OSError):
+        Terminal().error(shown)
+    return shown.exit_code
+
+
+def _as_ours(error: BaseException) -> AbcliError:
+    if isinstance(error, AbcliError):
+        return error
+    if isinstance(error, typer.Abort):
+        return CancelledError()
+    # What the command-line parser raises; its class lives in another module from version to version.
+    message = getattr(error, "format_message", None)
+    if message is not None:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "abcli"
+        return UsageError(message(), f"see {command} --help")
+    if isinstance(error, OSError):
+        _detach_output()
+        return AbcliError(f"the operating system refused: {error}", "check the disk, the path and its permissions")
+    if isinstance(error, MemoryError):
+        return AbcliError("out of memory", "take fewer buckets or a shorter context (--ctx-size)")
+    return AbcliError(
+        f"internal error: {type(error).__name__}: {error}",
+        f"set {ENV_DEBUG}=1 for details, and please report it",
+    )
+
+
+def _detach_output() -> None:
+    """Point standard output at nothing, so that the interpreter's last flush cannot fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The flags that commands share, each declared once, with llama.cpp's names where llama.cpp has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from abcli.chat.files import read_text_file
+from abcli.cli.flags import flag
+from abcli.config import (
+    DEFAULT_BUCKETS,
+    DEFAULT_CONTEXT,
+    DEFAULT_DRY_BREAKERS,
+    MAX_BUCKETS,
+    BucketConfig,
+    CacheType,
+    EngineConfig,
+    FlashAttention,
+    GenerationConfig,
+    MergeRule,
+    SamplingConfig,
+    Spread,
+)
+from abcli.errors import UsageError
+from abcli.models.locate import locate_model
+from abcli.rope.bases import parse_numbers
+
+_ENGINE = EngineConfig(Path(), ())
+_BUCKETS = BucketConfig()
+_SAMPLING = SamplingConfig()
+_ANSWER = GenerationConfig()
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how llama.cpp runs it."""
+
+    panel: ClassVar[str] = "Model"
+
+    model: Annotated[str | None, flag("GGUF file; default: the default model.", "--model", "-m")] = None
+    ctx_size: Annotated[int, flag("Tokens the context holds; 0: the trained length.", "--ctx-size", "-c")] = (
+        DEFAULT_CONTEXT
+    )
+    batch_size: Annotated[int, flag("Most tokens handed to llama.cpp at once.", "--batch-size", "-b")] = (
+        _ENGINE.batch_size
+    )
+    ubatch_size: Annotated[int, flag("Most tokens computed at once.", "--ubatch-size", "-ub")] = _ENGINE.ubatch_size
+    threads: Annotated[int, flag("Threads for all buckets together; 0: one per core.", "--threads", "-t")] = (
+        _ENGINE.threads
+    )
+    gpu_layers: Annotated[int, flag("Layers on the GPU, if the build has one; -1: all.", "--gpu-layers", "-ngl")] = (
+        _ENGINE.gpu_layers
+    )
+    flash_attn: Annotated[FlashAttention, flag("Flash attention.", "--flash-attn", "-fa")] = _ENGINE.flash_attention
+    cache_type_k: Annotated[CacheType, flag("Type of the key cache.", "--cache-type-k", "-ctk")] = _ENGINE.cache_type_k
+    cache_type_v: Annotated[CacheType, flag("Type of the value cache.", "--cache-type-v", "-ctv")] = (
+        _ENGINE.cache_type_v
+    )
+    chat_template: Annotated[
+        str | None,
+        flag("Jinja file or known name, instead of the model's.", "--chat-template"),
+    ] = None
+    verbose: Annotated[bool, flag("Show llama.cpp's log and what is decided.", "--verbose", "-v")] = False
+
+    def engine_config(self, positional: str | None) -> EngineConfig:
+        """The engine's settings; `positional` is the model given without a flag.
+
+        Raises UsageError for impossible numbers or two models, ModelFileError if the model is nowhere.
+        """
+        if positional is not None and self.model is not None:
+            raise UsageError(f"two models: {positional} and {self.model}", "drop --model or the argument")
+        for name, value, least in (
+            ("--ctx-size", self.ctx_size, 0),
+            ("--batch-size", self.batch_size, 1),
+            ("--ubatch-size", self.ubatch_size, 1),
+            ("--threads", self.threads, 0),
+            ("--gpu-layers", self.gpu_layers, -1),
+        ):
+            if not least <= value < 2**31:
+                raise UsageError(f"{name} {value} is impossible", f"choose {least} or more")
+        return EngineConfig(
+            model=locate_model(positional or self.model),
+            bases=(),
+            context_size=self.ctx_size,
+            batch_size=self.batch_size,
+            ubatch_size=self.ubatch_size,
+            threads=self.threads,
+            gpu_layers=self.gpu_layers,
+            flash_attention=self.flash_attn,
+            cache_type_k=self.cache_type_k,
+            cache_type_v=self.cache_type_v,
+        )
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """How many buckets, their bases, and how their distributions are merged."""
+
+    panel: ClassVar[str] = "Buckets"
+
+    buckets: Annotated[
+        int | None,
+        flag(
+            f"Number of buckets, 1 to {MAX_BUCKETS}; 1 is plain llama.cpp. [default: {DEFAULT_BUCKETS}]",
+            "--buckets",
+            "-k",
+        ),
+    ] = None
+    bases: Annotated[str | None, flag("RoPE base of each bucket: 50000,100000,...", "--bases", metavar="LIST")] = None
+    multipliers: Annotated[
+        str | None,
+        flag("The same as multiples of the model's base: 0.5,1,2", "--multipliers", metavar="LIST"),
+    ] = None
+    spread: Annotated[
+        Spread | None,
+        flag(
+            "Bases around the model's own, or the paper's multiples. [default: symmetric]",
+            "--spread",
+        ),
+    ] = None
+    merge: Annotated[MergeRule, flag("How the buckets' distributions become one.", "--merge")] = _BUCKETS.merge
+
+    def config(self) -> BucketConfig:
+        """The bucket settings. Raises UsageError for contradictions and impossible numbers."""
+        bases = parse_numbers(self.bases, "--bases") if self.bases is not None else ()
+        multipliers = parse_numbers(self.multipliers, "--multipliers") if self.multipliers is not None else ()
+        if bases and multipliers:
+            raise UsageError("--bases and --multipliers are both given", "give one of them")
+        explicit = len(bases or multipliers)
+        if explicit and self.spread is not None:
+            raise UsageError("--spread has no say over explicit bases", "drop one")
+        if explicit and self.buckets is not None and self.buckets != explicit:
+            raise UsageError(
+                f"--buckets {self.buckets} contradicts the {explicit} bases that are given", "drop --buckets"
+            )
+        count = explicit or (DEFAULT_BUCKETS if self.buckets is None else self.buckets)
+        if not 1 <= count <= MAX_BUCKETS:
+            raise UsageError(f"{count} buckets are impossible", f"choose 1 to {MAX_BUCKETS}")
+        return BucketConfig(
+            count=count,
+            spread=self.spread or _BUCKETS.spread,
+            bases=bases,
+            multipliers=multipliers,
+            merge=self.merge,
+        )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """llama.cpp's samplers, in llama.cpp's words."""
+
+    panel: ClassVar[str] = "Sampling"
+
+    seed: Annotated[int, flag("Random seed; -1: a new one each time.", "--seed", "-s")] = _SAMPLING.seed
+    temp: Annotated[float, flag("Temperature; 0 takes the most likely token.", "--temp")] = _SAMPLING.temperature
+    top_k: Annotated[int, flag("Keep the k most likely tokens; 0: all.", "--top-k")] = _SAMPLING.top_k
+    top_p: Annotated[float, flag("Keep tokens up to this total probability.", "--top-p")] = _SAMPLING.top_p
+    min_p: Annotated[float, flag("Drop tokens less likely than this share of the likeliest.", "--min-p")] = (
+        _SAMPLING.min_p
+    )
+    typical: Annotated[float, flag("Locally typical sampling; 1: off.", "--typical")] = _SAMPLING.typical_p
+    top_n_sigma: Annotated[
+        float,
+        flag("Keep logits this near the best; -1: off.", "--top-n-sigma"),
+    ] = _SAMPLING.top_n_sigma
+    xtc_probability: Annotated[float, flag("Chance to exclude the top choices (XTC); 0: off.", "--xtc-probability")] = (
+        _SAMPLING.xtc_probability
+    )
+    xtc_threshold: Annotated[float, flag("Probability above which XTC excludes.", "--xtc-threshold")] = (
+        _SAMPLING.xtc_threshold
+    )
+    dry_multiplier: Annotated[float, flag("Strength of the DRY repetition penalty; 0: off.", "--dry-multiplier")] = (
+        _SAMPLING.dry_multiplier
+    )
+    dry_base: Annotated[float, flag("Growth of the DRY penalty per token.", "--dry-base")] = _SAMPLING.dry_base
+    dry_allowed_length: Annotated[int, flag("Longest repetition DRY leaves alone.", "--dry-allowed-length")] = (
+        _SAMPLING.dry_allowed_length
+    )
+    dry_penalty_last_n: Annotated[int, flag("Tokens DRY looks back; -1: the context.", "--dry-penalty-last-n")] = (
+        _SAMPLING.dry_penalty_last_n
+    )
+    dry_sequence_breaker: Annotated[
+        list[str] | None,
+        flag(
+            "Text that ends a DRY repetition; repeatable, replaces the defaults.",
+            "--dry-sequence-breaker",
+        ),
+    ] = None
+    repeat_last_n: Annotated[
+        int, flag("Tokens the penalties look back; 0: none, -1: the context.", "--repeat-last-n")
+    ] = _SAMPLING.repeat_last_n
+    repeat_penalty: Annotated[float, flag("Divides the logits of repeated tokens; 1: off.", "--repeat-penalty")] = (
+        _SAMPLING.repeat_penalty
+    )
+    frequency_penalty: Annotated[float, flag("Subtracted per repetition; 0: off.", "--frequency-penalty")] = (
+        _SAMPLING.frequency_penalty
+    )
+    presence_penalty: Annotated[float, flag("Subtracted once if repeated; 0: off.", "--presence-penalty")] = (
+        _SAMPLING.presence_penalty
+    )
+    mirostat: Annotated[int, flag("2: Mirostat 2.0 instead of truncation; 0: off.", "--mirostat")] = _SAMPLING.mirostat
+    mirostat_ent: Annotated[float, flag("Mirostat's target entropy (tau).", "--mirostat-ent")] = _SAMPLING.mirostat_tau
+    mirostat_lr: Annotated[float, flag("Mirostat's learning rate (eta).", "--mirostat-lr")] = _SAMPLING.mirostat_eta
+    logit_bias: Annotated[
+        list[str] | None,
+        flag(
+            "TOKEN+BIAS or TOKEN-BIAS, e.g. 15043-inf; repeatable.",
+            "--logit-bias",
+        ),
+    ] = None
+    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = (
+        _SAMPLING.grammar
+    )
+    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
+    json_schema: Annotated[str, flag("JSON schema the answer must follow.", "--json-schema", "-j", metavar="JSON")] = (
+        _SAMPLING.json_schema
+    )
+    json_schema_file: Annotated[Path | None, flag("The same from a file.", "--json-schema-file")] = None
+
+    def config(self) -> SamplingConfig:
+        """The sampler's settings; files are read. Raises UsageError and PromptError (unreadable files)."""
+        grammar = _text_or_file(self.grammar, self.grammar_file, "--grammar")
+        schema = _text_or_file(self.json_schema, self.json_schema_file, "--json-schema")
+        breakers = self.dry_sequence_breaker
+        return SamplingConfig(
+            seed=self.seed,
+            temperature=self.temp,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical,
+            top_n_sigma=self.top_n_sigma,
+            xtc_probability=self.xtc_probability,
+            xtc_threshold=self.xtc_threshold,
+            dry_multiplier=self.dry_multiplier,
+            dry_base=self.dry_base,
+            dry_allowed_length=self.dry_allowed_length,
+            dry_penalty_last_n=self.dry_penalty_last_n,
+            dry_breakers=tuple(breakers) if breakers else DEFAULT_DRY_BREAKERS,
+            repeat_last_n=self.repeat_last_n,
+            repeat_penalty=self.repeat_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            mirostat=self.mirostat,
+            mirostat_tau=self.mirostat_ent,
+            mirostat_eta=self.mirostat_lr,
+            logit_bias=tuple(parse_logit_bias(text) for text in self.logit_bias or ()),
+            grammar=grammar,
+            json_schema=schema,
+        )
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Where an answer ends."""
+
+    panel: ClassVar[str] = "Answer"
+
+    predict: Annotated[int, flag("Most new tokens; -1: until the context is full.", "--predict", "-n")] = (
+        _ANSWER.max_tokens
+    )
+    stop: Annotated[list[str] | None, flag("Text that ends the answer; repeatable.", "--stop", "-r")] = None
+    ignore_eos: Annotated[bool, flag("Go on after the model ends its answer.", "--ignore-eos")] = False
+
+    def config(self, sampling: SamplingConfig) -> GenerationConfig:
+        """How to generate one answer. Raises UsageError."""
+        if self.predict < -1:
+            raise UsageError(f"--predict {self.predict} is impossible", "choose 0 or more, or -1")
+        base = GenerationConfig(sampling, self.predict, tuple(self.stop or ()))
+        return replace(base, ignore_eos=self.ignore_eos)
+
+
+def parse_logit_bias(text: str) -> tuple[int, float]:
+    """llama.cpp's `TOKEN_ID(+/-)BIAS`, e.g. "15043+1.5" or "15043-inf". Raises UsageError."""
+    for sign in ("+", "-"):
+        token, found, bias = text.partition(sign)
+        if found and token.strip().isdecimal():
+            try:
+                return int(token), float(sign + bias)
+            except ValueError:
+                break
+    raise UsageError(f"--logit-bias {text!r} is not TOKEN+BIAS", "write it like 15043+1 or 15043-inf")
+
+
+def _text_or_file(text: str, path: Path | None, flag: str) -> str:
+    if path is None:
+        return text
+    if text:
+        raise UsageError(f"{flag} and {flag}-file are both given", "give one of them")
+    return read_text_file(path)

@@ -1,0 +1,184 @@
+"""One llama.cpp context: a KV cache of several sequences under one RoPE base."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.config import EngineConfig
+from abcli.errors import CancelledError, NativeError
+from abcli.native.library import CancelFlag, clear_log, log_tail
+from abcli.native.model import Model
+
+# ggml.h; the bindings do not name it.
+_GGML_TYPE_BF16 = 30
+CACHE_TYPE_IDS = {
+    "f32": llama.GGML_TYPE_F32,
+    "f16": llama.GGML_TYPE_F16,
+    "bf16": _GGML_TYPE_BF16,
+    "q8_0": llama.GGML_TYPE_Q8_0,
+    "q5_1": llama.GGML_TYPE_Q5_1,
+    "q5_0": llama.GGML_TYPE_Q5_0,
+    "q4_1": llama.GGML_TYPE_Q4_1,
+    "q4_0": llama.GGML_TYPE_Q4_0,
+}
+FLASH_ATTENTION_IDS = {
+    "auto": llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+_DECODE_NO_ROOM = 1
+_DECODE_ABORTED = 2
+
+
+@dataclass(frozen=True)
+class BatchPart:
+    """Tokens that continue one sequence at `position`; `output` asks for the logits after the last."""
+
+    sequence: int
+    position: int
+    tokens: Sequence[int]
+    output: bool
+
+
+class _Batch:
+    """The arrays behind a `llama_batch` of up to `capacity` tokens, reused by every decode."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._tokens: NDArray[np.int32] = np.zeros(capacity, np.int32)
+        self._positions: NDArray[np.int32] = np.zeros(capacity, np.int32)
+        self._counts: NDArray[np.int32] = np.ones(capacity, np.int32)
+        self._sequences: NDArray[np.int32] = np.zeros(capacity, np.int32)
+        self._outputs: NDArray[np.int8] = np.zeros(capacity, np.int8)
+        first, size = self._sequences.ctypes.data, self._sequences.itemsize
+        pointer = ctypes.POINTER(ctypes.c_int32)
+        self._sequence_pointers = (pointer * capacity)(
+            *(ctypes.cast(first + index * size, pointer) for index in range(capacity))
+        )
+        self.native = llama.llama_batch(
+            0,
+            self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            None,
+            self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            ctypes.cast(self._sequence_pointers, ctypes.POINTER(pointer)),
+            self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def fill(self, parts: Sequence[BatchPart]) -> list[int]:
+        """Write `parts` one after another; the batch index of each part's last token comes back."""
+        end = 0
+        last = []
+        for part in parts:
+            start, end = end, end + len(part.tokens)
+            self._tokens[start:end] = part.tokens
+            self._positions[start:end] = np.arange(part.position, part.position + end - start)
+            self._sequences[start:end] = part.sequence
+            self._outputs[start:end] = 0
+            self._outputs[end - 1] = part.output
+            last.append(end - 1)
+        self.native.n_tokens = end
+        return last
+
+
+class Context:
+    """Owns one `llama_context`. Not thread-safe: one thread at a time may call it."""
+
+    def __init__(
+        self, model: Model, base: float, config: EngineConfig, cells: int, threads: int, cancel: CancelFlag
+    ) -> None:
+        """A context under RoPE base `base` whose cache holds `cells` tokens over `config.slots` sequences.
+
+        Raises NativeError if llama.cpp cannot make it (too little memory, an impossible combination).
+        """
+        clear_log()
+        parameters = llama.llama_context_default_params()
+        parameters.n_ctx = cells
+        parameters.n_batch = config.batch_size
+        parameters.n_ubatch = config.ubatch_size
+        parameters.n_seq_max = config.slots
+        # Logits are read for one token per slot; the default would reserve room for a whole batch of them.
+        parameters.n_outputs_max = config.slots
+        parameters.n_threads = parameters.n_threads_batch = threads
+        parameters.flash_attn_type = FLASH_ATTENTION_IDS[config.flash_attention]
+        if model.has_rope:
+            parameters.rope_freq_base = base
+        parameters.type_k = CACHE_TYPE_IDS[config.cache_type_k]
+        parameters.type_v = CACHE_TYPE_IDS[config.cache_type_v]
+        parameters.kv_unified = True
+        parameters.abort_callback = cancel.callback
+        parameters.abort_callback_data = cancel.data
+        with ExitStack() as stack:
+            handle = llama.llama_init_from_model(model.handle, parameters)
+            if not handle:
+                raise NativeError(
+                    f"llama.cpp cannot make a context of {cells} tokens: {log_tail() or 'no reason given'}",
+                    "ask for a shorter context (--ctx-size), fewer buckets or other cache types",
+                )
+            stack.callback(llama.llama_free, handle)
+            self._batch = _Batch(llama.llama_n_batch(handle))
+            self._stack = stack.pop_all()
+        self._handle = handle
+        self._memory = llama.llama_get_memory(handle)
+        self._cancel = cancel
+        self._row_bytes = model.vocabulary_size * 4
+        self.base = base
+        self.batch_size: int = llama.llama_n_batch(handle)
+        self.ubatch_size: int = llama.llama_n_ubatch(handle)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the cache and the buffers; a second call does nothing."""
+        self._stack.close()
+
+    def decode(self, parts: Sequence[BatchPart], logits: Sequence[NDArray[np.float32] | None]) -> None:
+        """Compute `parts` in one `llama_decode`; copy the logits of part i into `logits[i]` [vocab] if given.
+
+        At most `batch_size` tokens in all. Raises CancelledError if the cancel flag stopped it and
+        NativeError if llama.cpp failed; the caller then restores the sequences to their former lengths.
+        """
+        last = self._batch.fill(parts)
+        status = llama.llama_decode(self._handle, self._batch.native)
+        if status == _DECODE_ABORTED or (status != 0 and self._cancel.is_set()):
+            raise CancelledError
+        if status == _DECODE_NO_ROOM:
+            raise NativeError("the context has no room for the next token", "ask for a larger --ctx-size")
+        if status != 0:
+            raise NativeError(
+                f"llama.cpp failed to decode (status {status}): {log_tail() or 'no reason given'}",
+                "check the memory that is free, or try fewer buckets",
+            )
+        for index, target in zip(last, logits, strict=True):
+            if target is not None:
+                source = llama.llama_get_logits_ith(self._handle, index)
+                if not source:
+                    raise NativeError(f"llama.cpp has no logits for token {index} of the batch")
+                ctypes.memmove(target.ctypes.data, source, self._row_bytes)
+
+    def truncate(self, sequence: int, length: int) -> bool:
+        """Forget what follows the first `length` tokens; False if the memory cannot drop a part."""
+        return bool(llama.llama_memory_seq_rm(self._memory, sequence, length, -1))
+
+    def copy(self, source: int, target: int) -> None:
+        """Make sequence `target` equal to `source`; in a unified cache both then share the cells."""
+        llama.llama_memory_seq_rm(self._memory, target, -1, -1)
+        llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def length(self, sequence: int) -> int:
+        """The number of tokens of `sequence` in the cache."""
+        return int(llama.llama_memory_seq_pos_max(self._memory, sequence)) + 1

@@ -1,0 +1,170 @@
+"""A loaded model and its vocabulary."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.errors import ModelFileError, NativeError, PromptError
+from abcli.native.library import clear_log, initialise, log_tail
+
+# LLAMA_TOKEN_ATTR_UNKNOWN | LLAMA_TOKEN_ATTR_CONTROL: what llama_tokenize reads only with parse_special.
+_CONTROL_ATTRIBUTES = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
+_DEFAULT_BASE = 10000.0
+_MAX_TEXT_BYTES = 2**31 - 1
+
+
+class Model:
+    """Owns one `llama_model`: weights, vocabulary and metadata. Close it after every context made of it."""
+
+    def __init__(self, path: Path, gpu_layers: int = -1) -> None:
+        """Load `path`; -1 `gpu_layers` puts every layer on a device where the build has one.
+
+        Raises ModelFileError if llama.cpp refuses the file.
+        """
+        initialise()
+        clear_log()
+        parameters = llama.llama_model_default_params()
+        parameters.n_gpu_layers = gpu_layers
+        with ExitStack() as stack:
+            handle = llama.llama_model_load_from_file(os.fsencode(path), parameters)
+            if not handle:
+                raise ModelFileError(
+                    f"llama.cpp cannot load {path}: {log_tail() or 'no reason given'}",
+                    "download the file again, or try another quantisation of the model",
+                )
+            stack.callback(llama.llama_model_free, handle)
+            vocabulary = llama.llama_model_get_vocab(handle)
+            if not vocabulary:
+                raise ModelFileError(f"{path} has no vocabulary", "use a GGUF file that carries a tokenizer")
+            self._stack = stack.pop_all()
+        self.path = path
+        self.handle = handle
+        self.vocabulary = vocabulary
+        self.vocabulary_size: int = llama.llama_vocab_n_tokens(vocabulary)
+        self.trained_context: int = llama.llama_model_n_ctx_train(handle)
+        self.has_rope: bool = llama.llama_model_rope_type(handle) != llama.LLAMA_ROPE_TYPE_NONE
+        self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
+        self._piece_buffer = ctypes.create_string_buffer(256)
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the weights; a second call does nothing."""
+        self._stack.close()
+
+    def metadata(self, key: str) -> str | None:
+        """The value of a GGUF key as text (`llama_model_meta_val_str`), None if the file lacks it."""
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = llama.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)
+            if length < 0:
+                return None
+            if length < size:
+                return buffer.value.decode("utf-8", "replace")
+            size = length + 1
+
+    @cached_property
+    def architecture(self) -> str:
+        """The architecture's name in llama.cpp, e.g. "llama"."""
+        return self.metadata("general.architecture") or "unknown"
+
+    @cached_property
+    def native_base(self) -> float:
+        """The RoPE base the model was trained with; llama.cpp's default where the file names none."""
+        return float(self.metadata(f"{self.architecture}.rope.freq_base") or _DEFAULT_BASE)
+
+    @cached_property
+    def description(self) -> str:
+        """Architecture, size and quantisation in a few words (`llama_model_desc`)."""
+        buffer = ctypes.create_string_buffer(256)
+        llama.llama_model_desc(self.handle, buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the model's own chat template, None if it has none."""
+        text = llama.llama_model_chat_template(self.handle, None)
+        return text.decode("utf-8", "replace") if text else None
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Text -> token of everything that llama.cpp reads as one token only when special text is parsed."""
+        attributes = llama.llama_vocab_get_attr
+        found: dict[str, int] = {}
+        for token in range(self.vocabulary_size):
+            if attributes(self.vocabulary, token) & _CONTROL_ATTRIBUTES:
+                text = (llama.llama_vocab_get_text(self.vocabulary, token) or b"").decode("utf-8", "replace")
+                if text:
+                    found.setdefault(text, token)
+        return found
+
+    def attributes(self, token: int) -> int:
+        """The token's `llama_token_attr` bits."""
+        return int(llama.llama_vocab_get_attr(self.vocabulary, token))
+
+    @cached_property
+    def bos_text(self) -> str:
+        """The text of the beginning-of-sequence token, empty if there is none."""
+        return self._special_text(llama.llama_vocab_bos(self.vocabulary))
+
+    @cached_property
+    def eos_text(self) -> str:
+        """The text of the end-of-sequence token, empty if there is none."""
+        return self._special_text(llama.llama_vocab_eos(self.vocabulary))
+
+    def _special_text(self, token: int) -> str:
+        if token < 0:
+            return ""
+        return (llama.llama_vocab_get_text(self.vocabulary, token) or b"").decode("utf-8", "replace")
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends an answer (`llama_vocab_is_eog`)."""
+        return bool(llama.llama_vocab_is_eog(self.vocabulary, token))
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of `text` (`llama_tokenize`).
+
+        `add_special` adds BOS/EOS where the model asks for them; `parse_special` reads control tokens that
+        are spelled out in the text as such. Raises PromptError for text that is not Unicode or is too long.
+        """
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the text is not valid Unicode: {text[error.start]!r} at position {error.start}",
+                "save it as UTF-8",
+            ) from None
+        if len(data) >= _MAX_TEXT_BYTES // 2:
+            raise PromptError(f"the text is too long: {len(data):,} bytes", "shorten it")
+        capacity = len(data) + 16
+        buffer: NDArray[np.int32] = np.empty(capacity, dtype=np.int32)
+        pointer = buffer.ctypes.data_as(llama.llama_token_p)
+        count = llama.llama_tokenize(self.vocabulary, data, len(data), pointer, capacity, add_special, parse_special)
+        if count < 0:
+            raise NativeError(f"llama.cpp cannot tokenize a text of {len(data):,} bytes", "shorten the text")
+        return [int(token) for token in buffer[:count]]
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes a token stands for (`llama_token_to_piece`); none for control tokens unless `special`."""
+        buffer = self._piece_buffer
+        length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
+        if length < 0:
+            self._piece_buffer = buffer = ctypes.create_string_buffer(-length)
+            length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:length]

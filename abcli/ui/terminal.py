@@ -1,0 +1,152 @@
+"""What a person sees: the answer goes to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from abcli.errors import AbcliError
+from abcli.generate import Statistics
+
+_KEPT_CONTROLS = "\n\t"
+
+
+class Terminal:
+    """Standard output and error; colour, spinners and progress only where a person looks at them."""
+
+    def __init__(self, output: TextIO | None = None, error: TextIO | None = None) -> None:
+        self.output = output or sys.stdout
+        self.output_is_terminal = self.output.isatty()
+        self.console = Console(file=error or sys.stderr, highlight=False, soft_wrap=True)
+        self._at_line_start = True
+
+    @property
+    def interactive(self) -> bool:
+        """Whether a person sees both the answer and the remarks."""
+        return self.output_is_terminal and self.console.is_terminal
+
+    def write(self, text: str) -> None:
+        """Write a piece of the answer at once; a terminal gets no control characters a model made up."""
+        if text:
+            self._at_line_start = text.endswith("\n")
+            self.output.write(printable(text) if self.output_is_terminal else text)
+            self.output.flush()
+
+    def end_line(self) -> None:
+        """Finish the line of the answer, if one is begun."""
+        if not self._at_line_start:
+            self.write("\n")
+
+    def note(self, text: str) -> None:
+        """A remark on standard error."""
+        self.console.print(printable(text), style="dim", markup=False)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know although the work goes on."""
+        self.console.print(f"warning: {printable(text)}", style="yellow", markup=False)
+
+    def error(self, error: AbcliError) -> None:
+        """One line that says what is wrong, one that says what to do."""
+        self.end_line()
+        self.console.print(f"error: {printable(one_line(error.message))}", style="bold red", markup=False)
+        if error.hint:
+            self.console.print(f"hint: {printable(one_line(error.hint))}", markup=False)
+
+    def statistics(self, statistics: Statistics, used: int, available: int, buckets: int) -> None:
+        """The line under an answer: counts, speeds, context and agreement."""
+        self.note(statistics_line(statistics, used, available, buckets))
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """A spinner on a terminal while something without known length runs."""
+        if not self.console.is_interactive:
+            yield
+            return
+        with self.console.status(what):
+            yield
+
+    @contextmanager
+    def prefill_progress(self) -> Iterator[Callable[[int, int], None]]:
+        """A bar on a terminal for prompts that take more than one piece; the callback takes (done, total)."""
+        if not self.console.is_interactive:
+            yield lambda _done, _total: None
+            return
+        bar = Progress(
+            TextColumn("reading the prompt"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        task = bar.add_task("prefill", total=None)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done < total:
+                bar.start()
+            else:
+                bar.stop()
+
+        try:
+            yield update
+        finally:
+            bar.stop()
+
+
+def statistics_line(statistics: Statistics, used: int, available: int, buckets: int) -> str:
+    """E.g. "prompt 31 (12 cached) 310 tok/s | answer 40 32.1 tok/s | context 71/4096 | agreement 81 %"."""
+    prompt = f"prompt {statistics.prompt_tokens} tokens"
+    if statistics.cached_tokens:
+        prompt += f" ({statistics.cached_tokens} cached)"
+    prompt += _speed(statistics.prefilled_tokens, statistics.prefill_seconds)
+    # The first token comes with the prefill, so the decode time covers one token less.
+    answer = f"answer {statistics.completion_tokens} tokens"
+    answer += _speed(statistics.completion_tokens - 1, statistics.decode_seconds)
+    parts = [prompt, answer, f"context {used}/{available}"]
+    if buckets > 1:
+        parts.append(f"{buckets} buckets agree on {statistics.agreement:.0%}")
+    return " | ".join(parts)
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    return f", {tokens / seconds:.1f} tok/s" if tokens > 0 and seconds > 0 else ""
+
+
+def printable(text: str) -> str:
+    """`text` without control characters, which could move the cursor or reprogram a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c for c in text if c in _KEPT_CONTROLS or unicodedata.category(c) != "Cc")
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of white space turned into one space."""
+    return " ".join(text.split())
+
+
+@contextmanager
+def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
+    """Call `action` on Ctrl-C instead of raising KeyboardInterrupt; a third Ctrl-C raises it after all."""
+    count = 0
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        action()
+        if count >= 3:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,246 @@
+"""Measures what buckets cost against raw llama.cpp calls and llama_cpp.Llama, side by side in one process.
+
+Every arrangement decodes a few tokens in turn, round after round, so that a slow moment of the machine meets all
+of them; the figures are medians over the rounds, and the ratios are medians of each round's ratios.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
+from abcli.engine.contexts import ContextsEngine
+from abcli.engine.workers import available_cores
+from abcli.generate import Generator
+from abcli.merge import Merger
+from abcli.models.locate import locate_model
+from abcli.native.context import BatchPart, Context
+from abcli.native.library import CancelFlag
+from abcli.native.model import Model
+from abcli.native.sampler import SamplerChain
+from abcli.rope.bases import symmetric_multipliers
+
+PROMPT = "The history of the lighthouse begins with fires that were lit on hills. "
+CONTEXT = 1024
+
+
+@dataclass
+class Arrangement:
+    """A way to decode; `advance(n)` decodes n tokens. Times are in seconds per token, one per round."""
+
+    name: str
+    buckets: int
+    advance: Callable[[int], None]
+    times: list[float]
+
+
+class RawContexts:
+    """llama.cpp calls alone: N contexts, W of them at a time with T threads each, no merging or sampling."""
+
+    def __init__(self, model: Model, config: EngineConfig, workers: int, threads: int, stack: ExitStack) -> None:
+        cancel = CancelFlag()
+        self._contexts = [
+            stack.enter_context(Context(model, base, config, config.context_size, threads, cancel))
+            for base in config.bases
+        ]
+        self._pool = stack.enter_context(ThreadPoolExecutor(workers))
+        self._tokens = model.tokenize(PROMPT, add_special=True, parse_special=False)
+        self._row = [np.empty(model.vocabulary_size, np.float32) for _ in config.bases]
+        self._length = 0
+
+    def _everywhere(self, tokens: list[int]) -> None:
+        part = BatchPart(0, self._length, tokens, output=True)
+        jobs = zip(self._contexts, self._row, strict=True)
+        list(self._pool.map(lambda job: job[0].decode([part], [job[1]]), jobs))
+        self._length += len(tokens)
+
+    def advance(self, count: int) -> None:
+        """Decode `count` tokens after a prompt that is decoded once."""
+        if not self._length or self._length + count > CONTEXT:
+            for context in self._contexts:
+                context.truncate(0, 0)
+            self._length = 0
+            self._everywhere(self._tokens)
+        for index in range(count):
+            self._everywhere([self._tokens[index % len(self._tokens)]])
+
+
+def ours(model: Model, config: EngineConfig, stack: ExitStack) -> Callable[[int], None]:
+    """abcli's own loop: engine, merge, sampler, text."""
+    engine = stack.enter_context(ContextsEngine(model, config))
+    generator = stack.enter_context(Generator(engine, model, partial(SamplerChain, model)))
+    tokens = model.tokenize(PROMPT, add_special=True, parse_special=False)
+    settings = GenerationConfig(SamplingConfig(seed=1), ignore_eos=True)
+
+    def pieces() -> Iterator[None]:
+        while True:
+            for _piece in generator.stream(0, tokens, settings):
+                yield
+
+    return _drawing(pieces())
+
+
+def high_level(path: Path, threads: int, stack: ExitStack) -> Callable[[int], None]:
+    """llama_cpp.Llama's own loop, with the same sampler settings."""
+    model = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+    stack.callback(model.close)
+    tokens = model.tokenize(PROMPT.encode())
+
+    def pieces() -> Iterator[None]:
+        while True:
+            for _chunk in zip(model.generate(tokens, temp=0.8, top_k=40, top_p=0.95, min_p=0.05), range(900)):  # noqa: B905
+                yield
+
+    return _drawing(pieces())
+
+
+def _drawing(pieces: Iterator[None]) -> Callable[[int], None]:
+    def advance(count: int) -> None:
+        for _ in range(count):
+            next(pieces)
+
+    return advance
+
+
+def arrangements(model: Model, buckets: int, threads: int, stack: ExitStack) -> list[Arrangement]:
+    """Everything that is measured, ready to decode."""
+
+    def config(count: int) -> EngineConfig:
+        bases = tuple(model.native_base * factor for factor in symmetric_multipliers(count))
+        return EngineConfig(model.path, bases, context_size=CONTEXT, threads=threads)
+
+    found = [
+        Arrangement("raw, 1 context", 1, RawContexts(model, config(1), 1, threads, stack).advance, []),
+        Arrangement("llama_cpp.Llama", 1, high_level(model.path, threads, stack), []),
+        Arrangement("abcli, 1 bucket", 1, ours(model, config(1), stack), []),
+    ]
+    for workers in sorted({1, 2, threads} & set(range(1, min(buckets, threads) + 1))):
+        each = max(1, threads // workers)
+        name = f"raw, {buckets} contexts, {workers} at a time, {each} threads each"
+        raw = RawContexts(model, config(buckets), workers, each, stack)
+        found.append(Arrangement(name, buckets, raw.advance, []))
+    found.append(Arrangement(f"abcli, {buckets} buckets", buckets, ours(model, config(buckets), stack), []))
+    return found
+
+
+def measure(found: list[Arrangement], rounds: int, tokens: int) -> None:
+    """Decode `tokens` tokens with each arrangement in turn, `rounds` times; the order changes every round."""
+    for arrangement in found:
+        arrangement.advance(tokens)
+    for number in range(rounds):
+        for index in range(len(found)):
+            arrangement = found[(index + number) % len(found)]
+            begin = time.perf_counter()
+            arrangement.advance(tokens)
+            arrangement.times.append((time.perf_counter() - begin) / tokens)
+
+
+def ratio(left: Arrangement, right: Arrangement) -> float:
+    """Median over the rounds of left's time by right's."""
+    return statistics.median(a / b for a, b in zip(left.times, right.times, strict=True))
+
+
+def merging(model: Model, buckets: int, vocabulary: int) -> float:
+    """Median seconds of one merge and one default sampling, on random logits shaped like a model's."""
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 3, (buckets, vocabulary)).astype(np.float32)
+    logits[:, random.integers(0, vocabulary, 20)] += 12
+    merger = Merger(buckets, vocabulary)
+
+    @dataclass
+    class Shape:
+        vocabulary: object
+        vocabulary_size: int
+        trained_context: int
+
+    shape = Shape(model.vocabulary, vocabulary, model.trained_context)
+    with SamplerChain(shape, SamplingConfig(seed=1)) as sampler:  # type: ignore[arg-type]
+        times = []
+        for _ in range(100):
+            begin = time.perf_counter()
+            sampler.sample(merger.merge(logits, "confidence").logits)
+            times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def resident_memory(path: Path, buckets: int) -> dict[str, float]:
+    """Megabytes of this process before and after contexts exist; nothing but caches and buffers may come in."""
+    process = psutil.Process()
+    with Model(path) as model:
+        loaded = process.memory_info().rss
+        bases = tuple(model.native_base * factor for factor in symmetric_multipliers(buckets))
+        with ContextsEngine(model, EngineConfig(path, bases, context_size=CONTEXT)) as engine:
+            engine.prefill(0, list(range(100, 1100 - 100)))
+            return {"loaded": loaded / 1e6, "with_contexts": process.memory_info().rss / 1e6}
+
+
+def main() -> None:
+    """Measure, print a table, print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", help="GGUF file (default: the default model)")
+    parser.add_argument("--buckets", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=16, help="tokens per arrangement and round")
+    parser.add_argument("--threads", type=int, default=available_cores())
+    options = parser.parse_args()
+    path = locate_model(options.model)
+    with Model(path) as model, ExitStack() as stack:
+        found = arrangements(model, options.buckets, options.threads, stack)
+        measure(found, options.rounds, options.tokens)
+        merge_time = merging(model, options.buckets, model.vocabulary_size)
+        large_merge_time = merging(model, options.buckets, 262_144)
+        name = f"{path.name}: {model.description}"
+    report(name, found, merge_time, large_merge_time, options)
+
+
+def report(
+    name: str, found: list[Arrangement], merge_time: float, large_merge_time: float, options: argparse.Namespace
+) -> None:
+    """The table and the JSON line."""
+    single, llama, one = found[:3]
+    many = found[-1]
+    raw = min((a for a in found[3:-1]), key=lambda a: statistics.median(a.times))
+    table = Table(title=f"{name}, {options.threads} threads, {options.rounds} rounds of {options.tokens} tokens")
+    for column in ("arrangement", "ms/token", "tokens/s", "x raw 1 context"):
+        table.add_column(column, justify="left" if column == "arrangement" else "right")
+    for arrangement in found:
+        median = statistics.median(arrangement.times)
+        table.add_row(arrangement.name, f"{median * 1e3:.2f}", f"{1 / median:.1f}", f"{ratio(arrangement, single):.2f}")
+    Console().print(table)
+    step = statistics.median(many.times)
+    result = {
+        "model": name,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "tokens_per_round": options.tokens,
+        "ms_per_token": {a.name: round(statistics.median(a.times) * 1e3, 3) for a in found},
+        "one_bucket_vs_llama_cpp_Llama": round(ratio(one, llama), 4),
+        "one_bucket_vs_raw": round(ratio(one, single), 4),
+        "buckets_vs_best_raw": round(ratio(many, raw), 4),
+        "best_raw": raw.name,
+        "merge_and_sample_ms": round(merge_time * 1e3, 3),
+        "merge_and_sample_share_of_step": round(merge_time / step, 4),
+        "merge_and_sample_262k_ms": round(large_merge_time * 1e3, 3),
+    }
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abcli.config import GenerationConfig, SamplingConfig
+from abcli.errors import CancelledError, ContextFullError, PromptError, UsageError
+from abcli.generate import Generator, TextStream, common_prefix
+from tests.support.fakes import END, ByteTokenizer, FakeEngine, GreedySampler, reciting
+
+PROMPT = list(b"What?")
+
+
+def make(engine: FakeEngine) -> Generator:
+    return Generator(engine, ByteTokenizer(), GreedySampler)
+
+
+def answer_text(engine: FakeEngine, config: GenerationConfig | None = None) -> tuple[str, str | None, list[str]]:
+    with make(engine) as generator:
+        pieces = list(generator.stream(0, PROMPT, config or GenerationConfig()))
+    return pieces[-1].answer.text, pieces[-1].answer.finish_reason, [piece.text for piece in pieces]
+
+
+def test_an_answer_streams_and_stops_at_the_end_token() -> None:
+    engine = FakeEngine(reciting(b"So.", len(PROMPT)))
+    text, reason, pieces = answer_text(engine)
+    assert (text, reason) == ("So.", "stop")
+    assert pieces == ["S", "o", ".", ""]
+    assert GreedySampler.opened == 0
+
+
+def test_characters_split_over_tokens_come_out_whole() -> None:
+    text, _, pieces = answer_text(FakeEngine(reciting("né€🙂".encode(), len(PROMPT))))
+    assert text == "né€🙂"
+    assert "�" not in "".join(pieces)
+
+
+def test_a_broken_character_at_the_end_is_replaced() -> None:
+    text, _, _ = answer_text(FakeEngine(reciting(b"ab\xe2\x82", len(PROMPT))))
+    assert text == "ab�"
+
+
+def test_max_tokens_ends_with_length() -> None:
+    text, reason, _ = answer_text(FakeEngine(reciting(b"abcdef", len(PROMPT))), GenerationConfig(max_tokens=3))
+    assert (text, reason) == ("abc", "length")
+
+
+def test_no_tokens_wanted() -> None:
+    engine = FakeEngine(reciting(b"abc", len(PROMPT)))
+    assert answer_text(engine, GenerationConfig(max_tokens=0)) == ("", "length", [""])
+    assert GreedySampler.opened == 0
+
+
+def test_the_end_token_can_be_ignored() -> None:
+    config = GenerationConfig(max_tokens=4, ignore_eos=True)
+    with make(FakeEngine(reciting(b"ab", len(PROMPT)))) as generator:
+        answer = [piece.answer for piece in generator.stream(0, PROMPT, config)][-1]
+    assert answer.tokens == [ord("a"), ord("b"), END, END]
+    assert answer.finish_reason == "length"
+
+
+def test_a_full_context_ends_with_length() -> None:
+    engine = FakeEngine(reciting(b"x" * 100, len(PROMPT)), context_size=len(PROMPT) + 3)
+    text, reason, _ = answer_text(engine)
+    # The last token needs no place in the context, since nothing follows it.
+    assert (text, reason) == ("xxxx", "length")
+    assert len(engine.tokens(0)) == engine.context_size
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_numbers() -> None:
+    engine = FakeEngine(reciting(b"", 0), context_size=4)
+    with make(engine) as generator, pytest.raises(ContextFullError) as caught:
+        generator.start(0, PROMPT, GenerationConfig())
+    assert (caught.value.used, caught.value.available) == (5, 4)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with make(FakeEngine(reciting(b"", 0))) as generator, pytest.raises(PromptError):
+        generator.start(0, [], GenerationConfig())
+
+
+def test_stop_strings_across_tokens_are_held_back_and_cut() -> None:
+    text, reason, pieces = answer_text(
+        FakeEngine(reciting(b"one END two", len(PROMPT))), GenerationConfig(stop=("END", "nothing"))
+    )
+    assert (text, reason) == ("one ", "stop")
+    assert "E" not in "".join(pieces)
+
+
+@given(
+    text=st.text(alphabet="abE", max_size=30),
+    stop=st.lists(st.text(alphabet="abE", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=5),
+)
+def test_text_stream_equals_cutting_the_whole_text(text: str, stop: list[str], cuts: list[int]) -> None:
+    stream = TextStream(stop)
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    out = "".join(stream.feed(text[a:b].encode()) for a, b in pairwise(edges))
+    out += stream.feed(b"", final=True)
+    # The stream acts at the first moment at which any stop string is complete.
+    ends = [
+        (end, min(text[:end].find(s) for s in stop if s in text[:end]))
+        for end in edges[1:]
+        if any(s in text[:end] for s in stop)
+    ]
+    assert out == (text[: ends[0][1]] if ends else text)
+
+
+def test_empty_stop_strings_are_refused() -> None:
+    with pytest.raises(UsageError):
+        TextStream([""])
+
+
+def test_what_a_slot_holds_is_not_computed_again() -> None:
+    engine = FakeEngine(reciting(b"yes", len(PROMPT)))
+    with make(engine) as generator:
+        list(generator.stream(0, PROMPT, GenerationConfig()))
+        before = engine.computed
+        longer = [*PROMPT, *b"yes", *b" more"]
+        piece = generator.start(0, longer, GenerationConfig())
+        assert engine.computed - before == len(b" more")
+        assert piece.answer.statistics.cached_tokens == len(PROMPT) + 3
+        before = engine.computed
+        generator.start(0, longer, GenerationConfig())
+        assert engine.computed - before == 1
+
+
+def test_slots_decode_together_in_one_step() -> None:
+    engine = FakeEngine(reciting(b"abc", len(PROMPT)), slots=3)
+    with make(engine) as generator:
+        answers = [generator.start(slot, PROMPT, GenerationConfig(max_tokens=slot + 1)).answer for slot in range(3)]
+        while generator.active:
+            generator.step()
+    assert [answer.text for answer in answers] == ["a", "ab", "abc"]
+    assert engine.step_sizes == [2, 1]
+    assert GreedySampler.opened == 0
+
+
+def test_cancel_during_the_prefill_leaves_the_slot_as_it_was() -> None:
+    engine = FakeEngine(reciting(b"abc", 20))
+    with make(engine) as generator:
+
+        def progress(done: int, _total: int) -> None:
+            if done == 8:
+                generator.cancel()
+
+        with pytest.raises(CancelledError):
+            generator.start(0, list(range(20)), GenerationConfig(), progress)
+        assert list(engine.tokens(0)) == []
+        assert generator.active == 0
+    assert GreedySampler.opened == 0
+
+
+def test_cancel_between_steps_stops_the_stream_and_the_next_answer_works() -> None:
+    engine = FakeEngine(reciting(b"abcdef", len(PROMPT)))
+    with make(engine) as generator:
+        stream = generator.stream(0, PROMPT, GenerationConfig())
+        assert [next(stream).text, next(stream).text] == ["a", "b"]
+        generator.cancel()
+        engine.cancel_after = None
+        with pytest.raises(CancelledError):
+            next(stream)
+        assert generator.active == 0
+        assert "".join(piece.text for piece in generator.stream(0, PROMPT, GenerationConfig())) == "abcdef"
+
+
+def test_agreement_and_seed_are_reported() -> None:
+    def split(tokens: list[int], bucket: int) -> int:
+        return END if len(tokens) > len(PROMPT) + 2 else ord("a") + bucket
+
+    engine = FakeEngine(split, bases=(1.0, 2.0))
+    with make(engine) as generator:
+        config = GenerationConfig(SamplingConfig(seed=7))
+        answer = [piece.answer for piece in generator.stream(0, PROMPT, config)][-1]
+    assert answer.seed == 7
+    assert 0 < answer.statistics.agreement < 0.5
+
+
+@given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))
+def test_common_prefix(left: list[int], right: list[int]) -> None:
+    length = common_prefix(left, right)
+    assert left[:length] == right[:length]
+    assert length == min(len(left), len(right)) or left[length] != right[length]
