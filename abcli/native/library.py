@@ -12,8 +12,8 @@ from typing import Any
 import llama_cpp.llama_cpp as llama
 from llama_cpp import __version__ as BINDINGS_VERSION  # noqa: N812
 
-_LOG_LEVEL_WARNING = 2
-_LOG_LEVEL_ERROR = 3
+_LOG_LEVEL_WARNING = 3
+_LOG_LEVEL_ERROR = 4
 _LOG_LEVEL_CONTINUED = 5
 _LOG_LINES = 200
 
