@@ -104,9 +104,10 @@ class Context:
         parameters.n_ctx = cells
         parameters.n_batch = config.batch_size
         parameters.n_ubatch = config.ubatch_size
-        parameters.n_seq_max = config.slots
+        # One spare sequence beyond the slots carries pieces of a cache from context to context.
+        parameters.n_seq_max = config.slots + 1
         # Logits are read for one token per slot; the default would reserve room for a whole batch of them.
-        parameters.n_outputs_max = config.slots
+        parameters.n_outputs_max = config.slots + 1
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.flash_attn_type = FLASH_ATTENTION_IDS[config.flash_attention]
         if model.has_rope:
@@ -131,6 +132,7 @@ class Context:
         self._cancel = cancel
         self._row_bytes = model.vocabulary_size * 4
         self.base = base
+        self.spare: int = config.slots
         self.batch_size: int = llama.llama_n_batch(handle)
         self.ubatch_size: int = llama.llama_n_ubatch(handle)
 
@@ -178,6 +180,41 @@ class Context:
         """Make sequence `target` equal to `source`; in a unified cache both then share the cells."""
         llama.llama_memory_seq_rm(self._memory, target, -1, -1)
         llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def set_threads(self, threads: int) -> None:
+        """Use `threads` threads from the next decode on."""
+        llama.llama_set_n_threads(self._handle, threads, threads)
+
+    def take_range(self, sequence: int, start: int, end: int) -> None:
+        """Let the spare sequence hold the tokens start to end of `sequence`, sharing their cells."""
+        self.drop_spare()
+        llama.llama_memory_seq_cp(self._memory, sequence, self.spare, start, end)
+
+    def append_spare(self, sequence: int) -> None:
+        """Move what the spare sequence holds to `sequence`, which must not hold these positions yet."""
+        llama.llama_memory_seq_cp(self._memory, self.spare, sequence, -1, -1)
+        self.drop_spare()
+
+    def drop_spare(self) -> None:
+        """Empty the spare sequence."""
+        llama.llama_memory_seq_rm(self._memory, self.spare, -1, -1)
+
+    def spare_state_size(self) -> int:
+        """The size in bytes of the state of the spare sequence (`llama_state_seq_get_size`)."""
+        return int(llama.llama_state_seq_get_size(self._handle, self.spare))
+
+    def read_spare(self, out: NDArray[np.uint8]) -> None:
+        """Write the state of the spare sequence into `out`, which has its size. Raises NativeError."""
+        pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written = llama.llama_state_seq_get_data(self._handle, pointer, len(out), self.spare)
+        if written != len(out):
+            raise NativeError(f"llama.cpp gave {written} of {len(out)} bytes of state: {log_tail()}")
+
+    def write_spare(self, data: NDArray[np.uint8]) -> None:
+        """Fill the spare sequence from state bytes of a context of the same shape. Raises NativeError."""
+        pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if llama.llama_state_seq_set_data(self._handle, pointer, len(data), self.spare) != len(data):
+            raise NativeError(f"llama.cpp refused {len(data)} bytes of state: {log_tail() or 'no reason given'}")
 
     def length(self, sequence: int) -> int:
         """The number of tokens of `sequence` in the cache."""

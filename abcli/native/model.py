@@ -51,7 +51,9 @@ class Model:
         self.vocabulary = vocabulary
         self.vocabulary_size: int = llama.llama_vocab_n_tokens(vocabulary)
         self.trained_context: int = llama.llama_model_n_ctx_train(handle)
-        self.has_rope: bool = llama.llama_model_rope_type(handle) != llama.LLAMA_ROPE_TYPE_NONE
+        self.rope_type: int = llama.llama_model_rope_type(handle)
+        self.has_rope: bool = self.rope_type != llama.LLAMA_ROPE_TYPE_NONE
+        self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
         self._piece_buffer = ctypes.create_string_buffer(256)
 

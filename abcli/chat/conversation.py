@@ -1,0 +1,143 @@
+"""The messages of a chat, and how they are fitted into a context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from abcli.chat.messages import Message
+from abcli.errors import ContextFullError, UsageError
+
+Overflow = Literal["error", "shift"]
+
+
+class Tokenizing(Protocol):
+    """The part of a chat template that `fit` needs."""
+
+    def tokens(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """The tokens of a conversation."""
+        ...
+
+
+class Conversation:
+    """A system prompt and what was said since; a turn is a message of the user with the answer to it."""
+
+    def __init__(self, system: str | None = None, messages: Iterable[Message] = ()) -> None:
+        """`messages` are those after the system prompt."""
+        self.system = system
+        self._history = list(messages)
+
+    @property
+    def messages(self) -> list[Message]:
+        """Everything, the system prompt first if there is one; a new list each time."""
+        first = [Message("system", self.system)] if self.system is not None else []
+        return [*first, *self._history]
+
+    @property
+    def turns(self) -> int:
+        """How many messages the user has sent."""
+        return sum(message.role == "user" for message in self._history)
+
+    def replace(self, messages: Iterable[Message]) -> None:
+        """Continue `messages` instead; if the first is a system message it is the system prompt, else there is none."""
+        history = list(messages)
+        self.system = history.pop(0).content if history and history[0].role == "system" else None
+        self._history = history
+
+    def add_user(self, text: str) -> None:
+        """The user says `text`. Raises UsageError while an answer is due: templates want roles to alternate."""
+        if self._history and self._history[-1].role == "user":
+            raise UsageError("the last message has no answer yet", "/regen answers it, /undo drops it")
+        self._history.append(Message("user", text))
+
+    def add_assistant(self, text: str) -> None:
+        """The answer to the last message. Raises UsageError if that is not the user's."""
+        if not self._history or self._history[-1].role != "user":
+            raise UsageError("there is no message to answer", "type one first")
+        self._history.append(Message("assistant", text))
+
+    def undo(self) -> list[Message]:
+        """Drop the user's last message and what followed it; returns the dropped, empty if there was none."""
+        return self._cut(self._last_user())
+
+    def regenerate(self) -> list[Message]:
+        """Drop what followed the user's last message, so that it is answered anew; returns the dropped.
+
+        Raises UsageError if the user has said nothing.
+        """
+        last = self._last_user()
+        if last == len(self._history):
+            raise UsageError("there is no message to answer again", "type one first")
+        return self._cut(last + 1)
+
+    def clear(self) -> None:
+        """Forget everything but the system prompt."""
+        self._history = []
+
+    def _last_user(self) -> int:
+        """Where the user's last message stands; the length of the history if there is none."""
+        positions = range(len(self._history) - 1, -1, -1)
+        return next((at for at in positions if self._history[at].role == "user"), len(self._history))
+
+    def _cut(self, start: int) -> list[Message]:
+        dropped = self._history[start:]
+        del self._history[start:]
+        return dropped
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is sent to the model; `dropped_turns` oldest turns were left out to make it fit."""
+
+    messages: list[Message]
+    tokens: list[int]
+    dropped_turns: int
+
+
+def fit(messages: Sequence[Message], template: Tokenizing, available: int, reserve: int, overflow: Overflow) -> Fitted:
+    """`messages` as tokens that leave `reserve` (at least 1) of `available` tokens for the answer.
+
+    With "shift" as few as possible of the oldest turns are dropped, never the leading system messages or what
+    belongs to the user's last message. Raises ContextFullError if it does not fit (with "error": at once).
+    """
+    reserve = max(reserve, 1)
+    tokens = template.tokens(messages)
+    if len(tokens) + reserve <= available:
+        return Fitted(list(messages), tokens, 0)
+    head, turns = _split_turns(messages)
+    if overflow == "error" or len(turns) < 2:
+        raise ContextFullError(len(tokens) + reserve, available)
+
+    def without(dropped: int) -> Fitted:
+        kept = [*head, *(message for turn in turns[dropped:] for message in turn)]
+        return Fitted(kept, template.tokens(kept), dropped)
+
+    # Bisection: fewer turns have fewer tokens, so thousands of turns need about ten tokenizations.
+    best = without(len(turns) - 1)
+    if len(best.tokens) + reserve > available:
+        raise ContextFullError(
+            len(best.tokens) + reserve, available, "shorten the last message, or ask for more with --ctx-size"
+        )
+    too_few = 0
+    while best.dropped_turns - too_few > 1:
+        candidate = without((too_few + best.dropped_turns) // 2)
+        if len(candidate.tokens) + reserve <= available:
+            best = candidate
+        else:
+            too_few = candidate.dropped_turns
+    return best
+
+
+def _split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The leading system messages, and the rest cut before every message of the user."""
+    rest = list(messages)
+    head = []
+    while rest and rest[0].role == "system":
+        head.append(rest.pop(0))
+    turns: list[list[Message]] = []
+    for message in rest:
+        if message.role == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return head, turns

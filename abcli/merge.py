@@ -1,0 +1,212 @@
+"""Merges the next-token distributions of several buckets into one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.config import MERGE_RULES, MergeRule
+from abcli.errors import NativeError, UsageError
+
+# One block of the exponentials of all buckets; with the logits it comes from it fits a 512 KiB L2 cache.
+_BLOCK_BYTES = 224 * 1024
+# Below this share of a block's largest probability float32 sums lose digits: redo these in log space.
+_SMALLEST_SHARE = np.float32(1e-30)
+# exp() of this is 0 in float32; keeps 0 * -inf out of the entropy.
+_NEGLIGIBLE = np.float32(-200.0)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged distribution of one step.
+
+    Arrays made by a `Merger` are overwritten by its next `merge`, except `weights`.
+    """
+
+    log_probabilities: NDArray[np.float32]
+    """[vocabulary], natural logarithms; the probabilities sum to 1."""
+    logits: NDArray[np.float32]
+    """[vocabulary], `log_probabilities + log_normalizer`: on the scale of the buckets' own logits, because
+    llama.cpp's repeat penalty depends on it. With one bucket they are the bucket's, bit for bit."""
+    weights: NDArray[np.float64]
+    """[buckets], sum to 1."""
+    agreement: float
+    """Sum over tokens of the smallest probability any bucket gives it: 1 when all buckets agree."""
+    log_normalizer: float
+    """Weighted mean of the buckets' logsumexp(logits)."""
+
+
+class Merger:
+    """Merges steps of one shape, `[buckets, vocabulary]`, with buffers that are allocated once.
+
+    The exponentials are computed block by block with the block's own maximum as offset (pass 1); once the
+    whole row is known they are scaled and combined (pass 2). Not for use by two threads at a time.
+    """
+
+    def __init__(self, buckets: int, vocabulary: int) -> None:
+        """Allocate the buffers: 4 bytes for each of buckets x vocabulary, and a little more."""
+        if buckets < 1 or vocabulary < 1:
+            raise UsageError(f"cannot merge {buckets} buckets of {vocabulary} tokens", "both must be positive")
+        self.shape = (buckets, vocabulary)
+        width = min(vocabulary, max(1024, _BLOCK_BYTES // (4 * buckets) // 16 * 16))
+        self._blocks = [slice(low, min(low + width, vocabulary)) for low in range(0, vocabulary, width)]
+        # A block is contiguous: rows a power of two apart would fight for the same cache lines.
+        self._exponentials = [np.empty((buckets, b.stop - b.start), np.float32) for b in self._blocks]
+        self._differences = np.empty((buckets, width), np.float32)
+        self._lowest = np.empty(width, np.float32)
+        self._log_probabilities = np.empty(vocabulary, np.float32)
+        self._logits = np.empty(vocabulary, np.float32)
+        # Per bucket and block: offset of the exponentials, their sum, and sum(exponential * difference).
+        self._offsets = np.empty((buckets, len(self._blocks)))
+        self._sums = np.empty_like(self._offsets)
+        self._moments = np.zeros_like(self._offsets)
+
+    def merge(self, logits: NDArray[np.float32], rule: MergeRule) -> Merged:
+        """Merge `logits` (float32 `[buckets, vocabulary]`, left untouched) by `rule`.
+
+        With p_j = softmax(logits_j): `confidence` is sum_j a_j p_j with a_j = max_x p_j(x) normalised over j
+        (Attention Buckets, arXiv 2312.04455); `mean` has equal a_j; `entropy` has a_j proportional to
+        exp(-H(p_j)), H in nats; `max` takes the first of the buckets with the largest max_x p_j(x);
+        `product` is the normalised geometric mean. -inf is a forbidden token.
+
+        Raises UsageError for another shape or rule, NativeError for NaN, +inf or a bucket of only -inf.
+        """
+        if rule not in MERGE_RULES:
+            raise UsageError(f"unknown merge rule {rule!r}", f"use one of {', '.join(MERGE_RULES)}")
+        if logits.shape != self.shape or logits.dtype != np.float32:
+            raise UsageError(
+                f"cannot merge {logits.dtype} logits of shape {logits.shape}",
+                f"float32 logits of shape {self.shape} are needed",
+            )
+        with np.errstate(all="ignore"):  # log(0) and exp(-large) are wanted here
+            self._exponentiate(logits, with_moments=rule == "entropy")
+            peaks, normalizers = self._normalize()
+            weights = self._weigh(rule, peaks, normalizers)
+            return self._finish(logits, rule, weights, normalizers)
+
+    def _exponentiate(self, logits: NDArray[np.float32], *, with_moments: bool) -> None:
+        for index, block in enumerate(self._blocks):
+            values, exponentials = logits[:, block], self._exponentials[index]
+            peaks = values.max(axis=1)  # hands a NaN on
+            self._offsets[:, index] = peaks
+            np.subtract(values, np.where(peaks == -np.inf, 0, peaks)[:, None], out=exponentials)
+            if with_moments:
+                differences = self._differences[:, : exponentials.shape[1]]
+                np.maximum(exponentials, _NEGLIGIBLE, out=differences)
+            np.exp(exponentials, out=exponentials)
+            self._sums[:, index] = exponentials.sum(axis=1)
+            if with_moments:
+                self._moments[:, index] = np.einsum("jx,jx->j", exponentials, differences)
+
+    def _normalize(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Largest logit and logsumexp of each bucket, from the blocks."""
+        peaks: NDArray[np.float64] = self._offsets.max(axis=1)
+        for bucket in np.flatnonzero(~np.isfinite(peaks)):
+            what = "only -inf" if peaks[bucket] == -np.inf else str(peaks[bucket])
+            raise NativeError(
+                f"bucket {bucket} has logits with {what}",
+                "the model file may be damaged, or the RoPE base of this bucket too far from the native one",
+            )
+        # In a block of nothing but -inf all exponentials are 0, so that any finite offset is right.
+        self._offsets = np.where(self._offsets == -np.inf, peaks[:, None], self._offsets)
+        totals = (self._sums * np.exp(self._offsets - peaks[:, None])).sum(axis=1)
+        return peaks, peaks + np.log(totals)
+
+    def _weigh(
+        self, rule: MergeRule, peaks: NDArray[np.float64], normalizers: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        log_confidences = peaks - normalizers
+        if rule == "max":
+            weights = np.zeros(len(peaks))
+            weights[np.argmax(log_confidences)] = 1.0
+            return weights
+        if rule == "confidence":
+            weights = np.exp(log_confidences)
+        elif rule == "entropy":
+            distances = self._offsets - peaks[:, None]
+            means = np.exp(self._offsets - normalizers[:, None]) * (self._moments + self._sums * distances)
+            weights = np.exp(means.sum(axis=1) + log_confidences)  # exp(sum p log p)
+        else:
+            weights = np.ones(len(peaks))
+        return np.asarray(weights / weights.sum(), np.float64)
+
+    def _finish(
+        self,
+        logits: NDArray[np.float32],
+        rule: MergeRule,
+        weights: NDArray[np.float64],
+        normalizers: NDArray[np.float64],
+    ) -> Merged:
+        log_normalizer = float(weights @ normalizers)
+        single = 0 if len(weights) == 1 else int(np.argmax(weights)) if rule == "max" else None
+        result, merged_logits = self._log_probabilities, self._logits
+        agreement = 1.0
+        if len(weights) > 1:
+            # A mixture falls out of the same pass over the exponentials.
+            agreement = self._combine(logits, weights, normalizers, mix=single is None and rule != "product")
+        if single is not None:
+            # Differences in float64: beside a large logsumexp float32 would lose what small differences say.
+            np.subtract(logits[single], normalizers[single], out=result, casting="same_kind", dtype=np.float64)
+            merged_logits[:] = logits[single]
+        elif rule == "product":
+            _geometric_mean(logits, result)
+        if single is None:
+            np.add(result, np.float32(log_normalizer), out=merged_logits)
+        return Merged(result, merged_logits, weights, agreement, log_normalizer)
+
+    def _combine(
+        self,
+        logits: NDArray[np.float32],
+        weights: NDArray[np.float64],
+        normalizers: NDArray[np.float64],
+        *,
+        mix: bool,
+    ) -> float:
+        """Turn the exponentials into probabilities; return the agreement; with `mix`, write log sum_j a_j p_j."""
+        log_scales = self._offsets - normalizers[:, None]
+        ceilings = log_scales.max(axis=0)
+        scales = np.exp(log_scales - ceilings).astype(np.float32)
+        factors = weights.astype(np.float32)
+        agreement = 0.0
+        for index, block in enumerate(self._blocks):
+            shares = self._exponentials[index]
+            np.multiply(shares, scales[:, index, None], out=shares)
+            lowest = np.minimum.reduce(shares, axis=0, out=self._lowest[: shares.shape[1]])
+            agreement += float(lowest.sum()) * float(np.exp(ceilings[index]))
+            if not mix:
+                continue
+            mixture = np.matmul(factors, shares, out=self._log_probabilities[block])
+            tiny = np.flatnonzero(mixture < _SMALLEST_SHARE) if mixture.min() < _SMALLEST_SHARE else ()
+            np.log(mixture, out=mixture)
+            np.add(mixture, np.float32(ceilings[index]), out=mixture)
+            if len(tiny):
+                mixture[tiny] = _mix_in_log_space(logits[:, block][:, tiny], weights, normalizers)
+        return min(agreement, 1.0)
+
+
+def merge(logits: NDArray[np.float32], rule: MergeRule) -> Merged:
+    """Like `Merger.merge`, for a single step: the arrays returned are the caller's own."""
+    if logits.ndim != 2:
+        raise UsageError(f"cannot merge logits of shape {logits.shape}", "give [buckets, vocabulary]")
+    return Merger(*logits.shape).merge(logits, rule)
+
+
+def _geometric_mean(logits: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    np.matmul(np.full(len(logits), 1 / len(logits), np.float32), logits, out=out)
+    peak = out.max()
+    if peak == -np.inf:
+        raise NativeError("no token is possible in all buckets at once", "use another merge rule than product")
+    np.subtract(out, peak, out=out)
+    np.subtract(out, np.log(np.exp(out).sum()), out=out)
+
+
+def _mix_in_log_space(
+    logits: NDArray[np.float32], weights: NDArray[np.float64], normalizers: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """log sum_j a_j p_j for a few columns, in float64 with an offset per column."""
+    terms = logits - normalizers[:, None] + np.log(weights)[:, None]
+    peaks = terms.max(axis=0)
+    offsets = np.where(peaks == -np.inf, 0.0, peaks)
+    return np.asarray(offsets + np.log(np.exp(terms - offsets).sum(axis=0)), np.float64)

@@ -1,0 +1,347 @@
+"""llama.cpp's chain of samplers and its grammar, applied to logits that need not come from a context."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.config import NATIVE_RANDOM_SEED, SamplingConfig
+from abcli.errors import AbcliError, GrammarError, NativeError, UsageError
+from abcli.native.grammar import grammar_text
+from abcli.native.library import clear_log, log_tail
+from abcli.native.model import Model
+
+MAX_LAST_N = 1 << 24
+MAX_BREAKERS = 64
+MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones off, maybe within a character
+# CPU time of one token in the grammar. llama.cpp follows every reading of an ambiguous text, and their number
+# can grow tenfold with each token.
+MAX_GRAMMAR_SECONDS = 1.0
+_MAX_INT32 = 2**31 - 1
+_SMALLEST_TEMPERATURE = 1e-6
+
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+# Flag, field, least and largest value. The bounds of penalties keep float32 logits finite.
+_RANGES: tuple[tuple[str, str, float, float], ...] = (
+    ("--temp", "temperature", -1e6, 1e6),
+    ("--top-k", "top_k", -1, _MAX_INT32),
+    ("--top-p", "top_p", 0, 1),
+    ("--min-p", "min_p", 0, 1),
+    ("--typical", "typical_p", 0, 1),
+    ("--top-nsigma", "top_n_sigma", -1, 1e6),
+    ("--xtc-probability", "xtc_probability", 0, 1),
+    ("--xtc-threshold", "xtc_threshold", 0, 1),
+    ("--dry-multiplier", "dry_multiplier", 0, 1e6),
+    ("--dry-base", "dry_base", 1, 1e6),
+    ("--dry-allowed-length", "dry_allowed_length", 0, _MAX_INT32),
+    ("--dry-penalty-last-n", "dry_penalty_last_n", -1, MAX_LAST_N),
+    ("--repeat-last-n", "repeat_last_n", -1, MAX_LAST_N),
+    ("--repeat-penalty", "repeat_penalty", 1e-3, 1e3),
+    ("--frequency-penalty", "frequency_penalty", -1e3, 1e3),
+    ("--presence-penalty", "presence_penalty", -1e3, 1e3),
+    ("--mirostat-ent", "mirostat_tau", 0, 1e3),
+    ("--mirostat-lr", "mirostat_eta", 0, 1e3),
+)
+
+
+def validate(config: SamplingConfig, vocabulary_size: int) -> None:
+    """Raise UsageError for a setting that llama.cpp would misread, ignore or crash on."""
+    for flag, name, least, largest in _RANGES:
+        value = getattr(config, name)
+        if not least <= value <= largest:  # NaN too
+            raise UsageError(f"{flag} {value} is not possible", f"use a value from {least:g} to {largest:g}")
+    if 0 < config.temperature < _SMALLEST_TEMPERATURE:
+        raise UsageError(
+            f"--temp {config.temperature} is too small", f"use 0 for greedy, or {_SMALLEST_TEMPERATURE:g} or more"
+        )
+    if config.seed >= NATIVE_RANDOM_SEED:
+        raise UsageError(
+            f"--seed {config.seed} is too large", f"use 0 to {NATIVE_RANDOM_SEED - 1}, or -1 for a random one"
+        )
+    if config.mirostat not in (0, 2):
+        raise UsageError(f"--mirostat {config.mirostat} is not possible", "use 0 (off) or 2")
+    _validate_biases(config, vocabulary_size)
+    if len(config.dry_breakers) > MAX_BREAKERS:
+        raise UsageError(
+            f"{len(config.dry_breakers)} DRY sequence breakers are too many", f"use at most {MAX_BREAKERS}"
+        )
+    for breaker in config.dry_breakers:
+        _encode_breaker(breaker)
+
+
+def _validate_biases(config: SamplingConfig, vocabulary_size: int) -> None:
+    for token, bias in config.logit_bias:
+        if not 0 <= token < vocabulary_size:
+            raise UsageError(
+                f"--logit-bias names token {token}", f"this model has the tokens 0 to {vocabulary_size - 1}"
+            )
+        if not (bias == -math.inf or abs(bias) <= 1e6):
+            raise UsageError(
+                f"--logit-bias {bias} for token {token} is not possible", "use -inf, or a number up to 1e6"
+            )
+
+
+class SamplerChain:
+    """Chooses the tokens of one answer, as llama.cpp's common_sampler does with the same settings and logits.
+
+    Owns its native handles: close it, or use it as a context manager, before its model is closed. Not for use
+    by two threads at a time.
+    """
+
+    def __init__(self, model: Model, config: SamplingConfig, *, context_size: int | None = None) -> None:
+        """Make the chain; a penalty over the last -1 tokens sees `context_size`, else the trained context.
+
+        Raises UsageError for settings that make no sense and GrammarError for a grammar that cannot be used.
+        """
+        size = model.vocabulary_size
+        validate(config, size)
+        grammar = grammar_text(config)
+        self.seed = config.seed if config.seed >= 0 else secrets.randbelow(NATIVE_RANDOM_SEED)
+        """The seed in use, also where the settings asked for a random one."""
+        whole = context_size or model.trained_context
+        penalty_last_n = whole if config.repeat_last_n < 0 else config.repeat_last_n
+        dry_last_n = whole if config.dry_penalty_last_n < 0 else config.dry_penalty_last_n
+        self._memory = max(penalty_last_n, dry_last_n)
+
+        self._ids = np.arange(size, dtype=np.int32)
+        self._candidates = np.zeros(size, _CANDIDATE)
+        self._candidates_pointer = self._candidates.ctypes.data_as(llama.llama_token_data_p)
+        self._array = llama.llama_token_data_array()
+        self._candidate = llama.llama_token_data()
+        self._single = llama.llama_token_data_array()
+        self._grammar: Any = None
+        with ExitStack() as stack:
+            self._chain = _own(stack, llama.llama_sampler_chain_init, llama.llama_sampler_chain_default_params())
+            for make in _samplers(model, config, self.seed, penalty_last_n, dry_last_n):
+                _append(self._chain, make)
+            if grammar:
+                self._grammar = _make_grammar(stack, model, grammar)
+            self._stack = stack.pop_all()
+        self._closed = False
+
+    def __enter__(self) -> SamplerChain:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the native samplers; a second call does nothing."""
+        self._closed = True
+        self._stack.close()
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """Select the next token from `logits` (float32 `[vocabulary]`, left untouched) and accept it.
+
+        Raises GrammarError if the grammar, with a logit bias, leaves no token or is too ambiguous to follow,
+        NativeError for NaN, +inf or only -inf.
+        """
+        self._check(logits)
+        started = time.thread_time()
+        token = self._select(logits)
+        # void llama_sampler_accept(struct llama_sampler * smpl, llama_token token)
+        llama.llama_sampler_accept(self._chain, token)
+        if self._grammar is not None:
+            llama.llama_sampler_accept(self._grammar, token)
+            if time.thread_time() - started > MAX_GRAMMAR_SECONDS:
+                raise GrammarError(
+                    "the grammar can be followed in too many ways at once",
+                    "let alternatives differ in their first characters",
+                )
+        return token
+
+    def accept_prompt(self, tokens: Sequence[int]) -> None:
+        """Let penalties and DRY, but not the grammar, see tokens that were not sampled here."""
+        self._check_open()
+        # No sampler remembers more than this.
+        for token in tokens[max(0, len(tokens) - self._memory) :]:
+            if not 0 <= token < len(self._ids):
+                raise NativeError(f"token {token} is not in the vocabulary", f"it ends at {len(self._ids) - 1}")
+            llama.llama_sampler_accept(self._chain, token)
+
+    def reset(self) -> None:
+        """Start anew: forget all tokens, begin the grammar again, and rewind the random numbers to `seed`."""
+        self._check_open()
+        # void llama_sampler_reset(struct llama_sampler * smpl)
+        llama.llama_sampler_reset(self._chain)
+        if self._grammar is not None:
+            llama.llama_sampler_reset(self._grammar)
+
+    def _select(self, logits: NDArray[np.float32]) -> int:
+        """common_sampler_sample of common/sampling.cpp: rejection first, the grammar on everything if needed."""
+        self._fill(logits)
+        # void llama_sampler_apply(struct llama_sampler * smpl, llama_token_data_array * cur_p)
+        llama.llama_sampler_apply(self._chain, ctypes.byref(self._array))
+        if self._grammar is None:
+            return self._selected(_no_token)
+        token = self._selected(_no_token_in_grammar)
+        if self._fits_grammar(token):
+            return token
+        self._fill(logits)
+        llama.llama_sampler_apply(self._grammar, ctypes.byref(self._array))
+        if self._candidates["logit"].max() == -np.inf:
+            raise _no_token_in_grammar()
+        llama.llama_sampler_apply(self._chain, ctypes.byref(self._array))
+        # A bias of -inf may have forbidden all that the grammar allows: accepting it would end the process.
+        return self._selected(_no_token_in_grammar)
+
+    def _fill(self, logits: NDArray[np.float32]) -> None:
+        self._candidates["id"] = self._ids
+        self._candidates["logit"] = logits
+        # Samplers shrink the array and move its pointer.
+        self._array.data = self._candidates_pointer
+        self._array.size = len(self._ids)
+        self._array.selected = -1
+        self._array.sorted = False
+
+    def _selected(self, failure: Callable[[], AbcliError]) -> int:
+        index = self._array.selected
+        if not 0 <= index < self._array.size:
+            raise failure()
+        chosen = self._array.data[index]
+        if not math.isfinite(chosen.logit):
+            raise failure()
+        return int(chosen.id)
+
+    def _fits_grammar(self, token: int) -> bool:
+        self._candidate.id, self._candidate.logit, self._candidate.p = token, 1.0, 0.0
+        self._single.data = ctypes.pointer(self._candidate)
+        self._single.size, self._single.selected, self._single.sorted = 1, -1, False
+        llama.llama_sampler_apply(self._grammar, ctypes.byref(self._single))
+        return bool(self._candidate.logit != -math.inf)
+
+    def _check(self, logits: NDArray[np.float32]) -> None:
+        self._check_open()
+        if logits.shape != self._ids.shape or logits.dtype != np.float32:
+            raise NativeError(
+                f"cannot sample from {logits.dtype} logits of shape {logits.shape}",
+                f"float32 logits of shape {self._ids.shape} are needed",
+            )
+        peak = logits.max()  # hands a NaN on
+        if not math.isfinite(peak):
+            raise NativeError(
+                f"cannot sample: the largest logit is {peak}", "the model file may be damaged; download it again"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NativeError("the sampler is closed", "make a new one")
+
+
+def _samplers(
+    model: Model, config: SamplingConfig, seed: int, penalty_last_n: int, dry_last_n: int
+) -> Iterator[Callable[[], Any]]:
+    """What makes each sampler of the chain, in the order of common_sampler_init."""
+    biases = _biases(model, config)
+    if biases:
+        array = (llama.llama_logit_bias * len(biases))(*biases)
+        yield lambda: llama.llama_sampler_init_logit_bias(model.vocabulary_size, len(biases), array)
+    if config.mirostat == 2:
+        # As in llama.cpp, mirostat takes the place of all truncation and penalties.
+        yield lambda: llama.llama_sampler_init_temp(config.temperature)
+        yield lambda: llama.llama_sampler_init_mirostat_v2(seed, config.mirostat_tau, config.mirostat_eta)
+        return
+    yield lambda: llama.llama_sampler_init_penalties(
+        model.vocabulary_size,
+        penalty_last_n,
+        config.repeat_penalty,
+        config.frequency_penalty,
+        config.presence_penalty,
+    )
+    yield lambda: _make_dry(model, config, dry_last_n)
+    yield lambda: llama.llama_sampler_init_top_n_sigma(config.top_n_sigma)
+    yield lambda: llama.llama_sampler_init_top_k(config.top_k)
+    yield lambda: llama.llama_sampler_init_typical(config.typical_p, 0)
+    yield lambda: llama.llama_sampler_init_top_p(config.top_p, 0)
+    yield lambda: llama.llama_sampler_init_min_p(config.min_p, 0)
+    yield lambda: llama.llama_sampler_init_xtc(config.xtc_probability, config.xtc_threshold, 0, seed)
+    yield lambda: llama.llama_sampler_init_temp_ext(config.temperature, 0.0, 1.0)
+    yield lambda: llama.llama_sampler_init_dist(seed)
+
+
+def _biases(model: Model, config: SamplingConfig) -> list[Any]:
+    """The user's biases, then -inf for the tokens the model itself wants never to be sampled."""
+    count = ctypes.c_int32()
+    # const llama_token * llama_vocab_get_suppress_tokens(const struct llama_vocab * vocab, int32_t * n)
+    suppressed = llama.llama_vocab_get_suppress_tokens(model.vocabulary, ctypes.byref(count))
+    never = [(suppressed[index], -math.inf) for index in range(count.value)]
+    return [llama.llama_logit_bias(token, bias) for token, bias in (*config.logit_bias, *never)]
+
+
+def _make_dry(model: Model, config: SamplingConfig, last_n: int) -> Any:
+    breakers = [_encode_breaker(breaker) for breaker in config.dry_breakers]
+    return llama.llama_sampler_init_dry(
+        model.vocabulary,
+        config.dry_multiplier,
+        config.dry_base,
+        config.dry_allowed_length,
+        last_n,
+        (ctypes.c_char_p * len(breakers))(*breakers),
+        len(breakers),
+    )
+
+
+def _make_grammar(stack: ExitStack, model: Model, text: str) -> Any:
+    clear_log()
+    try:
+        # struct llama_sampler * llama_sampler_init_grammar(const struct llama_vocab *, const char * grammar_str,
+        #                                                   const char * grammar_root)
+        return _own(stack, llama.llama_sampler_init_grammar, model.vocabulary, text.encode(), b"root")
+    except NativeError:
+        raise GrammarError(
+            f"llama.cpp refuses the grammar: {log_tail() or 'no reason given'}", "simplify the grammar"
+        ) from None
+
+
+def _own(stack: ExitStack, make: Callable[..., Any], *arguments: Any) -> Any:
+    handle = make(*arguments)
+    if not handle:
+        raise NativeError("llama.cpp could not make a sampler", "there may be too little memory")
+    # void llama_sampler_free(struct llama_sampler * smpl)
+    stack.callback(llama.llama_sampler_free, handle)
+    return handle
+
+
+def _append(chain: Any, make: Callable[[], Any]) -> None:
+    with ExitStack() as stack:
+        handle = _own(stack, make)
+        # void llama_sampler_chain_add(struct llama_sampler * chain, struct llama_sampler * smpl)
+        llama.llama_sampler_chain_add(chain, handle)
+        stack.pop_all()  # the chain frees it from now on
+
+
+def _encode_breaker(breaker: str) -> bytes:
+    try:
+        data = breaker.encode("utf-8")
+    except UnicodeEncodeError:
+        data = b""
+    if not data or b"\0" in data or len(data) > MAX_BREAKER_BYTES:
+        raise UsageError(
+            f"the DRY sequence breaker {breaker!r} is not possible",
+            f"use 1 to {MAX_BREAKER_BYTES} bytes of UTF-8 without NUL",
+        )
+    return data
+
+
+def _no_token() -> NativeError:
+    return NativeError("the sampler settings leave no token to choose from", "loosen penalties or logit biases")
+
+
+def _no_token_in_grammar() -> GrammarError:
+    return GrammarError(
+        "the grammar leaves no token to choose from",
+        "it may be complete while ending the answer is forbidden, or need text the model has no tokens for",
+    )

@@ -1,0 +1,122 @@
+"""Reads the bytes of `llama_state_seq_get_data`: where in them the keys of each layer lie.
+
+Layout (llama_kv_cache::state_write in llama-kv-cache.cpp; a sliding-window model writes two caches, one after the
+other): u32 magic and u32 sequence id; then per cache u32 streams; per stream u32 cells; per cell i32 position,
+u32 count and that many i32 sequence ids; u32 values transposed?; u32 layers; per layer i32 type, u64 row bytes and
+the keys; per layer the values, as rows or (transposed) as i32 type, u32 element bytes, u32 width and columns.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.errors import AbcliError
+
+HEADER_BYTES = 8
+_MAX_LAYERS = 4096
+_MAX_ROW_BYTES = 1 << 24
+_CELL = np.dtype([("position", "<i4"), ("count", "<u4"), ("sequence", "<i4")])
+
+
+class StateError(AbcliError):
+    """State bytes of a form this reader does not know, e.g. of M-RoPE or recurrent models."""
+
+
+@dataclass(frozen=True)
+class LayerKeys:
+    """The keys of one layer: `cells` rows of `row_bytes` bytes of ggml type `type_id`, from byte `offset` on."""
+
+    offset: int
+    row_bytes: int
+    type_id: int
+
+
+@dataclass(frozen=True)
+class CacheKeys:
+    """One cache's cells and key layers; `positions` is int32 [cells]."""
+
+    positions: NDArray[np.int32]
+    layers: tuple[LayerKeys, ...]
+
+
+def parse_state(data: NDArray[np.uint8]) -> tuple[CacheKeys, ...]:
+    """The caches in state bytes (uint8 [n]) of one sequence, in order.
+
+    Raises StateError for anything that is not exactly of the known layout: wrong magic, counts or sizes that do not
+    fit, several streams or owners of a cell, bytes left over.
+    """
+    reader = _Reader(data)
+    magic = reader.unsigned(4)
+    if magic != llama.LLAMA_STATE_SEQ_MAGIC:
+        raise StateError(f"state bytes begin with {magic:#x}, not {llama.LLAMA_STATE_SEQ_MAGIC:#x}")
+    reader.unsigned(4)
+    caches = []
+    while reader.left:
+        caches.append(_cache(reader))
+    if not caches:
+        raise StateError("state bytes hold no cache")
+    return tuple(caches)
+
+
+class _Reader:
+    """Takes numbers from bytes; refuses to go beyond their end."""
+
+    def __init__(self, data: NDArray[np.uint8]) -> None:
+        self.data = data
+        self.at = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.at
+
+    def skip(self, count: int) -> int:
+        """Pass over `count` bytes; the offset at which they start."""
+        if count > self.left:
+            raise StateError(f"state bytes end at {len(self.data)}, but {count} more are announced at {self.at}")
+        start = self.at
+        self.at += count
+        return start
+
+    def unsigned(self, size: int) -> int:
+        start = self.skip(size)
+        return int.from_bytes(self.data[start : self.at].tobytes(), "little")
+
+
+def _cache(reader: _Reader) -> CacheKeys:
+    streams = reader.unsigned(4)
+    if streams != 1:
+        raise StateError(f"the state has {streams} streams, not 1")
+    count = reader.unsigned(4)
+    if count == 0:
+        return CacheKeys(np.empty(0, np.int32), ())
+    start = reader.skip(count * _CELL.itemsize)
+    cells = reader.data[start : reader.at].view(_CELL)
+    if np.any(cells["count"] != 1):
+        raise StateError("a cell of the state has not exactly one owner, or carries an extension (M-RoPE)")
+    transposed, layers = reader.unsigned(4), reader.unsigned(4)
+    if transposed > 1 or not 0 < layers <= _MAX_LAYERS:
+        raise StateError(f"the state announces {layers} layers and value order {transposed}")
+    keys = tuple(_rows(reader, count) for _ in range(layers))
+    for _ in range(layers):
+        if transposed:
+            reader.unsigned(4)
+            element, width = reader.unsigned(4), reader.unsigned(4)
+            if not 0 < element * width <= _MAX_ROW_BYTES:
+                raise StateError(f"the state announces values of {width} x {element} bytes")
+            reader.skip(element * width * count)
+        else:
+            _rows(reader, count)
+    return CacheKeys(cells["position"].astype(np.int32), keys)
+
+
+def _rows(reader: _Reader, count: int) -> LayerKeys:
+    (type_id,) = struct.unpack("<i", reader.unsigned(4).to_bytes(4, "little"))
+    row_bytes = reader.unsigned(8)
+    if not 0 < row_bytes <= _MAX_ROW_BYTES:
+        raise StateError(f"the state announces rows of {row_bytes} bytes")
+    return LayerKeys(reader.skip(count * row_bytes), row_bytes, type_id)

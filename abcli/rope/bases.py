@@ -1,0 +1,100 @@
+"""Chooses the RoPE base of every bucket."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from abcli.config import MAX_BUCKETS, SPREADS, BucketConfig
+from abcli.errors import UnsupportedModelError, UsageError
+
+_PAPER_SIX = (1.0, 1.75, 1.8, 1.9, 2.0, 2.5)
+
+
+def symmetric_multipliers(count: int) -> tuple[float, ...]:
+    """`count` multipliers of the native base, ascending, evenly spaced in the logarithm on both sides of 1.
+
+    (count - 1) // 2 of them lie in [0.5, 1) and count // 2 in (1, 2]. Raises UsageError for a count out of range.
+    """
+    _check_count(count)
+    below, above = (count - 1) // 2, count // 2
+    return (
+        *(0.5 * 2 ** (i / below) for i in range(below)),
+        1.0,
+        *(2 ** (i / above) for i in range(1, above + 1)),
+    )
+
+
+def paper_multipliers(count: int) -> tuple[float, ...]:
+    """The one-sided set of Attention Buckets (arXiv 2312.04455, Llama-2-7B: 10,000 ... 25,000), ascending.
+
+    Six buckets get the paper's own; any other number is interpolated over the paper's at even quantiles.
+    Raises UsageError for a count out of range.
+    """
+    _check_count(count)
+    quantiles = np.linspace(0, len(_PAPER_SIX) - 1, count)
+    return tuple(float(m) for m in np.interp(quantiles, range(len(_PAPER_SIX)), _PAPER_SIX))
+
+
+def choose_bases(config: BucketConfig, native_base: float) -> tuple[float, ...]:
+    """The base of every bucket for a model trained with `native_base`, rounded to float32 as in llama.cpp.
+
+    Explicit bases or multipliers keep their order and override `count` and `spread`; a spread is ascending and
+    contains the native base. Raises UsageError for values that make no sense, UnsupportedModelError for a
+    native base that is none.
+    """
+    native = _to_float32(native_base)
+    if not 1 < native < math.inf:
+        raise UnsupportedModelError(
+            f"the model has a RoPE base of {native_base:g}", "only models with rotary positions have buckets"
+        )
+    if config.bases and config.multipliers:
+        raise UsageError("both bases and multipliers are given", "give only one of --bases and --multipliers")
+    if config.bases:
+        return _checked(config.bases)
+    if config.multipliers:
+        for multiplier in config.multipliers:
+            if not 0 < multiplier < math.inf:
+                raise UsageError(f"the multiplier {multiplier:g} is not possible", "give positive numbers")
+        return _checked(multiplier * native for multiplier in config.multipliers)
+    if config.spread not in SPREADS:
+        raise UsageError(f"unknown spread {config.spread!r}", f"use one of {', '.join(SPREADS)}")
+    spread = symmetric_multipliers if config.spread == "symmetric" else paper_multipliers
+    return _checked(multiplier * native for multiplier in spread(config.count))
+
+
+def parse_numbers(text: str, flag: str) -> tuple[float, ...]:
+    """The finite numbers of a comma-separated list such as "50000,100000"; `flag` is named in a UsageError."""
+    numbers = []
+    for item in text.split(","):
+        try:
+            number = float(item)
+        except ValueError:
+            number = math.nan
+        # float() would also take "1_0", where a comma was meant.
+        if not math.isfinite(number) or "_" in item:
+            raise UsageError(f"{flag}: {item.strip()!r} is not a number", f"give finite numbers, like {flag} 0.5,1,2")
+        numbers.append(number)
+    return tuple(numbers)
+
+
+def _check_count(count: int) -> None:
+    if not 1 <= count <= MAX_BUCKETS:
+        raise UsageError(f"{count} buckets are not possible", f"use 1 to {MAX_BUCKETS} buckets")
+
+
+def _checked(bases: Iterable[float]) -> tuple[float, ...]:
+    given = tuple(bases)
+    _check_count(len(given))
+    rounded = tuple(_to_float32(base) for base in given)
+    for base, stored in zip(given, rounded, strict=True):
+        if not 1 < stored < math.inf:
+            raise UsageError(f"the RoPE base {base:g} is not possible", "give finite bases above 1")
+    return rounded
+
+
+def _to_float32(number: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(number))
