@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -16,9 +17,12 @@ from numpy.typing import NDArray
 from abcli.errors import ModelFileError, NativeError, PromptError
 from abcli.native.library import clear_log, initialise, log_tail
 
+# Which numbers of a head RoPE turns together: (2i, 2i + 1), or (i, i + dimensions / 2).
+Rotation = Literal["pairs", "halves"]
 # LLAMA_TOKEN_ATTR_UNKNOWN | LLAMA_TOKEN_ATTR_CONTROL: what llama_tokenize reads only with parse_special.
 _CONTROL_ATTRIBUTES = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
 _DEFAULT_BASE = 10000.0
+_ROTATIONS: dict[int, Rotation] = {llama.LLAMA_ROPE_TYPE_NORM: "pairs", llama.LLAMA_ROPE_TYPE_NEOX: "halves"}
 _MAX_TEXT_BYTES = 2**31 - 1
 
 
@@ -51,8 +55,9 @@ class Model:
         self.vocabulary = vocabulary
         self.vocabulary_size: int = llama.llama_vocab_n_tokens(vocabulary)
         self.trained_context: int = llama.llama_model_n_ctx_train(handle)
-        self.rope_type: int = llama.llama_model_rope_type(handle)
-        self.has_rope: bool = self.rope_type != llama.LLAMA_ROPE_TYPE_NONE
+        rope_type: int = llama.llama_model_rope_type(handle)
+        self.has_rope = rope_type != llama.LLAMA_ROPE_TYPE_NONE
+        self.rotation = _ROTATIONS.get(rope_type)
         self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
         self._piece_buffer = ctypes.create_string_buffer(256)
