@@ -13,6 +13,7 @@ MergeRule = Literal["confidence", "mean", "product", "max", "entropy"]
 Spread = Literal["symmetric", "paper"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FlashAttention = Literal["auto", "on", "off"]
+PrefillMode = Literal["auto", "shared", "exact"]
 
 MERGE_RULES: tuple[MergeRule, ...] = get_args(MergeRule)
 SPREADS: tuple[Spread, ...] = get_args(Spread)
@@ -45,7 +46,10 @@ class BucketConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a model is loaded and decoded; 0 threads: one per core; -1 GPU layers: all of them."""
+    """How a model is loaded and decoded; 0 threads: one per core; -1 GPU layers: all of them.
+
+    `prefill_base` is the RoPE base under which a shared prefill computes; None is the model's native base.
+    """
 
     model: Path
     bases: tuple[float, ...]
@@ -58,6 +62,8 @@ class EngineConfig:
     flash_attention: FlashAttention = "auto"
     cache_type_k: CacheType = "f16"
     cache_type_v: CacheType = "f16"
+    prefill: PrefillMode = "auto"
+    prefill_base: float | None = None
 
 
 @dataclass(frozen=True)

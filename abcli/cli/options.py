@@ -19,10 +19,11 @@ from abcli.config import (
     FlashAttention,
     GenerationConfig,
     MergeRule,
+    PrefillMode,
     SamplingConfig,
     Spread,
 )
-from abcli.errors import UsageError
+from abcli.errors import PromptError, UsageError
 from abcli.models.locate import locate_model
 from abcli.rope.bases import parse_numbers
 
@@ -30,6 +31,8 @@ _ENGINE = EngineConfig(Path(), ())
 _BUCKETS = BucketConfig()
 _SAMPLING = SamplingConfig()
 _ANSWER = GenerationConfig()
+# llama.cpp reads a quantised value cache only in its flash attention.
+_PLAIN_CACHE_TYPES = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,14 @@ class ModelOptions:
     cache_type_v: Annotated[CacheType, flag("Type of the value cache.", "--cache-type-v", "-ctv")] = (
         _ENGINE.cache_type_v
     )
+    prefill: Annotated[
+        PrefillMode,
+        flag("shared: one bucket computes the prompt for all; exact: each its own; auto: by length.", "--prefill"),
+    ] = _ENGINE.prefill
+    prefill_base: Annotated[
+        float | None,
+        flag("RoPE base that computes a shared prefill.", "--prefill-base", show_default="the model's own"),
+    ] = None
     chat_template: Annotated[
         str | None,
         flag("Jinja file or known name, instead of the model's.", "--chat-template"),
@@ -79,6 +90,10 @@ class ModelOptions:
         ):
             if not least <= value < 2**31:
                 raise UsageError(f"{name} {value} is impossible", f"choose {least} or more")
+        if self.flash_attn == "off" and self.cache_type_v not in _PLAIN_CACHE_TYPES:
+            raise UsageError(
+                f"--cache-type-v {self.cache_type_v} needs flash attention", "drop --flash-attn off, or take f16"
+            )
         return EngineConfig(
             model=locate_model(positional or self.model),
             bases=(),
@@ -90,6 +105,8 @@ class ModelOptions:
             flash_attention=self.flash_attn,
             cache_type_k=self.cache_type_k,
             cache_type_v=self.cache_type_v,
+            prefill=self.prefill,
+            prefill_base=self.prefill_base,
         )
 
 
@@ -102,9 +119,10 @@ class BucketOptions:
     buckets: Annotated[
         int | None,
         flag(
-            f"Number of buckets, 1 to {MAX_BUCKETS}; 1 is plain llama.cpp. [default: {DEFAULT_BUCKETS}]",
+            f"Number of buckets, 1 to {MAX_BUCKETS}; 1 is plain llama.cpp.",
             "--buckets",
             "-k",
+            show_default=str(DEFAULT_BUCKETS),
         ),
     ] = None
     bases: Annotated[str | None, flag("RoPE base of each bucket: 50000,100000,...", "--bases", metavar="LIST")] = None
@@ -115,8 +133,9 @@ class BucketOptions:
     spread: Annotated[
         Spread | None,
         flag(
-            "Bases around the model's own, or the paper's multiples. [default: symmetric]",
+            "Bases around the model's own, or the paper's multiples.",
             "--spread",
+            show_default=str(_BUCKETS.spread),
         ),
     ] = None
     merge: Annotated[MergeRule, flag("How the buckets' distributions become one.", "--merge")] = _BUCKETS.merge
@@ -281,6 +300,17 @@ def parse_logit_bias(text: str) -> tuple[int, float]:
             except ValueError:
                 break
     raise UsageError(f"--logit-bias {text!r} is not TOKEN+BIAS", "write it like 15043+1 or 15043-inf")
+
+
+def check_argument(text: str, what: str) -> str:
+    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{what} is not UTF-8: at character {error.start:,}", "check the terminal's encoding"
+        ) from None
+    return text
 
 
 def _text_or_file(text: str, path: Path | None, flag: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from math import log
 from types import TracebackType
 
 import numpy as np
@@ -12,11 +13,17 @@ from numpy.typing import NDArray
 
 from abcli.config import EngineConfig
 from abcli.engine.protocol import Progress
+from abcli.engine.rope_parameters import rope_parameters
+from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
 from abcli.errors import CancelledError, ContextFullError
+from abcli.models.header import read_header
 from abcli.native.context import BatchPart, Context
 from abcli.native.library import CancelFlag
 from abcli.native.model import Model
+
+# Below this many new tokens computing them in every bucket is as fast as sharing, and exact.
+MIN_SHARED_TOKENS = 24
 
 
 class ContextsEngine:
@@ -30,25 +37,32 @@ class ContextsEngine:
         self._slot_cells = config.context_size
         self._cancel = CancelFlag()
         self._cancellable = False
-        self.plan: WorkerPlan = plan_workers(len(config.bases), config.threads or available_cores())
-        cells = config.context_size * config.slots
+        self._cores = config.threads or available_cores()
+        self.plan: WorkerPlan = plan_workers(len(config.bases), self._cores)
         with ExitStack() as stack:
-            self._contexts = [
-                stack.enter_context(Context(model, base, config, cells, self.plan.threads, self._cancel))
-                for base in config.bases
-            ]
-            pool = ThreadPoolExecutor(self.plan.workers, thread_name_prefix="abcli-bucket")
-            stack.callback(pool.shutdown)
-            self._pool = pool
+
+            def make(base: float) -> Context:
+                cells = config.context_size * config.slots
+                return stack.enter_context(Context(model, base, config, cells, self.plan.threads, self._cancel))
+
+            self._contexts = [make(base) for base in config.bases]
+            self._pool = ThreadPoolExecutor(self.plan.workers, thread_name_prefix="abcli-bucket")
+            stack.callback(self._pool.shutdown)
+            self._shared: SharedPrefill | None = None
+            self._leader = self._contexts[0]
+            self.prefill_note = self._try_sharing(model, config, make, stack)
             self._stack = stack.pop_all()
+        self._least_shared = 2 if config.prefill == "shared" else MIN_SHARED_TOKENS
         self._bases = tuple(config.bases)
         self._tokens: list[list[int]] = [[] for _ in range(config.slots)]
         self._logits: NDArray[np.float32] = np.empty(
             (config.slots, len(config.bases), model.vocabulary_size), np.float32
         )
-        first = self._contexts[0]
-        self._piece = min(first.batch_size, first.ubatch_size)
-        self._step_limit = first.batch_size
+        self._step_limit = self._leader.batch_size
+        self._piece = min(self._leader.batch_size, self._leader.ubatch_size)
+        if model.sliding_window > 0 and self._shared is not None:
+            # A state leaves out what the window has passed, so no piece may be longer than the window.
+            self._piece = min(self._piece, model.sliding_window)
 
     def __enter__(self) -> ContextsEngine:
         return self
@@ -83,19 +97,16 @@ class ContextsEngine:
         return self._tokens[slot]
 
     def prefill(self, slot: int, tokens: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
-        """See `Engine.prefill`. Every bucket computes every token, in pieces of at most `ubatch_size`."""
+        """See `Engine.prefill`. The tokens are computed in pieces of at most `ubatch_size`."""
         if not tokens:
             raise ValueError("prefill needs at least one token")
         start = len(self._tokens[slot])
         self._check_room(start + len(tokens))
         with self._computing({slot: start}):
-            for offset in range(0, len(tokens), self._piece):
-                piece = tokens[offset : offset + self._piece]
-                done = offset + len(piece)
-                part = BatchPart(slot, start + offset, piece, output=done == len(tokens))
-                self._decode([part], [slot])
-                if on_progress is not None:
-                    on_progress(done, len(tokens))
+            if self._shared is not None and len(tokens) >= self._least_shared:
+                self._prefill_shared(self._shared, slot, tokens, on_progress)
+            else:
+                self._prefill_exact(slot, tokens, on_progress)
         self._tokens[slot].extend(tokens)
         logits: NDArray[np.float32] = self._logits[slot]
         return logits
@@ -129,7 +140,7 @@ class ContextsEngine:
     def copy(self, source: int, target: int) -> None:
         """See `Engine.copy`."""
         if source != target:
-            for context in self._contexts:
+            for context in self._all_contexts:
                 context.copy(source, target)
             self._tokens[target] = list(self._tokens[source])
 
@@ -157,11 +168,77 @@ class ContextsEngine:
             ]
             self._contexts[bucket].decode(parts, rows)
 
-        self._in_every_bucket(job)
+        self._run_all(job, len(self._contexts))
 
-    def _in_every_bucket(self, job: Callable[[int], None]) -> None:
-        """Run `job(bucket)` for all buckets on the pool; wait for all of them, then raise the first error."""
-        futures = [self._pool.submit(job, bucket) for bucket in range(len(self._contexts))]
+    def _prefill_exact(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
+        """Every bucket computes every token."""
+        start = len(self._tokens[slot])
+        for offset in range(0, len(tokens), self._piece):
+            piece = tokens[offset : offset + self._piece]
+            done = offset + len(piece)
+            self._decode([BatchPart(slot, start + offset, piece, output=done == len(tokens))], [slot])
+            if on_progress is not None:
+                on_progress(done, len(tokens))
+
+    def _prefill_shared(
+        self, shared: SharedPrefill, slot: int, tokens: Sequence[int], on_progress: Progress | None
+    ) -> None:
+        """The leader computes all tokens but the last, the others take them over; all compute the last."""
+        start, total = len(self._tokens[slot]), len(tokens)
+        self._let_leader_catch_up(shared, slot, start)
+        others = [context for context in self._contexts if context is not self._leader]
+        self._leader.set_threads(self._cores)
+        try:
+            for offset in range(0, total - 1, self._piece):
+                piece = tokens[offset : min(offset + self._piece, total - 1)]
+                part = BatchPart(slot, start + offset, piece, output=False)
+                self._run_all(lambda _index, part=part: self._leader.decode([part], [None]), 1)  # type: ignore[misc]
+                shared.transfer(self._leader, others, slot, part.position, part.position + len(piece))
+                if on_progress is not None:
+                    on_progress(offset + len(piece), total)
+        finally:
+            self._leader.set_threads(self.plan.threads)
+        self._decode([BatchPart(slot, start + total - 1, tokens[-1:], output=True)], [slot])
+        if on_progress is not None:
+            on_progress(total, total)
+
+    def _let_leader_catch_up(self, shared: SharedPrefill, slot: int, length: int) -> None:
+        """A leader that is no bucket takes over from the nearest bucket what was decoded without it."""
+        nearest = min(self._contexts, key=lambda context: abs(log(context.base / self._leader.base)))
+        for start in range(self._leader.length(slot), length, self._piece):
+            shared.transfer(nearest, [self._leader], slot, start, min(start + self._piece, length))
+
+    def _try_sharing(
+        self, model: Model, config: EngineConfig, make: Callable[[float], Context], stack: ExitStack
+    ) -> str:
+        """Prepare shared prefill if it is wanted and proves right; what is done, and why, in a few words."""
+        if config.prefill == "exact" or len(config.bases) == 1:
+            return "exact prefill"
+        if model.rotation is None:
+            return "exact prefill: the positions of this model have several parts (M-RoPE)"
+        base = float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
+        leader = next((context for context in self._contexts if context.base == base), None) or make(base)
+        header = read_header(model.path)
+        neox = model.rotation == "halves"
+        cells = config.context_size * config.slots
+        parameters = rope_parameters(header, neox=neox, context_size=cells)
+        shared = SharedPrefill(parameters, header.key_length, model.vocabulary_size // 2, self._run_all)
+        stack.callback(shared.close)
+        try:
+            shared.probe([leader, *self._contexts], config.context_size)
+        except NotShareableError as error:
+            return f"exact prefill: {error.message}"
+        self._leader, self._shared = leader, shared
+        return f"shared prefill at base {base:g}; {shared.turning_layers} layers follow the base"
+
+    @property
+    def _all_contexts(self) -> list[Context]:
+        extra = [] if self._leader in self._contexts else [self._leader]
+        return [*self._contexts, *extra]
+
+    def _run_all(self, job: Callable[[int], None], count: int) -> None:
+        """Run job(0) ... job(count - 1) on the pool; wait for all of them, then raise the first error."""
+        futures = [self._pool.submit(job, index) for index in range(count)]
         try:
             wait(futures)
         except BaseException:
@@ -189,8 +266,8 @@ class ContextsEngine:
 
     def _truncate_contexts(self, slot: int, length: int) -> int:
         # Every context is asked: a generator would stop at the first refusal and leave the others longer.
-        if all([context.truncate(slot, length) for context in self._contexts]):  # noqa: C419
+        if all([context.truncate(slot, length) for context in self._all_contexts]):  # noqa: C419
             return length
-        for context in self._contexts:
+        for context in self._all_contexts:
             context.truncate(slot, 0)
         return 0

@@ -49,6 +49,9 @@ def open_engine(config: EngineConfig, buckets: BucketConfig) -> Iterator[Opened]
     begin = perf_counter()
     header = check_file(config.model)
     bases = choose_bases(buckets, header.native_base)
+    if config.prefill_base is not None:
+        (prefill_base,) = choose_bases(BucketConfig(bases=(config.prefill_base,)), header.native_base)
+        config = replace(config, prefill_base=prefill_base)
     config = replace(config, bases=bases, context_size=_context_size(config, header))
     check_memory(config, header)
     ensure_loadable(config.model, header)
@@ -67,11 +70,14 @@ def check_memory(config: EngineConfig, header: Header) -> None:
         return
     per_bucket = header.kv_bytes_per_token(config.cache_type_k, config.cache_type_v)
     cells = _padded(config.context_size) * config.slots
-    needed = per_bucket * cells * len(config.bases)
+    contexts = len(config.bases)
+    if config.prefill != "exact" and contexts > 1 and (config.prefill_base or header.native_base) not in config.bases:
+        contexts += 1  # the one that prefills for the others
+    needed = per_bucket * cells * contexts
     available = available_memory()
     if needed > available:
         raise OutOfMemoryError(
-            f"{len(config.bases)} buckets of {cells} tokens need {needed / _GIB:.1f} GiB for their caches, "
+            f"{contexts} caches of {cells} tokens need {needed / _GIB:.1f} GiB, "
             f"but {available / _GIB:.1f} GiB are free",
             _what_fits(per_bucket, available, config),
         )

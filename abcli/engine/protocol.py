@@ -37,6 +37,10 @@ class Engine(Protocol):
     def context_size(self) -> int:
         """The number of tokens each slot can hold."""
 
+    @property
+    def prefill_note(self) -> str:
+        """How prompts are computed, and why, in a few words."""
+
     def tokens(self, slot: int) -> Sequence[int]:
         """The tokens `slot` holds, oldest first."""
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import AbcliError
 
-HEADER_BYTES = 8
+# llama_context::state_seq_get_data (llama-context.cpp): changes when the layout does.
+_MAGIC = 0xAF143CD8
 _MAX_LAYERS = 4096
 _MAX_ROW_BYTES = 1 << 24
 _CELL = np.dtype([("position", "<i4"), ("count", "<u4"), ("sequence", "<i4")])
@@ -52,8 +52,8 @@ def parse_state(data: NDArray[np.uint8]) -> tuple[CacheKeys, ...]:
     """
     reader = _Reader(data)
     magic = reader.unsigned(4)
-    if magic != llama.LLAMA_STATE_SEQ_MAGIC:
-        raise StateError(f"state bytes begin with {magic:#x}, not {llama.LLAMA_STATE_SEQ_MAGIC:#x}")
+    if magic != _MAGIC:
+        raise StateError(f"state bytes begin with {magic:#x}, not {_MAGIC:#x}")
     reader.unsigned(4)
     caches = []
     while reader.left:

@@ -31,6 +31,7 @@ class FakeEngine:
         self.vocabulary_size = VOCABULARY
         self.slots = slots
         self.context_size = context_size
+        self.prefill_note = "exact prefill"
         self.computed = 0
         self.step_sizes: list[int] = []
         self.cancel_after: int | None = None

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-Architecture = Literal["llama", "qwen2", "gpt2", "bloom"]
+Architecture = Literal["llama", "qwen2", "gemma3", "stablelm", "gpt2", "bloom"]
 Tokenizer = Literal["gpt2", "llama"]
 WeightType = Literal["f32", "f16", "q8_0"]
 
@@ -111,9 +111,11 @@ def write_tiny_model(
     """Write a transformer with random weights and return `path`.
 
     `tokenizer` is "gpt2" (byte-level BPE, also for True), "llama" (SentencePiece with byte tokens) or
-    False for none. llama rotates neighbouring pairs (NORM), qwen2 halves (NEOX), gpt2 and bloom not at
-    all. `rope_factors` (one per pair, llama only) divide the frequencies. `metadata` and `tensors`
-    replace, add or, where the value is None, remove items, so that a test can break one thing.
+    False for none. llama rotates neighbouring pairs (NORM), qwen2, gemma3 and stablelm halves (NEOX),
+    stablelm only half of each head, gpt2 and bloom none. All but every sixth layer of gemma3 have a
+    base of their own and see a window. `rope_factors` (one per pair, llama only) divide the
+    frequencies. `metadata` and `tensors` replace, add or, where the value is None, remove items, so
+    that a test can break one thing.
     """
     random = np.random.default_rng(seed)
     if architecture in ROPELESS:
@@ -126,6 +128,8 @@ def write_tiny_model(
     else:
         biases = architecture == "qwen2"
         weights = _llama_tensors(random, layers, embedding, heads, kv_heads, feed_forward, biases=biases)
+        if architecture == "gemma3":
+            weights |= _gemma_norms(layers, embedding, embedding // heads)
     if rope_factors is not None:
         weights["rope_freqs.weight"] = np.asarray(rope_factors, np.float32)
     _add_embeddings(random, weights, vocabulary_size, embedding)
@@ -145,6 +149,14 @@ def write_tiny_model(
             "rope.dimension_count": embedding // heads,
             "rope.freq_base": float(rope_base),
         }
+    if architecture == "stablelm":
+        keys |= {"rope.dimension_count": embedding // heads // 2, "attention.layer_norm_epsilon": 1e-5}
+        keys["use_parallel_residual"] = False
+        norms = [name for name in weights if name.endswith("_norm.weight")]
+        weights |= {name.replace(".weight", ".bias"): np.zeros(embedding, np.float32) for name in norms}
+    if architecture == "gemma3":
+        keys |= {f"attention.{part}_length": embedding // heads for part in ("key", "value")}
+        keys["attention.sliding_window"] = 64
     values = {f"{architecture}.{key}": value for key, value in keys.items()}
     values |= _tokenizer_metadata(tokenizer, vocabulary_size, chat_template)
     return _write(path, architecture, values | dict(metadata or {}), weights | dict(tensors or {}), dtype)
@@ -244,6 +256,16 @@ def _llama_tensors(
             for part, width in (("q", embedding), ("k", kv_width), ("v", kv_width)):
                 weights[f"{name}attn_{part}.bias"] = 0.1 * _normal(random, width)
     return weights
+
+
+def _gemma_norms(layers: int, embedding: int, head_width: int) -> dict[str, Array]:
+    widths = {"attn_q_norm": head_width, "attn_k_norm": head_width}
+    widths |= {"post_attention_norm": embedding, "post_ffw_norm": embedding}
+    return {
+        f"blk.{layer}.{name}.weight": np.ones(width, np.float32)
+        for layer in range(layers)
+        for name, width in widths.items()
+    }
 
 
 def _fused_tensors(
