@@ -207,7 +207,7 @@ class Generator:
             # The logits after the last token are needed, so at least that one is computed again.
             cached = self._engine.truncate(slot, min(shared, len(prompt) - 1))
             logits = self._engine.prefill(slot, prompt[cached:], self._watched(on_progress))
-            statistics = Statistics(prompt_tokens=len(prompt), cached_tokens=cached)
+            statistics = Statistics(len(prompt), cached_tokens=len(prompt) - self._engine.computed_tokens)
             statistics.prefill_seconds = perf_counter() - begin
             sampler.accept_prompt(prompt)
             answer = Answer(slot, sampler.seed, statistics)

@@ -95,38 +95,48 @@ class Fitted:
     dropped_turns: int
 
 
-def fit(messages: Sequence[Message], template: Tokenizing, available: int, reserve: int, overflow: Overflow) -> Fitted:
+def fit(
+    messages: Sequence[Message],
+    template: Tokenizing,
+    available: int,
+    reserve: int,
+    overflow: Overflow,
+    dropped: int = 0,
+) -> Fitted:
     """`messages` as tokens that leave `reserve` (at least 1) of `available` tokens for the answer.
 
-    With "shift" as few as possible of the oldest turns are dropped, never the leading system messages or what
-    belongs to the user's last message. Raises ContextFullError if it does not fit (with "error": at once).
+    With "shift" the `dropped` oldest turns that were left out before stay out; if that does not fit, more are
+    dropped until a quarter of the context is free, so that the next turns fit without shifting again. The leading
+    system messages and what belongs to the user's last message are never dropped. Raises ContextFullError if it
+    does not fit (with "error": at once).
     """
-    reserve = max(reserve, 1)
-    tokens = template.tokens(messages)
-    if len(tokens) + reserve <= available:
-        return Fitted(list(messages), tokens, 0)
+    room = available - max(reserve, 1)
     head, turns = _split_turns(messages)
+
+    def without(count: int) -> Fitted:
+        kept = [*head, *(message for turn in turns[count:] for message in turn)]
+        return Fitted(kept, template.tokens(kept), count)
+
+    first = without(dropped if overflow == "shift" and dropped < len(turns) else 0)
+    if len(first.tokens) <= room:
+        return first
     if overflow == "error" or len(turns) < 2:
-        raise ContextFullError(len(tokens) + reserve, available)
-
-    def without(dropped: int) -> Fitted:
-        kept = [*head, *(message for turn in turns[dropped:] for message in turn)]
-        return Fitted(kept, template.tokens(kept), dropped)
-
-    # Bisection: fewer turns have fewer tokens, so thousands of turns need about ten tokenizations.
-    best = without(len(turns) - 1)
-    if len(best.tokens) + reserve > available:
+        raise ContextFullError(len(first.tokens) + available - room, available)
+    last = without(len(turns) - 1)
+    if len(last.tokens) > room:
         raise ContextFullError(
-            len(best.tokens) + reserve, available, "shorten the last message, or ask for more with --ctx-size"
+            len(last.tokens) + available - room, available, "shorten the last message, or ask for more with --ctx-size"
         )
-    too_few = 0
-    while best.dropped_turns - too_few > 1:
-        candidate = without((too_few + best.dropped_turns) // 2)
-        if len(candidate.tokens) + reserve <= available:
-            best = candidate
+    # Bisection: fewer turns have fewer tokens, so thousands of turns need about ten tokenizations.
+    fewest, target = last, min(room, available - available // 4)
+    too_few = first.dropped_turns
+    while fewest.dropped_turns - too_few > 1:
+        candidate = without((too_few + fewest.dropped_turns) // 2)
+        if len(candidate.tokens) <= target:
+            fewest = candidate
         else:
             too_few = candidate.dropped_turns
-    return best
+    return fewest
 
 
 def _split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:

@@ -22,6 +22,7 @@ from abcli.config import (
     PrefillMode,
     SamplingConfig,
     Spread,
+    prompt_cache_directory,
 )
 from abcli.errors import PromptError, UsageError
 from abcli.models.locate import locate_model
@@ -68,6 +69,12 @@ class ModelOptions:
         float | None,
         flag("RoPE base that computes a shared prefill.", "--prefill-base", show_default="the model's own"),
     ] = None
+    prompt_cache: Annotated[
+        bool, flag("Keep the state of long prompts on disk (also --prompt-cache=DIR).", "--prompt-cache")
+    ] = False
+    prompt_cache_dir: Annotated[
+        Path | None, flag("Where to keep it; implies --prompt-cache.", "--prompt-cache-dir")
+    ] = None
     chat_template: Annotated[
         str | None,
         flag("Jinja file or known name, instead of the model's.", "--chat-template"),
@@ -107,6 +114,7 @@ class ModelOptions:
             cache_type_v=self.cache_type_v,
             prefill=self.prefill,
             prefill_base=self.prefill_base,
+            prompt_cache=self.prompt_cache_dir or (prompt_cache_directory() if self.prompt_cache else None),
         )
 
 

@@ -32,7 +32,7 @@ def ready(terminal: Terminal, config: EngineConfig, buckets: BucketConfig, *, ve
         echo_log(sys.stderr.write)
     with ExitStack() as stack:
         with terminal.working(f"loading {config.model.name}"):
-            opened = stack.enter_context(open_engine(config, buckets))
+            opened = stack.enter_context(open_engine(config, buckets, terminal.warn))
         engine, model = opened.engine, opened.model
         if engine.context_size > model.trained_context:
             terminal.warn(

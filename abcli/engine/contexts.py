@@ -6,20 +6,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from math import log
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
+from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
+from abcli.engine.prompt_cache import CacheKey, PromptCache, fingerprint
 from abcli.engine.protocol import Progress
 from abcli.engine.rope_parameters import rope_parameters
 from abcli.engine.shared import NotShareableError, SharedPrefill
+from abcli.engine.stored import MIN_GAIN, StoredPrompts
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
 from abcli.errors import CancelledError, ContextFullError
 from abcli.models.header import read_header
 from abcli.native.context import BatchPart, Context
-from abcli.native.library import CancelFlag
+from abcli.native.library import CancelFlag, version
 from abcli.native.model import Model
 
 # Below this many new tokens computing them in every bucket is as fast as sharing, and exact.
@@ -29,8 +32,10 @@ MIN_SHARED_TOKENS = 24
 class ContextsEngine:
     """Implements `Engine`. The contexts share the weights; each has its own cache, buffers and RoPE base."""
 
-    def __init__(self, model: Model, config: EngineConfig) -> None:
+    def __init__(self, model: Model, config: EngineConfig, warn: Callable[[str], None] | None = None) -> None:
         """Make one context per base of `config`; the model stays the caller's and must outlive the engine.
+
+        `warn` gets a line for what goes wrong with the prompt cache on disk.
 
         Raises NativeError if a context cannot be made.
         """
@@ -63,6 +68,10 @@ class ContextsEngine:
         if model.sliding_window > 0 and self._shared is not None:
             # A state leaves out what the window has passed, so no piece may be longer than the window.
             self._piece = min(self._piece, model.sliding_window)
+        self.computed_tokens = 0
+        self._stored: StoredPrompts | None = None
+        if config.prompt_cache is not None:
+            self._stored = self._open_stored(model, config, config.prompt_cache, warn or (lambda _line: None))
 
     def __enter__(self) -> ContextsEngine:
         return self
@@ -103,11 +112,15 @@ class ContextsEngine:
         start = len(self._tokens[slot])
         self._check_room(start + len(tokens))
         with self._computing({slot: start}):
+            tokens = self._restore(slot, tokens)
+            self.computed_tokens = len(tokens)
             if self._shared is not None and len(tokens) >= self._least_shared:
                 self._prefill_shared(self._shared, slot, tokens, on_progress)
             else:
                 self._prefill_exact(slot, tokens, on_progress)
         self._tokens[slot].extend(tokens)
+        if self._stored is not None and len(tokens) > MIN_GAIN:
+            self._stored.store(slot, self._tokens[slot][:-1])
         logits: NDArray[np.float32] = self._logits[slot]
         return logits
 
@@ -169,6 +182,21 @@ class ContextsEngine:
             self._contexts[bucket].decode(parts, rows)
 
         self._run_all(job, len(self._contexts))
+
+    def _restore(self, slot: int, tokens: Sequence[int]) -> Sequence[int]:
+        """Take from the disk what it holds of the slot's tokens followed by `tokens`; what is left to compute."""
+        if self._stored is None or len(tokens) <= MIN_GAIN:
+            return tokens
+        held = self._tokens[slot]
+        wanted = [*held, *tokens]
+        # At least one token is computed: its logits are needed.
+        done = self._stored.restore(slot, wanted[:-1], len(held), lambda: self._empty(slot))
+        self._tokens[slot] = wanted[:done]
+        return wanted[done:]
+
+    def _empty(self, slot: int) -> None:
+        self._truncate_contexts(slot, 0)
+        self._tokens[slot] = []
 
     def _prefill_exact(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
         """Every bucket computes every token."""
@@ -235,6 +263,30 @@ class ContextsEngine:
     def _all_contexts(self) -> list[Context]:
         extra = [] if self._leader in self._contexts else [self._leader]
         return [*self._contexts, *extra]
+
+    def _open_stored(
+        self, model: Model, config: EngineConfig, directory: Path, warn: Callable[[str], None]
+    ) -> StoredPrompts | None:
+        """The prompts on the disk that fit this engine, if its caches can be filled from there at all."""
+        others = [context for context in self._contexts if context is not self._leader]
+        if (others and self._shared is None) or model.is_recurrent:
+            warn(f"--prompt-cache needs a shared prefill or a single bucket: {self.prefill_note}")
+            return None
+        header = read_header(model.path)
+        cells = config.context_size * config.slots
+        scaling = rope_parameters(header, neox=model.rotation == "halves", context_size=cells)
+        key = CacheKey(
+            model=fingerprint(header),
+            base=self._leader.base,
+            scaling=repr(scaling),
+            cache_type_k=config.cache_type_k,
+            cache_type_v=config.cache_type_v,
+            flash_attention=config.flash_attention,
+            build=version(),
+            model_name=model.path.name,
+        )
+        cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
+        return StoredPrompts(cache, self._leader, others, self._shared, self._piece)
 
     def _run_all(self, job: Callable[[int], None], count: int) -> None:
         """Run job(0) ... job(count - 1) on the pool; wait for all of them, then raise the first error."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,10 +40,13 @@ class Opened:
 
 
 @contextmanager
-def open_engine(config: EngineConfig, buckets: BucketConfig) -> Iterator[Opened]:
+def open_engine(
+    config: EngineConfig, buckets: BucketConfig, warn: Callable[[str], None] | None = None
+) -> Iterator[Opened]:
     """Check and load `config.model`, choose the bases and make an engine; all is freed after the block.
 
-    `config.bases` is ignored in favour of `buckets`; a context size of 0 becomes the trained length. Raises
+    `config.bases` is ignored in favour of `buckets`; a context size of 0 becomes the trained length. `warn` gets a
+    line for what goes wrong without harm. Raises
     ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError and NativeError.
     """
     begin = perf_counter()
@@ -57,7 +60,7 @@ def open_engine(config: EngineConfig, buckets: BucketConfig) -> Iterator[Opened]
     ensure_loadable(config.model, header)
     with Model(config.model, config.gpu_layers) as model:
         _check_buckets(model, len(bases))
-        with ContextsEngine(model, config) as engine:
+        with ContextsEngine(model, config, warn) as engine:
             yield Opened(model, engine, header, perf_counter() - begin)
 
 

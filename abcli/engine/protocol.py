@@ -41,6 +41,10 @@ class Engine(Protocol):
     def prefill_note(self) -> str:
         """How prompts are computed, and why, in a few words."""
 
+    @property
+    def computed_tokens(self) -> int:
+        """How many tokens the last prefill had to compute; the others came from a prompt cache."""
+
     def tokens(self, slot: int) -> Sequence[int]:
         """The tokens `slot` holds, oldest first."""
 

@@ -111,11 +111,35 @@ class SharedPrefill:
         source.take_range(slot, start, end)
         size = source.spare_state_size()
 
+        def read(data: NDArray[np.uint8]) -> None:
+            with self._lock:  # llama.cpp does not promise that two threads may read one context
+                source.read_spare(data)
+
+        try:
+            self._give(read, size, source, targets, slot)
+        finally:
+            source.drop_spare()
+
+    def give(self, state: NDArray[np.uint8], source: Context, targets: Sequence[Context], slot: int) -> None:
+        """Append what `state`, bytes of `source`, holds to `slot` of each target, as `transfer` does."""
+
+        def read(data: NDArray[np.uint8]) -> None:
+            data[:] = state
+
+        self._give(read, len(state), source, targets, slot)
+
+    def _give(
+        self,
+        read: Callable[[NDArray[np.uint8]], None],
+        size: int,
+        source: Context,
+        targets: Sequence[Context],
+        slot: int,
+    ) -> None:
         def job(index: int) -> None:
             target = targets[index]
             data = self._scratch(size)
-            with self._lock:  # llama.cpp does not promise that two threads may read one context
-                source.read_spare(data)
+            read(data)
             self._rotate(data, parse_state(data), self._turning, self._deltas(source, target))
             target.write_spare(data)
             target.append_spare(slot)
@@ -123,7 +147,6 @@ class SharedPrefill:
         try:
             self._run_all(job, len(targets))
         finally:
-            source.drop_spare()
             for target in targets:
                 target.drop_spare()
 

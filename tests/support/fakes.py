@@ -33,6 +33,7 @@ class FakeEngine:
         self.context_size = context_size
         self.prefill_note = "exact prefill"
         self.computed = 0
+        self.computed_tokens = 0
         self.step_sizes: list[int] = []
         self.cancel_after: int | None = None
         self.closed = False
@@ -49,6 +50,7 @@ class FakeEngine:
 
     def prefill(self, slot: int, tokens: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
         before = list(self._held[slot])
+        self.computed_tokens = len(tokens)
         if len(before) + len(tokens) > self.context_size:
             raise ContextFullError(len(before) + len(tokens), self.context_size)
         try:
