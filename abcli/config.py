@@ -23,6 +23,8 @@ FLASH_ATTENTION: tuple[FlashAttention, ...] = get_args(FlashAttention)
 MAX_BUCKETS = 16
 DEFAULT_BUCKETS = 6
 DEFAULT_CONTEXT = 4096
+# Bytes that stored prompt prefixes may take on the disk.
+PROMPT_CACHE_LIMIT = 4 << 30
 DEFAULT_DRY_BREAKERS = ("\n", ":", '"', "*")
 # llama.cpp reads this seed as "draw one"; abcli draws its own so that it can be shown.
 NATIVE_RANDOM_SEED = 0xFFFFFFFF
@@ -49,6 +51,7 @@ class EngineConfig:
     """How a model is loaded and decoded; 0 threads: one per core; -1 GPU layers: all of them.
 
     `prefill_base` is the RoPE base under which a shared prefill computes; None is the model's native base.
+    `prompt_cache` is the directory that keeps the state of long prompts, None for none.
     """
 
     model: Path
@@ -64,6 +67,7 @@ class EngineConfig:
     cache_type_v: CacheType = "f16"
     prefill: PrefillMode = "auto"
     prefill_base: float | None = None
+    prompt_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,13 @@ def history_file() -> Path:
 def trial_directory() -> Path:
     """Where it is remembered which model files llama.cpp has loaded without trouble."""
     return home() / "trials"
+
+
+def prompt_cache_directory() -> Path:
+    """Where the state of prompts is stored: below `$ABCLI_HOME`, else in the platform's user cache directory."""
+    if os.environ.get(ENV_HOME):
+        return home() / "prompts"
+    return Path(platformdirs.user_cache_dir("abcli", appauthor=False)) / "prompts"
 
 
 def debug() -> bool:

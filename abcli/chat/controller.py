@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Generator as Generating
 from dataclasses import replace
 from typing import Any
 
-from abcli.chat.conversation import Conversation, Overflow, fit
+from abcli.chat.continuation import continued
+from abcli.chat.conversation import Conversation, Fitted, Overflow, fit
 from abcli.chat.session import Session
 from abcli.chat.template import ChatTemplate
 from abcli.config import GenerationConfig, SamplingConfig
 from abcli.engine.protocol import Engine, Progress
-from abcli.errors import PromptError, UsageError
+from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Generator, Piece
+
+# An answer as it grows; closing it early keeps in the conversation what there is.
+Pieces = Generating[Piece, None, None]
 
 _SLOT = 0
 # The names that flags give to fields of SamplingConfig.
@@ -34,15 +39,17 @@ class Chat:
         generator: Generator,
         engine: Engine,
         template: ChatTemplate,
+        piece: Callable[[int], bytes],
         generation: GenerationConfig,
         check_sampling: Callable[[SamplingConfig], None],
         *,
         overflow: Overflow = "error",
     ) -> None:
-        """`check_sampling` raises UsageError for settings that no sampler can be made of."""
+        """`piece` gives a token's bytes; `check_sampling` raises UsageError for settings no sampler can have."""
         self._generator = generator
         self._engine = engine
         self._template = template
+        self._piece = piece
         self._check_sampling = check_sampling
         self.generation = generation
         self.overflow = overflow
@@ -59,7 +66,7 @@ class Chat:
         """The tokens the context can hold."""
         return self._engine.context_size
 
-    def ask(self, text: str, on_progress: Progress | None = None) -> Iterator[Piece]:
+    def ask(self, text: str, on_progress: Progress | None = None) -> Pieces:
         """Answer `text`; if nothing at all came of it, the conversation is as before.
 
         What was generated before an interruption stays in the conversation. Raises PromptError, TemplateError,
@@ -74,7 +81,7 @@ class Chat:
             if self.conversation.messages[-1].role == "user":
                 self.conversation.undo()
 
-    def regenerate(self, on_progress: Progress | None = None) -> Iterator[Piece]:
+    def regenerate(self, on_progress: Progress | None = None) -> Pieces:
         """Answer the last message once more; the old answer comes back if nothing replaces it.
 
         Raises UsageError if there is nothing to answer, else as `ask`.
@@ -89,19 +96,32 @@ class Chat:
             if self.conversation.messages[-1].role == "user":
                 self.conversation.replace(before)
 
-    def _answer(self, on_progress: Progress | None) -> Iterator[Piece]:
-        fitted = fit(
-            self.conversation.messages, self._template, available=self.context_size, reserve=1, overflow=self.overflow
-        )
+    def _answer(self, on_progress: Progress | None) -> Pieces:
+        fitted = self._fit()
         self.dropped_turns = fitted.dropped_turns
+        tokens = continued(self._engine.tokens(_SLOT), fitted.tokens, self._piece)
         answer = None
         try:
-            for piece in self._generator.stream(_SLOT, fitted.tokens, self.generation, on_progress):
+            for piece in self._generator.stream(_SLOT, tokens, self.generation, on_progress):
                 answer = piece.answer
                 yield piece
         finally:
             if answer is not None and answer.text:
                 self.conversation.add_assistant(answer.text)
+
+    def _fit(self) -> Fitted:
+        reserve, limit = 1, self.generation.max_tokens
+        if self.overflow == "shift":
+            quarter = self.context_size // 4
+            reserve = min(limit, quarter) if limit > 0 else quarter
+        messages = self.conversation.messages
+        try:
+            return fit(messages, self._template, self.context_size, reserve, self.overflow, self.dropped_turns)
+        except ContextFullError as error:
+            advice = "shorten the message, or start with a larger --ctx-size"
+            if self.overflow == "error" and self.conversation.turns > 1:
+                advice = "/clear begins anew; or start with --overflow shift or a larger --ctx-size"
+            raise ContextFullError(error.used, error.available, advice) from None
 
     def settings(self) -> dict[str, object]:
         """What `/set` can change, by the names of the flags, with the values now in force."""
@@ -140,6 +160,7 @@ class Chat:
     def restore(self, session: Session) -> None:
         """Continue the conversation of `session`; the settings stay."""
         self.conversation.replace(session.messages)
+        self.dropped_turns = 0
 
 
 def _parsed(name: str, text: str, kind: type) -> object:

@@ -105,10 +105,10 @@ def fit(
 ) -> Fitted:
     """`messages` as tokens that leave `reserve` (at least 1) of `available` tokens for the answer.
 
-    With "shift" the `dropped` oldest turns that were left out before stay out; if that does not fit, more are
-    dropped until a quarter of the context is free, so that the next turns fit without shifting again. The leading
-    system messages and what belongs to the user's last message are never dropped. Raises ContextFullError if it
-    does not fit (with "error": at once).
+    With "shift" the `dropped` oldest turns that were left out before stay out; if that does not fit, more are left
+    out until half of the context is free, since all that follows a change is computed anew. The leading system
+    messages and the user's last message always stay, even if they leave less than `reserve`. Raises
+    ContextFullError if it does not fit (with "error": at once).
     """
     room = available - max(reserve, 1)
     head, turns = _split_turns(messages)
@@ -120,23 +120,19 @@ def fit(
     first = without(dropped if overflow == "shift" and dropped < len(turns) else 0)
     if len(first.tokens) <= room:
         return first
-    if overflow == "error" or len(turns) < 2:
-        raise ContextFullError(len(first.tokens) + available - room, available)
-    last = without(len(turns) - 1)
-    if len(last.tokens) > room:
-        raise ContextFullError(
-            len(last.tokens) + available - room, available, "shorten the last message, or ask for more with --ctx-size"
-        )
+    last = without(len(turns) - 1) if overflow == "shift" and turns else first
+    if len(last.tokens) > (room if overflow == "error" else available - 1):
+        raise ContextFullError(len(last.tokens) + 1, available)
     # Bisection: fewer turns have fewer tokens, so thousands of turns need about ten tokenizations.
-    fewest, target = last, min(room, available - available // 4)
+    target = min(room, available // 2)
     too_few = first.dropped_turns
-    while fewest.dropped_turns - too_few > 1:
-        candidate = without((too_few + fewest.dropped_turns) // 2)
+    while last.dropped_turns - too_few > 1:
+        candidate = without((too_few + last.dropped_turns) // 2)
         if len(candidate.tokens) <= target:
-            fewest = candidate
+            last = candidate
         else:
             too_few = candidate.dropped_turns
-    return fewest
+    return last
 
 
 def _split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:

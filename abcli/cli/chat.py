@@ -13,7 +13,7 @@ from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
 from abcli.chat.template import load_template
-from abcli.cli.options import AnswerOptions, BucketOptions, ModelOptions, SamplingOptions
+from abcli.cli.options import AnswerOptions, BucketOptions, ModelOptions, SamplingOptions, check_argument
 from abcli.cli.setup import Ready, ready
 from abcli.config import SamplingConfig, history_file, sessions_directory
 from abcli.errors import UsageError
@@ -38,7 +38,7 @@ def chat(
         typer.Option(help="When the context is full: stop with an error, or leave out the oldest turns."),
     ] = "error",
     stats: Annotated[
-        bool | None, typer.Option("--stats/--no-stats", help="Speeds after each answer. [default: on a terminal]")
+        bool | None, typer.Option("--stats/--no-stats", help="Speeds after each answer.", show_default="on a terminal")
     ] = None,
     model_options: ModelOptions,
     bucket_options: BucketOptions,
@@ -63,12 +63,12 @@ def chat(
 
         check(generation.sampling)
         template = load_template(opened.model, model_options.chat_template)
-        talk = Chat(loaded.generator, opened.engine, template, generation, check, overflow=overflow)
+        talk = Chat(loaded.generator, opened.engine, template, opened.model.piece, generation, check, overflow=overflow)
         current = _session(loaded, generation.sampling, resumed, session, terminal)
         talk.restore(current)
         if system is not None:
-            talk.conversation.system = system
-        interactive = sys.stdin is not None and sys.stdin.isatty()
+            talk.conversation.system = check_argument(system, "--system")
+        interactive = sys.stdin.isatty()
         reader: LineReader = EditorReader(history_file(), list(COMMANDS)) if interactive else StreamReader()
         screen = ChatScreen(
             terminal,
@@ -78,7 +78,9 @@ def chat(
             store,
             current,
             buckets=len(opened.engine.bases),
+            interactive=interactive,
             show_statistics=stats if stats is not None else interactive and terminal.interactive,
+            on_created=lambda name: _lock(store, name, stack),
         )
         if interactive:
             _greet(terminal, loaded, talk)
@@ -93,8 +95,14 @@ def _resume(store: SessionStore | None, name: str | None, stack: ExitStack) -> S
     """The stored session called `name`, locked until the stack closes; None if there is none yet."""
     if store is None or name is None:
         return None
-    stack.enter_context(store.lock(name))
+    _lock(store, name, stack)
     return store.load(name) if store.path(name).exists() else None
+
+
+def _lock(store: SessionStore | None, name: str, stack: ExitStack) -> None:
+    """Keep other chats off the session until the stack closes."""
+    if store is not None:
+        stack.enter_context(store.lock(name))
 
 
 def _session(

@@ -6,14 +6,17 @@ import contextlib
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from abcli import __version__
+from abcli.cli.cache import app as cache_app
 from abcli.cli.chat import chat
 from abcli.cli.flags import with_options
 from abcli.cli.run import run
+from abcli.cli.waves import waves
 from abcli.config import ENV_DEBUG, debug
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.native.library import devices, version
@@ -29,6 +32,10 @@ app = typer.Typer(
 )
 app.command("run", help="Answer one prompt and exit.")(with_options(run))
 app.command("chat", help="Talk with a model.")(with_options(chat))
+app.add_typer(cache_app, name="cache", help="Show or clear stored prompts.")
+app.command("waves", help="Show the attention waveform of each bucket, or search bases that complement each other.")(
+    with_options(waves)
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -57,7 +64,8 @@ def _abcli(
 def call(arguments: list[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit code."""
     try:
-        # A closed or exotic standard stream must not turn an answer into a traceback.
+        _replace_closed_streams()
+        # An exotic encoding must not turn an answer into a traceback.
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
@@ -73,6 +81,22 @@ def call(arguments: list[str] | None = None) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
+def _replace_closed_streams() -> None:
+    """Put the null device where a standard stream is closed; raises UsageError for standard output.
+
+    Otherwise the next file that is opened would take the stream's number, and what llama.cpp writes to it.
+    """
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
+    output_closed = sys.stdout is None
+    if output_closed:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if output_closed:
+        raise UsageError("standard output is closed", "send it to /dev/null to drop the answer")
+
+
 def main() -> None:
     """The console script."""
     sys.exit(call())
@@ -83,6 +107,8 @@ def _report(error: BaseException) -> int:
     if debug():
         traceback.print_exception(error)
     shown = _as_ours(error)
+    if not shown.message:
+        return shown.exit_code  # "abcli" alone: the parser has already printed the help
     with contextlib.suppress(OSError):
         Terminal().error(shown)
     return shown.exit_code

@@ -12,9 +12,9 @@ import typer
 from abcli.chat.files import decode_prompt, read_text_file
 from abcli.chat.messages import Message
 from abcli.chat.template import load_template
-from abcli.cli.options import AnswerOptions, BucketOptions, ModelOptions, SamplingOptions
+from abcli.cli.options import AnswerOptions, BucketOptions, ModelOptions, SamplingOptions, check_argument
 from abcli.cli.setup import Ready, ready
-from abcli.errors import PromptError, UsageError
+from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.generate import Answer
 from abcli.models.locate import looks_like_model
 from abcli.ui.terminal import Terminal, on_interrupt
@@ -39,7 +39,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     stats: Annotated[
         bool | None,
-        typer.Option("--stats/--no-stats", help="Speeds on standard error. [default: on a terminal]"),
+        typer.Option("--stats/--no-stats", help="Speeds on standard error.", show_default="on a terminal"),
     ] = None,
     model_options: ModelOptions,
     bucket_options: BucketOptions,
@@ -47,7 +47,7 @@ def run(
     answer_options: AnswerOptions,
 ) -> None:
     """Answer one prompt: parse, load, generate, print."""
-    model, text = split_words(words or [], has_model=model_options.model is not None, has_prompt=prompt or file)
+    model, text = split_words(words or [], has_model=model_options.model is not None, has_prompt=prompt is not None)
     if prompt is not None and text is not None:
         raise UsageError("the prompt is given twice", "give --prompt or PROMPT")
     text = gather_prompt(prompt if prompt is not None else text, file)
@@ -62,14 +62,18 @@ def run(
             tokens = opened.model.tokenize(text, add_special=True, parse_special=parse_special)
         else:
             template = load_template(opened.model, model_options.chat_template)
-            messages = [Message("system", system)] if system is not None else []
+            messages = [Message("system", check_argument(system, "--system"))] if system is not None else []
             tokens = template.tokens([*messages, Message("user", text)])
         with on_interrupt(loaded.generator.cancel), terminal.prefill_progress() as progress:
             answer = None
-            for piece in loaded.generator.stream(0, tokens, generation, progress):
-                answer = piece.answer
-                if not as_json:
-                    terminal.write(piece.text)
+            try:
+                for piece in loaded.generator.stream(0, tokens, generation, progress):
+                    answer = piece.answer
+                    if not as_json:
+                        terminal.write(piece.text)
+            except AbcliError:
+                terminal.end_line()
+                raise
         if answer is None:
             return
         if as_json:
@@ -81,11 +85,11 @@ def run(
             terminal.statistics(answer.statistics, used, engine.context_size, len(engine.bases))
 
 
-def split_words(words: list[str], *, has_model: bool, has_prompt: object) -> tuple[str | None, str | None]:
+def split_words(words: list[str], *, has_model: bool, has_prompt: bool) -> tuple[str | None, str | None]:
     """The model and the prompt among the positional words; None where a word is not given.
 
-    A single word is the model if the prompt comes from elsewhere or if it looks like a model, else the prompt.
-    Raises UsageError for too many words.
+    A single word is the model if there is a --prompt or if it looks like a model, else the prompt (which may
+    follow a --file). Raises UsageError for too many words.
     """
     if len(words) > 2:
         raise UsageError(f"{len(words)} words are given, but MODEL and PROMPT are two", "put the prompt in quotes")
@@ -108,11 +112,11 @@ def gather_prompt(text: str | None, file: str | None) -> str:
     if file is not None:
         parts.append(_standard_input() if file == "-" else read_text_file(Path(file)))
     elif text is None:
-        if sys.stdin is None or sys.stdin.isatty():
+        if sys.stdin.isatty():
             raise PromptError("there is no prompt", "give PROMPT, -f FILE, or pipe text into standard input")
         parts.append(_standard_input())
     if text is not None:
-        parts.append(text)
+        parts.append(check_argument(text, "the prompt"))
     whole = "\n\n".join(part.rstrip("\n") for part in parts[:-1]) + ("\n\n" if len(parts) > 1 else "") + parts[-1]
     if not whole.strip():
         raise PromptError("the prompt is empty", "give it some text")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from abcli.chat.controller import Chat
+from abcli.chat.controller import Chat, Pieces
 from abcli.chat.files import read_text_file
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.errors import AbcliError, CancelledError, UsageError
-from abcli.generate import Generator, Piece
-from abcli.ui.lines import LineReader, read_message
+from abcli.generate import Generator
+from abcli.ui.lines import Entry, LineReader, read_message
 from abcli.ui.terminal import Terminal, on_interrupt
 
 
@@ -38,9 +38,14 @@ class ChatScreen:
         session: Session,
         *,
         buckets: int,
+        interactive: bool,
         show_statistics: bool,
+        on_created: Callable[[str], object] = lambda _name: None,
     ) -> None:
-        """`store` is None for a chat that is not to be saved."""
+        """`store` is None for a chat that is not to be saved; `on_created` hears the name of a new session.
+
+        Ctrl-C ends a chat that is not interactive.
+        """
         self.terminal = terminal
         self.chat = chat
         self.session = session
@@ -48,6 +53,8 @@ class ChatScreen:
         self._generator = generator
         self._store = store
         self._buckets = buckets
+        self._interactive = interactive
+        self._on_created = on_created
         self._show_statistics = show_statistics
         self._attached: list[str] = []
         self._leaving = False
@@ -58,28 +65,33 @@ class ChatScreen:
         """Serve messages until /exit, Ctrl-D or the end of standard input."""
         while not self._leaving:
             try:
-                message = read_message(lambda continued: self._reader.line(continued=continued))
+                entry = read_message(lambda continued: self._reader.line(continued=continued))
             except EOFError:
                 return
             except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
                 self.terminal.note("Ctrl-D or /exit leaves")
                 continue
             except AbcliError as error:
                 self._fail(error)
                 continue
             try:
-                self.handle(message)
+                self.handle(entry)
             except CancelledError:
+                if not self._interactive:
+                    raise
                 self.terminal.end_line()
                 self.terminal.note("stopped")
             except AbcliError as error:
                 self._fail(error)
 
-    def handle(self, message: str) -> None:
+    def handle(self, entry: Entry) -> None:
         """Carry out a command or answer a message. Raises AbcliError; the chat can go on after it."""
+        message = entry.text
         if not message.strip() and not self._attached:
             return
-        if message.startswith("/"):
+        if message.startswith("/") and not entry.is_block:
             name, _, argument = message.partition(" ")
             command = COMMANDS.get(name)
             if command is None:
@@ -110,7 +122,11 @@ class ChatScreen:
         self.terminal.note("the conversation is empty")
 
     def undo(self, _argument: str) -> None:
-        """Take back the last message and its answer."""
+        """Take back what was read for the next message, else the last message and its answer."""
+        if self._attached:
+            self._attached.clear()
+            self.terminal.note("took back what was read")
+            return
         if not self.chat.conversation.undo():
             raise UsageError("there is nothing to undo", "ask something first")
         self._save()
@@ -137,7 +153,7 @@ class ChatScreen:
         self.terminal.note(f"model    {session.model}")
         self.terminal.note(f"bases    {', '.join(f'{base:g}' for base in session.bases)}; merge {session.merge}")
         self.terminal.note(
-            f"context  {self.chat.used_tokens}/{self.chat.context_size} tokens, {self.chat.conversation.turns} turns"
+            f"context  {self.chat.used_tokens}/{self.chat.context_size} tokens, {_turns(self.chat.conversation.turns)}"
         )
         for name, value in self.chat.settings().items():
             self.terminal.note(f"{name} = {value}")
@@ -156,7 +172,7 @@ class ChatScreen:
             raise UsageError("/load needs a file name", "e.g. /load chat.json")
         self.chat.restore(import_session(Path(argument).expanduser()))
         self._save()
-        self.terminal.note(f"loaded {self.chat.conversation.turns} turns")
+        self.terminal.note(f"loaded {_turns(self.chat.conversation.turns)}")
 
     def read(self, argument: str) -> None:
         """Place a file before the next message."""
@@ -166,15 +182,20 @@ class ChatScreen:
         self._attached.append(text)
         self.terminal.note(f"read {len(text):,} characters; they go before your next message")
 
-    def _show(self, answering: Callable[[Callable[[int, int], None]], Iterator[Piece]]) -> None:
+    def _show(self, answering: Callable[[Callable[[int, int], None]], Pieces]) -> None:
         """Stream an answer; Ctrl-C stops it."""
         answer = None
-        with on_interrupt(self._generator.cancel), self.terminal.prefill_progress() as progress:
+        with (
+            on_interrupt(self._generator.cancel),
+            self.terminal.prefill_progress() as progress,
+            # Even if the output breaks, the conversation has to be whole again before it is saved.
+            closing(answering(progress)) as pieces,
+        ):
             try:
-                for piece in answering(progress):
+                for piece in pieces:
                     if answer is None and self.chat.dropped_turns:
                         self.terminal.warn(
-                            f"the context is full: the oldest {self.chat.dropped_turns} turns are left out"
+                            f"the context is full: left out are the oldest {_turns(self.chat.dropped_turns)}"
                         )
                     answer = piece.answer
                     self.terminal.write(piece.text)
@@ -182,6 +203,8 @@ class ChatScreen:
                 self.terminal.end_line()
         if answer is None:
             return
+        if not answer.text:
+            self.terminal.warn("the answer is empty, so the conversation is as before")
         if answer.finish_reason == "length" and self.chat.used_tokens >= self.chat.context_size:
             self.terminal.warn("the answer ends here because the context is full")
         if self._show_statistics:
@@ -197,10 +220,11 @@ class ChatScreen:
 
     def _save(self) -> None:
         self.session = self.chat.store(self.session)
-        if self._store is None:
+        if self._store is None or not (self.session.name or self.session.messages):
             return
         if not self.session.name:
             new = self._store.create()
+            self._on_created(new.name)
             self.session = replace(self.session, name=new.name, created=new.created)
         self.session = self._store.save(self.session)
         self.saved = True
@@ -210,10 +234,14 @@ class ChatScreen:
         self.terminal.error(error)
 
 
+def _turns(count: int) -> str:
+    return f"{count} turn" + "s" * (count != 1)
+
+
 COMMANDS = {
     "/help": Command("", "list the commands", ChatScreen.help),
     "/clear": Command("", "begin anew under the same system prompt", ChatScreen.clear),
-    "/undo": Command("", "take back the last message and its answer", ChatScreen.undo),
+    "/undo": Command("", "take back the last message and its answer, or what /read read", ChatScreen.undo),
     "/regen": Command("", "answer the last message again", ChatScreen.regenerate),
     "/read": Command("FILE", "place a text file before the next message", ChatScreen.read),
     "/set": Command("NAME VALUE", "change a setting: /set temp 0.2", ChatScreen.set),

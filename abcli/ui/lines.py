@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.output import create_output
 
 from abcli.chat.files import decode_prompt
+from abcli.errors import PromptError
 
 BLOCK = '"""'
 
@@ -31,6 +33,8 @@ class EditorReader:
             history=_history(history_file),
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
+            # With standard output in a file or pipe, the prompt belongs on standard error.
+            output=create_output(always_prefer_tty=True),
         )
 
     def line(self, *, continued: bool) -> str:
@@ -52,24 +56,39 @@ class StreamReader:
         return decode_prompt(data, "standard input").rstrip("\r\n")
 
 
-def read_message(line: Callable[[bool], str]) -> str:
+class Entry(NamedTuple):
+    """What was typed; a block is always a message, even if it looks like a command."""
+
+    text: str
+    is_block: bool
+
+
+def read_message(line: Callable[[bool], str]) -> Entry:
     '''One message: a line, or everything between a line that begins with """ and one that ends with it.
 
-    `line(continued)` gives the next line. A block that the input's end leaves open is taken as it is.
+    `line(continued)` gives the next line. A block that the input's end leaves open is taken as it is. Raises
+    PromptError, after the whole block, if one of its lines cannot be read.
     '''
     first = line(False)
     if not first.lstrip().startswith(BLOCK):
-        return first
+        return Entry(first, is_block=False)
     rest = first.lstrip()[len(BLOCK) :]
     lines: list[str] = []
+    failure: PromptError | None = None
     while not rest.rstrip().endswith(BLOCK):
         lines.append(rest)
         try:
             rest = line(True)
         except EOFError:
-            return "\n".join(lines).strip("\n")
-    lines.append(rest.rstrip()[: -len(BLOCK)])
-    return "\n".join(lines).strip("\n")
+            break
+        except PromptError as error:
+            # The rest of the block must not be taken for messages of its own.
+            failure, rest = failure or error, ""
+    else:
+        lines.append(rest.rstrip()[: -len(BLOCK)])
+    if failure is not None:
+        raise failure
+    return Entry("\n".join(lines).strip("\n"), is_block=True)
 
 
 def _history(path: Path) -> FileHistory | InMemoryHistory:

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from types import FrameType
 from typing import TextIO
 
@@ -17,6 +18,8 @@ from abcli.errors import AbcliError
 from abcli.generate import Statistics
 
 _KEPT_CONTROLS = "\n\t"
+# A bar that comes and goes within this time would only flicker.
+_PATIENCE_SECONDS = 0.3
 
 
 class Terminal:
@@ -25,13 +28,20 @@ class Terminal:
     def __init__(self, output: TextIO | None = None, error: TextIO | None = None) -> None:
         self.output = output or sys.stdout
         self.output_is_terminal = self.output.isatty()
-        self.console = Console(file=error or sys.stderr, highlight=False, soft_wrap=True)
+        stream = error or sys.stderr
+        self._error_is_terminal = stream.isatty()
+        # FORCE_COLOR makes rich take a pipe for a terminal: colours are fine there, spinners are not.
+        force_interactive = None if self._error_is_terminal else False
+        # Without emoji=False a path such as ":bug:.gguf" would be shown as another one.
+        self.console = Console(
+            file=stream, highlight=False, soft_wrap=True, emoji=False, force_interactive=force_interactive
+        )
         self._at_line_start = True
 
     @property
     def interactive(self) -> bool:
         """Whether a person sees both the answer and the remarks."""
-        return self.output_is_terminal and self.console.is_terminal
+        return self.output_is_terminal and self._error_is_terminal
 
     def write(self, text: str) -> None:
         """Write a piece of the answer at once; a terminal gets no control characters a model made up."""
@@ -75,7 +85,7 @@ class Terminal:
 
     @contextmanager
     def prefill_progress(self) -> Iterator[Callable[[int, int], None]]:
-        """A bar on a terminal for prompts that take more than one piece; the callback takes (done, total)."""
+        """A bar on a terminal for prompts that take a while; the callback takes (done, total)."""
         if not self.console.is_interactive:
             yield lambda _done, _total: None
             return
@@ -88,13 +98,14 @@ class Terminal:
             transient=True,
         )
         task = bar.add_task("prefill", total=None)
+        begin = perf_counter()
 
         def update(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
-            if done < total:
-                bar.start()
-            else:
+            if done >= total:
                 bar.stop()
+            elif perf_counter() - begin > _PATIENCE_SECONDS:
+                bar.start()
 
         try:
             yield update

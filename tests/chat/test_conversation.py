@@ -116,12 +116,12 @@ def test_at_least_one_token_is_reserved() -> None:
         fit(talk(1), Letters(), available=8, reserve=0, overflow="error")
 
 
-def test_shift_drops_the_oldest_turns_until_a_quarter_is_free() -> None:
+def test_shift_drops_the_oldest_turns_until_half_is_free() -> None:
     messages = [SYSTEM, *talk(3), Message("user", "now")]
     fitted = fit(messages, Letters(), available=24, reserve=1, overflow="shift")
-    assert fitted.dropped_turns == 2
-    assert fitted.messages == [SYSTEM, *talk(3)[4:], Message("user", "now")]
-    assert len(fitted.tokens) <= 18
+    assert fitted.dropped_turns == 3
+    assert fitted.messages == [SYSTEM, Message("user", "now")]
+    assert len(fitted.tokens) <= 12
 
 
 def test_what_was_dropped_stays_out_while_the_rest_fits() -> None:
@@ -154,18 +154,16 @@ def test_a_greeting_without_a_question_is_a_turn_of_its_own() -> None:
     available=st.integers(1, 120),
     reserve=st.integers(1, 20),
 )
-def test_shift_drops_as_few_turns_as_leave_a_quarter_free(lengths: list[int], available: int, reserve: int) -> None:
+def test_shift_drops_as_few_turns_as_leave_half_free(lengths: list[int], available: int, reserve: int) -> None:
     turns = [[Message("user", "u" * length), Message("assistant", "a")] for length in lengths]
     turns[-1].pop()
     options = [[SYSTEM, *(message for turn in turns[first:] for message in turn)] for first in range(len(turns))]
     sizes = [len(Letters().tokens(kept)) for kept in options]
-    if sizes[-1] + reserve > available:
+    if sizes[-1] + 1 > available and sizes[0] + reserve > available:
         with pytest.raises(ContextFullError):
             fit(options[0], Letters(), available, reserve, "shift")
         return
-    target = available - reserve
-    if sizes[0] > target:
-        target = min(target, available - available // 4)
+    target = available - reserve if sizes[0] <= available - reserve else min(available - reserve, available // 2)
     wanted = next((first for first, size in enumerate(sizes) if size <= target), len(sizes) - 1)
     fitted = fit(options[0], Letters(), available, reserve, "shift")
     assert (fitted.dropped_turns, fitted.messages) == (wanted, options[wanted])
