@@ -69,7 +69,11 @@ def call(arguments: list[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        outcome = app(args=arguments, prog_name="abcli", standalone_mode=False)
+        outcome = app(
+            args=_with_directory(sys.argv[1:] if arguments is None else arguments),
+            prog_name="abcli",
+            standalone_mode=False,
+        )
         sys.stdout.flush()
     except BrokenPipeError:
         _detach_output()
@@ -79,6 +83,12 @@ def call(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _report(CancelledError())
     return outcome if isinstance(outcome, int) else 0
+
+
+def _with_directory(arguments: list[str]) -> list[str]:
+    """`--prompt-cache=DIR` as the two flags the parser knows: it has no flag whose value may be left out."""
+    flag = "--prompt-cache"
+    return [f"{flag}-dir={word[len(flag) + 1 :]}" if word.startswith(f"{flag}=") else word for word in arguments]
 
 
 def _replace_closed_streams() -> None:

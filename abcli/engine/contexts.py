@@ -65,7 +65,7 @@ class ContextsEngine:
         )
         self._step_limit = self._leader.batch_size
         self._piece = min(self._leader.batch_size, self._leader.ubatch_size)
-        if model.sliding_window > 0 and self._shared is not None:
+        if model.sliding_window > 0 and (self._shared is not None or config.prompt_cache is not None):
             # A state leaves out what the window has passed, so no piece may be longer than the window.
             self._piece = min(self._piece, model.sliding_window)
         self.computed_tokens = 0
@@ -310,7 +310,8 @@ class ContextsEngine:
             yield
         except BaseException:
             for slot, length in lengths.items():
-                del self._tokens[slot][self._truncate_contexts(slot, length) :]
+                # Reading from the disk may have emptied the slot first.
+                del self._tokens[slot][self._truncate_contexts(slot, min(length, len(self._tokens[slot]))) :]
             raise
         finally:
             self._cancellable = False

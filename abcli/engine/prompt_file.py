@@ -114,9 +114,9 @@ def read_piece(file: BufferedReader, info: PieceInfo) -> Piece:
     """One piece of an open file, its digest checked. Raises DamagedFileError, and OSError."""
     data = aligned_bytes(info.size)
     file.seek(info.offset)
-    if file.readinto(memoryview(data)) != info.size:
+    if file.readinto(data.data) != info.size:
         raise DamagedFileError(f"it ends within tokens {info.start} to {info.end}")
-    if hashlib.sha256(memoryview(data)).hexdigest() != info.digest:
+    if hashlib.sha256(data.data).hexdigest() != info.digest:
         raise DamagedFileError(f"the digest of tokens {info.start} to {info.end} does not fit")
     return Piece(info.start, info.end, data)
 
@@ -141,7 +141,7 @@ def write_entry(
     for piece in pieces:
         if piece.start != done or not done < piece.end <= len(tokens) or piece.data.dtype != np.uint8:
             raise ValueError(f"a piece of tokens {piece.start} to {piece.end} follows token {done} of {len(tokens)}")
-        data = memoryview(np.ascontiguousarray(piece.data))
+        data = np.ascontiguousarray(piece.data).data
         done, size = piece.end, len(data)
         if (offset + size) * len(tokens) > limit_bytes * done:
             raise TooLargeError(f"it needs more than {limit_bytes} bytes")

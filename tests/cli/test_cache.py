@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from abcli.cli.cache import size_text
+from abcli.cli.main import call
 from abcli.config import prompt_cache_directory
 from abcli.engine.prompt_cache import CacheKey, Piece, PromptCache
 from tests.cli.conftest import Command
@@ -140,3 +141,9 @@ def test_cache_alone_shows_its_commands(abcli: Command) -> None:
 )
 def test_sizes_are_for_people(size: int, text: str) -> None:
     assert size_text(size) == text
+
+
+def test_the_directory_may_follow_the_flag(tiny_model: Path, tmp_path: Path) -> None:
+    words = ["run", str(tiny_model), "word " * 100, "-n", "1", "--temp", "0", f"--prompt-cache={tmp_path / 'kept'}"]
+    assert call(words) == 0
+    assert len(list((tmp_path / "kept").iterdir())) == 1

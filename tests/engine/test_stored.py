@@ -2,12 +2,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from abcli.config import EngineConfig
 from abcli.engine.contexts import ContextsEngine
+from abcli.errors import NativeError
+from abcli.native.context import Context
 from abcli.native.model import Model
 from tests.support.tiny_gguf import write_tiny_model
 
@@ -55,10 +58,11 @@ def test_another_question_on_the_same_document_computes_only_the_question(path: 
 
 
 def test_one_file_serves_all_bucket_sets(path: Path, tmp_path: Path) -> None:
-    prefill(path, tmp_path, DOCUMENT, bases=(10_000.0,))
+    wanted, _, _ = prefill(path, tmp_path, DOCUMENT, bases=(10_000.0,))
     for bases in ((5_000.0, 10_000.0, 15_000.0, 20_000.0), (10_000.0, 30_000.0), (10_000.0,)):
-        _, computed, _ = prefill(path, tmp_path, DOCUMENT, bases=bases)
+        logits, computed, _ = prefill(path, tmp_path, DOCUMENT, bases=bases)
         assert computed == 1
+        np.testing.assert_allclose(logits[bases.index(10_000.0)], wanted[0], atol=0.05)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -94,6 +98,21 @@ def test_a_slot_that_holds_a_little_takes_more_from_the_disk(path: Path, tmp_pat
         engine.truncate(0, 100)
         engine.prefill(0, [6, 7, 8])
         assert list(engine.tokens(0)) == [*DOCUMENT[:100], 6, 7, 8]
+
+
+def test_a_failure_while_reading_leaves_an_empty_slot(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill(path, tmp_path, DOCUMENT)
+    with Model(path) as model, ContextsEngine(model, engine_config(path, tmp_path)) as engine:
+        engine.prefill(0, DOCUMENT[:20])
+        with monkeypatch.context() as patch:
+            patch.setattr(Context, "append_spare", Mock(side_effect=NativeError("out of order")))
+            with pytest.raises(NativeError):
+                engine.prefill(0, DOCUMENT[20:])
+        assert list(engine.tokens(0)) == []
+        assert {context.length(0) for context in engine._contexts} == {0}
+        engine.prefill(0, DOCUMENT)
 
 
 def test_a_cache_that_cannot_be_shared_says_so(tmp_path: Path) -> None:
