@@ -1,0 +1,333 @@
+"""`abcli waves`: the attention waveform of each bucket, and searches for sets of bases that complement each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from abcli.cli.flags import flag
+from abcli.cli.options import BucketOptions
+from abcli.config import MAX_BUCKETS, BucketConfig
+from abcli.engine.rope_parameters import rope_parameters
+from abcli.errors import UnsupportedModelError, UsageError
+from abcli.models.check import check_file
+from abcli.models.header import Header
+from abcli.models.locate import locate_model
+from abcli.rope.bases import choose_bases, parse_numbers
+from abcli.rope.frequencies import RopeParameters, angular_frequencies
+from abcli.rope.search import candidate_multipliers, search_envelope, search_paper
+from abcli.rope.waveform import (
+    EXTREMA_RADIUS,
+    Floats,
+    WaveSummary,
+    envelope,
+    summarise,
+    value_at_zero,
+    waveforms,
+)
+from abcli.ui.plots import ImageFormat, WavePlot, require_matplotlib, wave_image
+from abcli.ui.terminal import Terminal, printable
+from abcli.ui.terminal_plot import floor_plot
+
+Objective = Literal["paper", "envelope"]
+_DEFAULT_OBJECTIVE: Objective = "paper"
+_DEFAULT_RANGE = "0.5,2.5"
+_DEFAULT_CANDIDATES = 201
+
+# 512 MiB of float64: room for 16 buckets over 4 million tokens, or 200 candidates over 330,000.
+_MAX_VALUES = 2**26
+# Architectures for which llama.cpp builds no RoPE (llama_model_rope_type), whatever keys their files carry.
+_ROPELESS = {
+    *("gpt2", "gptj", "mpt", "refact", "bloom", "jais", "mamba", "mamba2", "jamba", "kimi-linear"),
+    *("rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7", "nemotron_h", "nemotron_h_moe"),
+}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What --search asks for: how many bases, by which objective, from which multiples of the native base."""
+
+    count: int
+    objective: Objective
+    low: float
+    high: float
+    candidates: int
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Whether to search for bases, and how."""
+
+    panel: ClassVar[str] = "Search"
+
+    search: Annotated[
+        int | None, flag(f"Search N bases that complement each other, 2 to {MAX_BUCKETS}.", "--search", metavar="N")
+    ] = None
+    objective: Annotated[
+        Objective | None,
+        flag(
+            "paper: peaks on troughs; envelope: the highest lowest point.",
+            "--objective",
+            show_default=_DEFAULT_OBJECTIVE,
+        ),
+    ] = None
+    span: Annotated[
+        str | None,
+        flag("Multiples of the native base to search.", "--range", metavar="LOW,HIGH", show_default=_DEFAULT_RANGE),
+    ] = None
+    candidates: Annotated[
+        int | None, flag("Bases to try in the range.", "--candidates", show_default=str(_DEFAULT_CANDIDATES))
+    ] = None
+
+    def config(self) -> Search | None:
+        """The search that the flags ask for, None without --search. Raises UsageError."""
+        if self.search is None:
+            given = (("--objective", self.objective), ("--range", self.span), ("--candidates", self.candidates))
+            for name, value in given:
+                if value is not None:
+                    raise UsageError(f"{name} {value} belongs to a search", "say how many bases: --search N")
+            return None
+        if not 2 <= self.search <= MAX_BUCKETS:
+            raise UsageError(f"--search {self.search} is impossible", f"choose 2 to {MAX_BUCKETS}")
+        ends = parse_numbers(_DEFAULT_RANGE if self.span is None else self.span, "--range")
+        if len(ends) != 2 or not 0 < ends[0] < ends[1]:
+            raise UsageError(
+                f"--range {self.span} is impossible", f"give two ascending multiples, like {_DEFAULT_RANGE}"
+            )
+        candidates = _DEFAULT_CANDIDATES if self.candidates is None else self.candidates
+        if not self.search <= candidates <= _MAX_VALUES:
+            raise UsageError(f"--candidates {candidates} is impossible", f"choose {self.search} or more")
+        return Search(self.search, self.objective or _DEFAULT_OBJECTIVE, ends[0], ends[1], candidates)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Waves as shares of A(0), float64: of the native base [n], of the buckets [buckets, n], of their envelope [n].
+
+    The native base counts in the envelope only where it is one of the buckets.
+    """
+
+    header: Header
+    context: int
+    pairs: int
+    native_base: float
+    bases: tuple[float, ...]
+    native: Floats
+    waves: Floats
+    envelope: Floats
+    search: Search | None
+
+
+def waves(
+    model: Annotated[str | None, typer.Argument(help="GGUF file; default: the default model.")] = None,
+    *,
+    model_flag: Annotated[str | None, typer.Option("--model", "-m", help="The same as MODEL.")] = None,
+    ctx_size: Annotated[
+        int, typer.Option("--ctx-size", "-c", help="Distances to look at, in tokens; 0: the trained length.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    plot: Annotated[
+        bool | None, typer.Option("--plot/--no-plot", help="Plot in the terminal.", show_default="on a terminal")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Write a figure; needs the extra 'plot'.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Write a figure; needs the extra 'plot'.")] = None,
+    search_options: SearchOptions,
+    bucket_options: BucketOptions,
+) -> None:
+    """Show the waves of a model's buckets; of the file only the header is read."""
+    if model is not None and model_flag is not None:
+        raise UsageError(f"two models: {model} and {model_flag}", "drop --model or the argument")
+    search = search_options.config()
+    buckets = _buckets(bucket_options, searching=search is not None)
+    images: list[tuple[Path, ImageFormat]] = []
+    if png is not None:
+        require_matplotlib("--png")
+        images.append((png, "png"))
+    if svg is not None:
+        require_matplotlib("--svg")
+        images.append((svg, "svg"))
+    terminal = Terminal()
+    header = check_file(locate_model(model if model is not None else model_flag))
+    with terminal.working("computing waves"):
+        result = compute(header, _context_size(ctx_size, header), buckets, search)
+        for path, image_format in images:
+            path.write_bytes(wave_image(_figure(result), image_format))
+    if as_json:
+        terminal.write(json.dumps(_report(result), ensure_ascii=False) + "\n")
+    else:
+        _show(terminal, result, plot=terminal.output_is_terminal if plot is None else plot)
+
+
+def compute(header: Header, context: int, buckets: BucketConfig, search: Search | None) -> Result:
+    """The waves of the buckets, or of the bases that the search finds, at distances 0 .. context - 1.
+
+    Raises UnsupportedModelError for a model without RoPE, UsageError for what is too large or impossible.
+    """
+    parameters = rope_parameters(header, neox=False, context_size=context)
+    pairs = parameters.dimensions // 2
+    if header.architecture in _ROPELESS or pairs < 1:
+        raise UnsupportedModelError(
+            f"{header.path} ({header.architecture}) does not use RoPE", "only models with rotary positions have waves"
+        )
+    (native_base,) = choose_bases(BucketConfig(count=1), header.native_base)
+    if search is not None:
+        buckets = BucketConfig(multipliers=_find(parameters, native_base, context, search))
+    bases = choose_bases(buckets, native_base)
+    table = _shares(parameters, (native_base, *bases), context)
+    return Result(
+        header=header,
+        context=context,
+        pairs=pairs,
+        native_base=native_base,
+        bases=bases,
+        native=table[0],
+        waves=table[1:],
+        envelope=envelope(table[1:]),
+        search=search,
+    )
+
+
+def _find(parameters: RopeParameters, native_base: float, context: int, search: Search) -> tuple[float, ...]:
+    """The multiples of the native base that the search chooses, ascending."""
+    # The ends of the range must be possible bases; then all between them are.
+    choose_bases(BucketConfig(multipliers=(search.low, search.high)), native_base)
+    multipliers = candidate_multipliers(search.low, search.high, search.candidates)
+    table = _shares(parameters, [multiplier * native_base for multiplier in multipliers], context)
+    find = search_paper if search.objective == "paper" else search_envelope
+    chosen = find(table, multipliers.index(1.0), search.count)
+    return tuple(sorted(multipliers[index] for index in chosen))
+
+
+def _shares(parameters: RopeParameters, bases: Sequence[float], context: int) -> Floats:
+    """The waves of `bases` as shares of A(0), float64 [bases, context]."""
+    if len(bases) * context > _MAX_VALUES:
+        raise UsageError(
+            f"{len(bases)} bases over {context} tokens are too much to compute",
+            f"choose --ctx-size {_MAX_VALUES // len(bases)} or less, or fewer bases",
+        )
+    frequencies = np.array([angular_frequencies(parameters, base) for base in bases])
+    table = waveforms(frequencies, context)
+    table /= value_at_zero(frequencies.shape[1])
+    return table
+
+
+def _buckets(options: BucketOptions, *, searching: bool) -> BucketConfig:
+    """The buckets that the flags ask for. Raises UsageError for flags that have no say here."""
+    buckets = options.config()
+    if buckets.merge != BucketConfig().merge:
+        raise UsageError(f"--merge {buckets.merge} has no say over waves", "drop it")
+    if searching:
+        for name, value in (
+            ("--buckets", options.buckets),
+            ("--bases", options.bases),
+            ("--multipliers", options.multipliers),
+            ("--spread", options.spread),
+        ):
+            if value is not None:
+                raise UsageError(f"{name} {value} contradicts --search, which chooses the bases", "drop one")
+    return buckets
+
+
+def _context_size(wanted: int, header: Header) -> int:
+    """The number of distances. Raises UsageError."""
+    if wanted != 0 and not 2 <= wanted < 2**31:
+        raise UsageError(f"--ctx-size {wanted} is impossible", "choose 2 or more, or 0 for the trained length")
+    return wanted or max(2, header.trained_context)
+
+
+def _names(result: Result) -> list[str]:
+    """Each base as a multiple of the native one, as in "0.5" or "1 (native)"."""
+    multiples = [f"{base / result.native_base:.4g}" for base in result.bases]
+    return [
+        f"{multiple} (native)" if base == result.native_base else multiple
+        for base, multiple in zip(result.bases, multiples, strict=True)
+    ]
+
+
+def _figure(result: Result) -> WavePlot:
+    others = [index for index, base in enumerate(result.bases) if base != result.native_base]
+    names = _names(result)
+    return WavePlot(
+        f"Attention waveform of {printable(result.header.path.name)}, native base {result.native_base:,g}",
+        tuple(names[index] for index in others),
+        result.waves[others],
+        result.native,
+        result.envelope,
+    )
+
+
+def _show(terminal: Terminal, result: Result, *, plot: bool) -> None:
+    """The table, the comparison, how to use what a search found, and the plot."""
+    console = Console(file=terminal.output, highlight=False, emoji=False)
+    native, whole = summarise(result.native), summarise(result.envelope)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("multiple", "base", "peaks", "troughs", "deepest trough", "at distance", "mean"):
+        table.add_column(column, justify="left" if column == "multiple" else "right")
+    if result.native_base not in result.bases:
+        table.add_row(*_cells("native, unused", result.native_base, native), style="dim")
+    for name, base, wave in zip(_names(result), result.bases, result.waves, strict=True):
+        table.add_row(*_cells(name, base, summarise(wave)))
+    table.add_row(*_cells("envelope", None, whole), style="bold")
+    name = printable(result.header.path.name)
+    head = f"{name}: {result.pairs} pairs, native base {result.native_base:,g}, {result.context:,} tokens"
+    console.print(Text(f"{head}\nwaves in % of their value at distance 0"), soft_wrap=True)
+    console.print(table)
+    console.print(
+        Text(
+            f"deepest trough: {native.lowest:.1%} (native base alone) -> "
+            f"{whole.lowest:.1%} ({len(result.bases)} bucket{'s' if len(result.bases) > 1 else ''})"
+        )
+    )
+    if result.search is not None:
+        listed = ",".join(f"{base / result.native_base:.9g}" for base in result.bases)
+        console.print(Text(f"found by {result.search.objective}; use it with: --multipliers {listed}"), soft_wrap=True)
+    if plot:
+        unicode = (terminal.output.encoding or "").lower().startswith("utf")
+        solid, shaded = ("█", "░") if unicode else ("#", ".")
+        legend = f"\nlowest value in each column: {solid} native base alone, {shaded} added by the buckets"
+        lower = np.minimum(result.native, result.envelope)
+        lines = [legend, *floor_plot(lower, result.envelope, console.width, unicode=unicode)]
+        console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def _cells(name: str, base: float | None, summary: WaveSummary) -> tuple[str, ...]:
+    return (
+        name,
+        "" if base is None else f"{base:,.0f}",
+        str(len(summary.peaks)),
+        str(len(summary.troughs)),
+        f"{summary.lowest:.1%}",
+        f"{summary.lowest_at:,}",
+        f"{summary.mean:.1%}",
+    )
+
+
+def _report(result: Result) -> dict[str, Any]:
+    """The object that --json prints."""
+    native, whole = summarise(result.native), summarise(result.envelope)
+    buckets = [
+        {"base": base, "multiplier": base / result.native_base, **asdict(summarise(wave))}
+        for base, wave in zip(result.bases, result.waves, strict=True)
+    ]
+    return {
+        "model": str(result.header.path),
+        "native_base": result.native_base,
+        "context": result.context,
+        "pairs": result.pairs,
+        "value_at_zero": value_at_zero(result.pairs),
+        "extrema_radius": EXTREMA_RADIUS,
+        "search": None if result.search is None else asdict(result.search),
+        "native": asdict(native),
+        "buckets": buckets,
+        "envelope": asdict(whole),
+        "deepest_trough": {"before": native.lowest, "after": whole.lowest},
+    }

@@ -1,0 +1,144 @@
+"""Figures for files; matplotlib is an optional dependency and imported only when one is drawn."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.errors import UsageError
+from abcli.ui.terminal_plot import column_minima
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+ImageFormat = Literal["png", "svg"]
+
+_NATIVE_COLOUR = "#222222"
+_ENVELOPE_COLOUR = "#e66100"
+_BINS = 160
+_ZOOM_RADIUS = 100
+
+
+@dataclass(frozen=True)
+class WavePlot:
+    """What a figure of waves shows, as shares of the bound at distance 0.
+
+    `waves` [others, n] with a label each are the buckets other than the native base, whose wave is `native` [n].
+    """
+
+    title: str
+    labels: tuple[str, ...]
+    waves: Floats
+    native: Floats
+    envelope: Floats
+
+
+def require_matplotlib(flag: str) -> None:
+    """Raise UsageError, which says how to install it, if matplotlib is missing; `flag` is what needs it."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"{flag} needs matplotlib, which is not installed", "pip install 'abcli[plot]'") from error
+
+
+def wave_image(plot: WavePlot, image_format: ImageFormat) -> bytes:
+    """The figure as a file's content: how low the waves get over the context, and the deepest native trough."""
+    # Not pyplot: it would choose a window system and keep every figure alive.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle(plot.title, fontsize="large")
+    overview, zoom = figure.subplots(2, 1)
+    _draw_floors(overview, plot)
+    _draw_trough(zoom, plot)
+    _draw_legend(figure, overview)
+    buffer = io.BytesIO()
+    # Without a date, the same data gives the same file.
+    metadata = {"Date": None} if image_format == "svg" else None
+    figure.savefig(buffer, format=image_format, dpi=100, metadata=metadata)
+    return _indexed(buffer) if image_format == "png" else buffer.getvalue()
+
+
+def _indexed(buffer: io.BytesIO) -> bytes:
+    """A PNG with a palette of 128 colours: a third of the size, and no difference to the eye."""
+    # matplotlib itself depends on Pillow.
+    from PIL import Image
+
+    smaller = io.BytesIO()
+    with Image.open(buffer) as image:
+        image.convert("RGB").quantize(128).save(smaller, format="png", optimize=True)
+    return smaller.getvalue()
+
+
+def _draw_floors(axes: Axes, plot: WavePlot) -> None:
+    """The lowest value of each wave in each of some 160 parts of the context: the waves themselves are too dense."""
+    length = len(plot.native)
+    bins = min(_BINS, length)
+    middles = (np.arange(bins) + 0.5) * length / bins
+    native, envelope = column_minima(plot.native, bins), column_minima(plot.envelope, bins)
+    axes.fill_between(middles, native, envelope, color=_ENVELOPE_COLOUR, alpha=0.15, linewidth=0)
+    for label, wave, colour in zip(plot.labels, plot.waves, _colours(len(plot.labels)), strict=True):
+        axes.plot(middles, column_minima(wave, bins), color=colour, linewidth=0.8, label=label)
+    axes.plot(middles, native, color=_NATIVE_COLOUR, linewidth=1.3, label="1 (native base)")
+    axes.plot(middles, envelope, color=_ENVELOPE_COLOUR, linewidth=2.2, label="envelope of all")
+    _mark_lowest(axes, plot.native, _NATIVE_COLOUR)
+    _mark_lowest(axes, plot.envelope, _ENVELOPE_COLOUR)
+    # The first tokens tower above the rest, where the troughs are.
+    axes.set_ylim(0, 1.1 * float(np.quantile(envelope, 0.98)))
+    axes.set_xlim(0, length - 1)
+    axes.set_title(f"Lowest value in every {max(1, round(length / bins))} tokens", fontsize="medium")
+    _label(axes)
+
+
+def _mark_lowest(axes: Axes, wave: Floats, colour: str) -> None:
+    at = int(wave.argmin())
+    axes.plot(at, wave[at], "o", color=colour, zorder=4)
+    text = f"{wave[at]:.1%} at {at:,}"
+    box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+    axes.annotate(
+        text, (at, wave[at]), (-8, -16), textcoords="offset points", ha="right", color=colour, bbox=box, zorder=5
+    )
+
+
+def _draw_trough(axes: Axes, plot: WavePlot) -> None:
+    """The waves themselves around the deepest trough of the native base."""
+    at = int(plot.native.argmin())
+    first, last = max(0, at - _ZOOM_RADIUS), min(len(plot.native), at + _ZOOM_RADIUS + 1)
+    distances = np.arange(first, last)
+    axes.plot(distances, plot.envelope[first:last], color=_ENVELOPE_COLOUR, linewidth=4, alpha=0.5)
+    for wave, colour in zip(plot.waves, _colours(len(plot.labels)), strict=True):
+        axes.plot(distances, wave[first:last], color=colour, linewidth=0.9)
+    axes.plot(distances, plot.native[first:last], color=_NATIVE_COLOUR, linewidth=1.6)
+    axes.plot(at, plot.native[at], "o", color=_NATIVE_COLOUR)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(first, max(first + 1, last - 1))
+    axes.set_title("Around the deepest trough of the native base", fontsize="medium")
+    _label(axes)
+
+
+def _label(axes: Axes) -> None:
+    axes.set_xlabel("distance D (tokens)")
+    axes.set_ylabel("A(D) / A(0)")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.25)
+
+
+def _draw_legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    # Drawn last, to be on top, the two that matter are named first.
+    handles, labels = handles[:-3:-1] + handles[:-2], labels[:-3:-1] + labels[:-2]
+    figure.legend(handles, labels, title="base, as multiple\nof the native one", loc="outside right center")
+
+
+def _colours(count: int) -> list[tuple[float, float, float, float]]:
+    """One colour for each of the buckets, from blue to green."""
+    from matplotlib import colormaps
+
+    return [tuple(colour) for colour in colormaps["viridis"](np.linspace(0.1, 0.85, count))]
