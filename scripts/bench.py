@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ from abcli.generate import Generator
 from abcli.merge import Merger
 from abcli.models.locate import locate_model
 from abcli.native.context import BatchPart, Context
-from abcli.native.library import CancelFlag
+from abcli.native.library import CancelFlag, echo_log
 from abcli.native.model import Model
 from abcli.native.sampler import SamplerChain
 from abcli.rope.bases import symmetric_multipliers
@@ -180,15 +182,29 @@ def merging(model: Model, buckets: int, vocabulary: int) -> float:
     return statistics.median(times)
 
 
-def resident_memory(path: Path, buckets: int) -> dict[str, float]:
-    """Megabytes of this process before and after contexts exist; nothing but caches and buffers may come in."""
+def memory(path: Path, buckets: int) -> dict[str, float]:
+    """Megabytes of a fresh process with a model and `buckets` contexts, and what llama.cpp says its buffers take."""
+    command = [sys.executable, __file__, str(path), "--buckets", str(buckets), "--memory-only"]
+    answer = subprocess.run(command, capture_output=True, check=True, text=True)
+    return dict(json.loads(answer.stdout))
+
+
+def measure_memory(path: Path, buckets: int) -> dict[str, float]:
+    """The figures of `memory`, for this process."""
     process = psutil.Process()
     with Model(path) as model:
-        loaded = process.memory_info().rss
         bases = tuple(model.native_base * factor for factor in symmetric_multipliers(buckets))
-        with ContextsEngine(model, EngineConfig(path, bases, context_size=CONTEXT)) as engine:
-            engine.prefill(0, list(range(100, 1100 - 100)))
-            return {"loaded": loaded / 1e6, "with_contexts": process.memory_info().rss / 1e6}
+        config = EngineConfig(path, bases, context_size=CONTEXT, prefill="exact")
+        lines: list[str] = []
+        echo_log(lines.append)
+        with ContextsEngine(model, config) as engine:
+            engine.prefill(0, [index % 1000 for index in range(CONTEXT - 2)])
+            engine.step({0: 1})
+            sizes = re.findall(r"(?:KV|compute|output) +buffer size *(?:=|is) +([0-9.]+) MiB", "".join(lines))
+            return {
+                "resident_mb": process.memory_info().rss / 1e6,
+                "buffers_mb": sum(float(size) for size in sizes) * 1.048576,
+            }
 
 
 def main() -> None:
@@ -199,19 +215,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=16, help="tokens per arrangement and round")
     parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--memory-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     path = locate_model(options.model)
+    if options.memory_only:
+        sys.stdout.write(json.dumps(measure_memory(path, options.buckets)))
+        return
+    used = {count: memory(path, count) for count in (1, options.buckets)}
     with Model(path) as model, ExitStack() as stack:
         found = arrangements(model, options.buckets, options.threads, stack)
         measure(found, options.rounds, options.tokens)
         merge_time = merging(model, options.buckets, model.vocabulary_size)
         large_merge_time = merging(model, options.buckets, 262_144)
         name = f"{path.name}: {model.description}"
-    report(name, found, merge_time, large_merge_time, options)
+    report(name, found, merge_time, large_merge_time, used, options)
 
 
 def report(
-    name: str, found: list[Arrangement], merge_time: float, large_merge_time: float, options: argparse.Namespace
+    name: str,
+    found: list[Arrangement],
+    merge_time: float,
+    large_merge_time: float,
+    used: dict[int, dict[str, float]],
+    options: argparse.Namespace,
 ) -> None:
     """The table and the JSON line."""
     single, llama, one = found[:3]
@@ -223,7 +249,13 @@ def report(
     for arrangement in found:
         median = statistics.median(arrangement.times)
         table.add_row(arrangement.name, f"{median * 1e3:.2f}", f"{1 / median:.1f}", f"{ratio(arrangement, single):.2f}")
-    Console().print(table)
+    Console(width=110).print(table)
+    few, all_of_them = used[1], used[options.buckets]
+    resident, buffers = (all_of_them[key] - few[key] for key in ("resident_mb", "buffers_mb"))
+    Console(width=110).print(
+        f"resident memory: {few['resident_mb']:.0f} MB with 1 bucket, {all_of_them['resident_mb']:.0f} MB with "
+        f"{options.buckets}: {resident:.0f} MB more, of which caches and buffers of llama.cpp are {buffers:.0f} MB"
+    )
     step = statistics.median(many.times)
     result = {
         "model": name,
@@ -238,6 +270,9 @@ def report(
         "merge_and_sample_ms": round(merge_time * 1e3, 3),
         "merge_and_sample_share_of_step": round(merge_time / step, 4),
         "merge_and_sample_262k_ms": round(large_merge_time * 1e3, 3),
+        "memory_mb": {
+            str(count): {key: round(value, 1) for key, value in figures.items()} for count, figures in used.items()
+        },
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

@@ -233,6 +233,14 @@ def test_falls_back_to_exact_and_says_why(tmp_path: Path, changes: dict[str, Any
         engine.prefill(0, TOKENS)
 
 
+def test_a_model_with_positions_of_several_parts_is_computed_exactly(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", architecture="qwen2vl")
+    with Model(path) as model, ContextsEngine(model, engine_config(path)) as engine:
+        assert engine.prefill_note == "exact prefill: the positions of this model have several parts (M-RoPE)"
+        engine.prefill(0, TOKENS[:50])
+        engine.step({0: 3})
+
+
 def test_wrong_angles_are_noticed_and_nothing_is_shared(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **keywords: Any) -> RopeParameters:
         return RopeParameters(dimensions=16, neox=True)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-Architecture = Literal["llama", "qwen2", "gemma3", "stablelm", "gpt2", "bloom"]
+Architecture = Literal["llama", "qwen2", "qwen2vl", "gemma3", "stablelm", "gpt2", "bloom"]
 Tokenizer = Literal["gpt2", "llama"]
 WeightType = Literal["f32", "f16", "q8_0"]
 
@@ -112,10 +112,10 @@ def write_tiny_model(
 
     `tokenizer` is "gpt2" (byte-level BPE, also for True), "llama" (SentencePiece with byte tokens) or
     False for none. llama rotates neighbouring pairs (NORM), qwen2, gemma3 and stablelm halves (NEOX),
-    stablelm only half of each head, gpt2 and bloom none. All but every sixth layer of gemma3 have a
-    base of their own and see a window. `rope_factors` (one per pair, llama only) divide the
-    frequencies. `metadata` and `tensors` replace, add or, where the value is None, remove items, so
-    that a test can break one thing.
+    stablelm only half of each head, qwen2vl by several positions (M-RoPE), gpt2 and bloom not at all.
+    All but every sixth layer of gemma3 have a base of their own and see a window. `rope_factors` (one
+    per pair, llama only) divide the frequencies. `metadata` and `tensors` replace, add or, where the
+    value is None, remove items, so that a test can break one thing.
     """
     random = np.random.default_rng(seed)
     if architecture in ROPELESS:
@@ -126,7 +126,7 @@ def write_tiny_model(
             weights["token_embd_norm.weight"] = np.ones(embedding, np.float32)
             weights["token_embd_norm.bias"] = np.zeros(embedding, np.float32)
     else:
-        biases = architecture == "qwen2"
+        biases = architecture in ("qwen2", "qwen2vl")
         weights = _llama_tensors(random, layers, embedding, heads, kv_heads, feed_forward, biases=biases)
         if architecture == "gemma3":
             weights |= _gemma_norms(layers, embedding, embedding // heads)
@@ -149,6 +149,8 @@ def write_tiny_model(
             "rope.dimension_count": embedding // heads,
             "rope.freq_base": float(rope_base),
         }
+    if architecture == "qwen2vl":
+        keys["rope.dimension_sections"] = [embedding // heads // 4, embedding // heads // 4, 0, 0]
     if architecture == "stablelm":
         keys |= {"rope.dimension_count": embedding // heads // 2, "attention.layer_norm_epsilon": 1e-5}
         keys["use_parallel_residual"] = False
