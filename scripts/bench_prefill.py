@@ -1,7 +1,7 @@
 """Time to the first token: 1 bucket, N buckets with exact and with shared prefill, and from the disk cache.
 
-All arrangements take the same prompts in turn, round after round; ratios are medians of each round's ratios to one
-bucket. The last line is JSON.
+All arrangements take the same prompts in turn, round after round, in changing order; ratios are medians of each
+round's ratios to one bucket. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -79,9 +79,11 @@ def measure(
     arrangements["disk cache"](prompt)  # fills the cache
     seconds: dict[str, list[float]] = {name: [] for name in arrangements}
     for number in range(rounds):
-        for name, run in arrangements.items():
+        # The order changes every round, so that none always follows the one that heats the machine.
+        names = list(arrangements)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             if name != "exact" or number < exact_rounds:
-                seconds[name].append(run(prompt))
+                seconds[name].append(arrangements[name](prompt))
         sys.stderr.write(f"\r{len(prompt)} tokens: round {number + 1}/{rounds}   ")
     return seconds
 

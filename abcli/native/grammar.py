@@ -96,7 +96,7 @@ def _parsed(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise GrammarError(
             f"the JSON schema is not JSON: {error.msg} in line {error.lineno}, column {error.colno}",
-            "correct it; a file is given with @FILE or the matching flag, not as text",
+            "correct it; a file is given with --json-schema-file, not as text",
         ) from None
     except (RecursionError, ValueError) as error:
         raise GrammarError(f"the JSON schema cannot be read: {error}", "simplify it") from None
