@@ -274,6 +274,9 @@ class Generator:
         return progress
 
     def _sample(self, running: _Running, logits: NDArray[np.float32]) -> None:
+        if len(logits) == 1:  # nothing to merge; the sampler refuses numbers that are none
+            running.next_token = running.sampler.sample(logits[0])
+            return
         merged = self._merger.merge(logits, self._rule)
         statistics = running.answer.statistics
         statistics.agreement_sum += merged.agreement

@@ -56,7 +56,8 @@ EXACT: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_at
 
 
 def config(model: Model, *bases: float, **settings: Any) -> EngineConfig:
-    return EngineConfig(model.path, bases or (model.native_base,), **{"context_size": 512, **settings})
+    defaults = {"context_size": 512, "prefill": "exact"}
+    return EngineConfig(model.path, bases or (model.native_base,), **{**defaults, **settings})
 
 
 def test_one_bucket_gives_token_for_token_what_llama_gives(real_model: Path) -> None:
