@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from math import log
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +23,13 @@ from abcli.models.header import read_header
 from abcli.native.context import BatchPart, Context
 from abcli.native.library import CancelFlag, version
 from abcli.native.model import Model
+from abcli.native.owner import Owner
 
 # Below this many new tokens computing them in every bucket is as fast as sharing, and exact.
 MIN_SHARED_TOKENS = 24
 
 
-class ContextsEngine:
+class ContextsEngine(Owner):
     """Implements `Engine`. The contexts share the weights; each has its own cache, buffers and RoPE base."""
 
     def __init__(self, model: Model, config: EngineConfig, warn: Callable[[str], None] | None = None) -> None:
@@ -72,14 +72,6 @@ class ContextsEngine:
         self._stored: StoredPrompts | None = None
         if config.prompt_cache is not None:
             self._stored = self._open_stored(model, config, config.prompt_cache, warn or (lambda _line: None))
-
-    def __enter__(self) -> ContextsEngine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def bases(self) -> tuple[float, ...]:
@@ -161,10 +153,6 @@ class ContextsEngine:
         """See `Engine.cancel`."""
         if self._cancellable:
             self._cancel.set()
-
-    def close(self) -> None:
-        """Stop the workers and free the contexts."""
-        self._stack.close()
 
     def _check_room(self, needed: int) -> None:
         if needed > self._slot_cells:

@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -16,6 +15,7 @@ from abcli.config import EngineConfig
 from abcli.errors import CancelledError, NativeError
 from abcli.native.library import CancelFlag, clear_log, log_tail
 from abcli.native.model import Model
+from abcli.native.owner import Owner
 
 # ggml.h; the bindings do not name it.
 _GGML_TYPE_BF16 = 30
@@ -89,7 +89,7 @@ class _Batch:
         return last
 
 
-class Context:
+class Context(Owner):
     """Owns one `llama_context`. Not thread-safe: one thread at a time may call it."""
 
     def __init__(
@@ -135,18 +135,6 @@ class Context:
         self.spare: int = config.slots
         self.batch_size: int = llama.llama_n_batch(handle)
         self.ubatch_size: int = llama.llama_n_ubatch(handle)
-
-    def __enter__(self) -> Context:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free the cache and the buffers; a second call does nothing."""
-        self._stack.close()
 
     def decode(self, parts: Sequence[BatchPart], logits: Sequence[NDArray[np.float32] | None]) -> None:
         """Compute `parts` in one `llama_decode`; copy the logits of part i into `logits[i]` [vocab] if given.

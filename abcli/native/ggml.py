@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import NativeError
+from abcli.native.owner import Owner
 
 _BACKEND_DEVICE_TYPE_CPU = 0
 # ggml_tensor is about 400 bytes with its bookkeeping; a graph of a few nodes needs little more.
@@ -124,7 +124,7 @@ def aligned_bytes(size: int) -> NDArray[np.uint8]:
     return padded[start : start + size]
 
 
-class KeyRotator:
+class KeyRotator(Owner):
     """Rotates keys in place with a CPU backend of its own. One thread at a time may use it."""
 
     def __init__(self, threads: int = 1) -> None:
@@ -136,18 +136,6 @@ class KeyRotator:
         self._stack.callback(_backend_free, backend)
         _set_threads(backend, threads)
         self._backend = backend
-
-    def __enter__(self) -> KeyRotator:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free the backend; a second call does nothing."""
-        self._stack.close()
 
     def rotate(
         self,

@@ -7,7 +7,6 @@ import os
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 import llama_cpp.llama_cpp as llama
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from abcli.errors import ModelFileError, NativeError, PromptError
 from abcli.native.library import clear_log, initialise, log_tail
+from abcli.native.owner import Owner
 
 # Which numbers of a head RoPE turns together: (2i, 2i + 1), or (i, i + dimensions / 2).
 Rotation = Literal["pairs", "halves"]
@@ -26,7 +26,7 @@ _ROTATIONS: dict[int, Rotation] = {llama.LLAMA_ROPE_TYPE_NORM: "pairs", llama.LL
 _MAX_TEXT_BYTES = 2**31 - 1
 
 
-class Model:
+class Model(Owner):
     """Owns one `llama_model`: weights, vocabulary and metadata. Close it after every context made of it."""
 
     def __init__(self, path: Path, gpu_layers: int = -1) -> None:
@@ -61,18 +61,6 @@ class Model:
         self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
         self._piece_buffer = ctypes.create_string_buffer(256)
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free the weights; a second call does nothing."""
-        self._stack.close()
 
     def metadata(self, key: str) -> str | None:
         """The value of a GGUF key as text (`llama_model_meta_val_str`), None if the file lacks it."""

@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import llama_cpp.llama_cpp as llama
@@ -20,6 +19,7 @@ from abcli.errors import AbcliError, GrammarError, NativeError, UsageError
 from abcli.native.grammar import grammar_text
 from abcli.native.library import clear_log, log_tail
 from abcli.native.model import Model
+from abcli.native.owner import Owner
 
 MAX_LAST_N = 1 << 24
 MAX_BREAKERS = 64
@@ -92,7 +92,7 @@ def _validate_biases(config: SamplingConfig, vocabulary_size: int) -> None:
             )
 
 
-class SamplerChain:
+class SamplerChain(Owner):
     """Chooses the tokens of one answer, as llama.cpp's common_sampler does with the same settings and logits.
 
     Owns its native handles: close it, or use it as a context manager, before its model is closed. Not for use
@@ -129,14 +129,6 @@ class SamplerChain:
                 self._grammar = _make_grammar(stack, model, grammar)
             self._stack = stack.pop_all()
         self._closed = False
-
-    def __enter__(self) -> SamplerChain:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the native samplers; a second call does nothing."""
