@@ -25,7 +25,7 @@ from abcli.native.library import CancelFlag, version
 from abcli.native.model import Model
 from abcli.native.owner import Owner
 
-# Below this many new tokens computing them in every bucket is as fast as sharing, and exact.
+# Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
 MIN_SHARED_TOKENS = 24
 
 
