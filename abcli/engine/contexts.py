@@ -44,6 +44,13 @@ class ContextsEngine(Owner):
         self._cancellable = False
         self._cores = config.threads or available_cores()
         self.plan: WorkerPlan = plan_workers(len(config.bases), self._cores)
+        self._bases = tuple(config.bases)
+        self._tokens: list[list[int]] = [[] for _ in range(config.slots)]
+        self._logits: NDArray[np.float32] = np.empty(
+            (config.slots, len(config.bases), model.vocabulary_size), np.float32
+        )
+        self._least_shared = 2 if config.prefill == "shared" else MIN_SHARED_TOKENS
+        self.computed_tokens = 0
         with ExitStack() as stack:
 
             def make(base: float) -> Context:
@@ -56,22 +63,15 @@ class ContextsEngine(Owner):
             self._shared: SharedPrefill | None = None
             self._leader = self._contexts[0]
             self.prefill_note = self._try_sharing(model, config, make, stack)
+            self._step_limit = self._leader.batch_size
+            self._piece = min(self._leader.batch_size, self._leader.ubatch_size)
+            if model.sliding_window > 0 and (self._shared is not None or config.prompt_cache is not None):
+                # A state leaves out what the window has passed, so no piece may be longer than the window.
+                self._piece = min(self._piece, model.sliding_window)
+            self._stored: StoredPrompts | None = None
+            if config.prompt_cache is not None:
+                self._stored = self._open_stored(model, config, config.prompt_cache, warn or (lambda _line: None))
             self._stack = stack.pop_all()
-        self._least_shared = 2 if config.prefill == "shared" else MIN_SHARED_TOKENS
-        self._bases = tuple(config.bases)
-        self._tokens: list[list[int]] = [[] for _ in range(config.slots)]
-        self._logits: NDArray[np.float32] = np.empty(
-            (config.slots, len(config.bases), model.vocabulary_size), np.float32
-        )
-        self._step_limit = self._leader.batch_size
-        self._piece = min(self._leader.batch_size, self._leader.ubatch_size)
-        if model.sliding_window > 0 and (self._shared is not None or config.prompt_cache is not None):
-            # A state leaves out what the window has passed, so no piece may be longer than the window.
-            self._piece = min(self._piece, model.sliding_window)
-        self.computed_tokens = 0
-        self._stored: StoredPrompts | None = None
-        if config.prompt_cache is not None:
-            self._stored = self._open_stored(model, config, config.prompt_cache, warn or (lambda _line: None))
 
     @property
     def bases(self) -> tuple[float, ...]:
@@ -243,6 +243,8 @@ class ContextsEngine(Owner):
         try:
             shared.probe([leader, *self._contexts], config.context_size)
         except NotShareableError as error:
+            if leader not in self._contexts:
+                leader.close()
             return f"exact prefill: {error.message}"
         self._leader, self._shared = leader, shared
         return f"shared prefill at base {base:g}; {shared.turning_layers} layers follow the base"
