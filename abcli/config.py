@@ -17,8 +17,6 @@ PrefillMode = Literal["auto", "shared", "exact"]
 
 MERGE_RULES: tuple[MergeRule, ...] = get_args(MergeRule)
 SPREADS: tuple[Spread, ...] = get_args(Spread)
-CACHE_TYPES: tuple[CacheType, ...] = get_args(CacheType)
-FLASH_ATTENTION: tuple[FlashAttention, ...] = get_args(FlashAttention)
 
 MAX_BUCKETS = 16
 DEFAULT_BUCKETS = 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from math import log
 from pathlib import Path
 
@@ -19,23 +20,48 @@ from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.stored import MIN_GAIN, StoredPrompts
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
 from abcli.errors import CancelledError, ContextFullError
-from abcli.models.header import read_header
+from abcli.models.header import Header, read_header
 from abcli.native.context import BatchPart, Context
 from abcli.native.library import CancelFlag, version
 from abcli.native.model import Model
 from abcli.native.owner import Owner
+from abcli.rope.frequencies import RopeParameters
 
 # Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
 MIN_SHARED_TOKENS = 24
 
 
+class _Known:
+    """What the model's file says, read when it is first asked for."""
+
+    def __init__(self, model: Model, config: EngineConfig, header: Header | None) -> None:
+        self._model = model
+        self._cells = config.context_size * config.slots
+        self._given = header
+
+    @cached_property
+    def header(self) -> Header:
+        return self._given or read_header(self._model.path)
+
+    @cached_property
+    def rope(self) -> RopeParameters:
+        return rope_parameters(self.header, neox=self._model.rotation == "halves", context_size=self._cells)
+
+
 class ContextsEngine(Owner):
     """Implements `Engine`. The contexts share the weights; each has its own cache, buffers and RoPE base."""
 
-    def __init__(self, model: Model, config: EngineConfig, warn: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig,
+        warn: Callable[[str], None] | None = None,
+        header: Header | None = None,
+    ) -> None:
         """Make one context per base of `config`; the model stays the caller's and must outlive the engine.
 
-        `warn` gets a line for what goes wrong with the prompt cache on disk.
+        `warn` gets a line for what goes wrong with the prompt cache on disk; `header` is the model's, if it has
+        been read already.
 
         Raises NativeError if a context cannot be made.
         """
@@ -51,6 +77,7 @@ class ContextsEngine(Owner):
         )
         self._least_shared = 2 if config.prefill == "shared" else MIN_SHARED_TOKENS
         self.computed_tokens = 0
+        known = _Known(model, config, header)
         with ExitStack() as stack:
 
             def make(base: float) -> Context:
@@ -62,7 +89,7 @@ class ContextsEngine(Owner):
             stack.callback(self._pool.shutdown)
             self._shared: SharedPrefill | None = None
             self._leader = self._contexts[0]
-            self.prefill_note = self._try_sharing(model, config, make, stack)
+            self.prefill_note = self._try_sharing(model, config, known, make, stack)
             self._step_limit = self._leader.batch_size
             self._piece = min(self._leader.batch_size, self._leader.ubatch_size)
             if model.sliding_window > 0 and (self._shared is not None or config.prompt_cache is not None):
@@ -70,7 +97,9 @@ class ContextsEngine(Owner):
                 self._piece = min(self._piece, model.sliding_window)
             self._stored: StoredPrompts | None = None
             if config.prompt_cache is not None:
-                self._stored = self._open_stored(model, config, config.prompt_cache, warn or (lambda _line: None))
+                self._stored = self._open_stored(
+                    model, config, known, config.prompt_cache, warn or (lambda _line: None)
+                )
             self._stack = stack.pop_all()
 
     @property
@@ -225,7 +254,7 @@ class ContextsEngine(Owner):
             shared.transfer(nearest, [self._leader], slot, start, min(start + self._piece, length))
 
     def _try_sharing(
-        self, model: Model, config: EngineConfig, make: Callable[[float], Context], stack: ExitStack
+        self, model: Model, config: EngineConfig, known: _Known, make: Callable[[float], Context], stack: ExitStack
     ) -> str:
         """Prepare shared prefill if it is wanted and proves right; what is done, and why, in a few words."""
         if config.prefill == "exact" or len(config.bases) == 1:
@@ -234,11 +263,7 @@ class ContextsEngine(Owner):
             return "exact prefill: the positions of this model have several parts (M-RoPE)"
         base = float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
         leader = next((context for context in self._contexts if context.base == base), None) or make(base)
-        header = read_header(model.path)
-        neox = model.rotation == "halves"
-        cells = config.context_size * config.slots
-        parameters = rope_parameters(header, neox=neox, context_size=cells)
-        shared = SharedPrefill(parameters, header.key_length, model.vocabulary_size // 2, self._run_all)
+        shared = SharedPrefill(known.rope, known.header.key_length, model.vocabulary_size // 2, self._run_all)
         stack.callback(shared.close)
         try:
             shared.probe([leader, *self._contexts], config.context_size)
@@ -255,20 +280,17 @@ class ContextsEngine(Owner):
         return [*self._contexts, *extra]
 
     def _open_stored(
-        self, model: Model, config: EngineConfig, directory: Path, warn: Callable[[str], None]
+        self, model: Model, config: EngineConfig, known: _Known, directory: Path, warn: Callable[[str], None]
     ) -> StoredPrompts | None:
         """The prompts on the disk that fit this engine, if its caches can be filled from there at all."""
         others = [context for context in self._contexts if context is not self._leader]
         if (others and self._shared is None) or model.is_recurrent:
             warn(f"--prompt-cache needs a shared prefill or a single bucket: {self.prefill_note}")
             return None
-        header = read_header(model.path)
-        cells = config.context_size * config.slots
-        scaling = rope_parameters(header, neox=model.rotation == "halves", context_size=cells)
         key = CacheKey(
-            model=fingerprint(header),
+            model=fingerprint(known.header),
             base=self._leader.base,
-            scaling=repr(scaling),
+            scaling=repr(known.rope),
             cache_type_k=config.cache_type_k,
             cache_type_v=config.cache_type_v,
             flash_attention=config.flash_attention,

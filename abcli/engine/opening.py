@@ -60,7 +60,7 @@ def open_engine(
     ensure_loadable(config.model, header)
     with Model(config.model, config.gpu_layers) as model:
         _check_buckets(model, len(bases))
-        with ContextsEngine(model, config, warn) as engine:
+        with ContextsEngine(model, config, warn, header) as engine:
             yield Opened(model, engine, header, perf_counter() - begin)
 
 

@@ -75,11 +75,6 @@ def log_tail() -> str:
     return ""
 
 
-def log_lines() -> list[str]:
-    """The lines llama.cpp logged lately, oldest first."""
-    return [line for _level, line in list(_log.lines)]
-
-
 class CancelFlag:
     """A flag that llama.cpp polls between graph nodes without entering Python.
 

@@ -15,21 +15,8 @@ from abcli.config import SamplingConfig
 from abcli.errors import GrammarError, UsageError
 from abcli.native import gbnf, gbnf_rules
 from abcli.native.grammar import grammar_text
-from abcli.native.model import Model
 from tests.conftest import REPOSITORY
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    with Model(tiny_model) as opened:
-        yield opened
-
-
-def accepted_by_llama_cpp(model, text):
-    handle = llama.llama_sampler_init_grammar(model.vocabulary, text.encode(), b"root")
-    if handle:
-        llama.llama_sampler_free(handle)
-    return bool(handle)
+from tests.native.common import accepted_by_llama_cpp
 
 
 def refusal(text):

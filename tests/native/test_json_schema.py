@@ -2,7 +2,6 @@
 
 import json
 
-import llama_cpp.llama_cpp as llama
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,21 +10,7 @@ from abcli.errors import GrammarError
 from abcli.native import gbnf
 from abcli.native import grammar as grammar_module
 from abcli.native.grammar import schema_to_gbnf
-from abcli.native.model import Model
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    with Model(tiny_model) as opened:
-        yield opened
-
-
-def accepted_by_llama_cpp(model, text):
-    handle = llama.llama_sampler_init_grammar(model.vocabulary, text.encode(), b"root")
-    if handle:
-        llama.llama_sampler_free(handle)
-    return bool(handle)
-
+from tests.native.common import accepted_by_llama_cpp
 
 GOOD_SCHEMAS = [
     {},

@@ -14,28 +14,9 @@ from hypothesis import strategies as st
 
 from abcli.config import SamplingConfig
 from abcli.errors import NativeError
-from abcli.native.model import Model
 from abcli.native.sampler import SamplerChain
 from tests.conftest import REPOSITORY
-
-# No sampler but the last one, which draws.
-PLAIN = SamplingConfig(seed=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-GREEDY = replace(PLAIN, temperature=0.0)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    with Model(tiny_model) as opened:
-        yield opened
-
-
-def random_logits(model, seed, scale=4.0):
-    return np.random.default_rng(seed).normal(0, scale, model.vocabulary_size).astype(np.float32)
-
-
-def sample_many(model, config, logits, count):
-    with SamplerChain(model, config) as chain:
-        return [chain.sample(logits) for _ in range(count)]
+from tests.native.common import GREEDY, PLAIN, random_logits, sample_many
 
 
 class Reference:
