@@ -11,6 +11,8 @@ AbcliError                      exit code 1
 |-- TemplateError               a chat template that is missing, broken or refuses the messages
 |-- GrammarError                a grammar or JSON schema that cannot be used
 |-- SessionError                a chat session that cannot be read or written
+|-- ProfileError                a calibrated profile that is missing or cannot be used
+|-- EvaluationDataError         data for an evaluation that is missing, damaged or too little
 `-- CancelledError                 exit code 130: the user interrupted
 """
 
@@ -76,6 +78,14 @@ class GrammarError(AbcliError):
 
 class SessionError(AbcliError):
     """A chat session that cannot be read, written or locked."""
+
+
+class ProfileError(AbcliError):
+    """A profile that is missing, damaged or made for another model."""
+
+
+class EvaluationDataError(AbcliError):
+    """A file of evaluation data that cannot be used; the message names the line where one is to blame."""
 
 
 class CancelledError(AbcliError):

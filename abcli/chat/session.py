@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from abcli.chat.atomic import create_exclusively, write_atomically
+from abcli.atomic import create_exclusively, write_atomically
 from abcli.chat.session_format import (
     FormatError,
     Session,

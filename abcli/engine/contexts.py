@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
-from abcli.engine.prompt_cache import CacheKey, PromptCache, fingerprint
+from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
 from abcli.engine.rope_parameters import rope_parameters
 from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.stored import MIN_GAIN, StoredPrompts
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
 from abcli.errors import CancelledError, ContextFullError
+from abcli.models.fingerprint import fingerprint
 from abcli.models.header import Header, read_header
 from abcli.native.context import BatchPart, Context
 from abcli.native.library import CancelFlag, version

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.chat import atomic, session
+from abcli import atomic
+from abcli.chat import session
 from abcli.chat.messages import Message
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.chat.session_format import FormatError, decode_session, encode_session

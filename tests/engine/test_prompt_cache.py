@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from abcli.config import EngineConfig
 from abcli.engine import prompt_cache, prompt_file
 from abcli.engine.prompt_cache import MIN_TOKENS, STALE_SECONDS, CacheKey, Piece, PromptCache, clear, entries
-from abcli.engine.prompt_cache import fingerprint as fingerprint_of
 from abcli.models.check import check_file
+from abcli.models.fingerprint import fingerprint as fingerprint_of
 from abcli.native.context import BatchPart, Context
 from abcli.native.ggml import aligned_bytes
 from abcli.native.library import CancelFlag
