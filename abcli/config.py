@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import platformdirs
 
-MergeRule = Literal["confidence", "mean", "product", "max", "entropy"]
+MergeRule = Literal["confidence", "mean", "product", "max", "entropy", "pool"]
 Spread = Literal["symmetric", "paper"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FlashAttention = Literal["auto", "on", "off"]
@@ -17,6 +17,7 @@ PrefillMode = Literal["auto", "shared", "exact"]
 
 MERGE_RULES: tuple[MergeRule, ...] = get_args(MergeRule)
 SPREADS: tuple[Spread, ...] = get_args(Spread)
+PREFILL_MODES: tuple[PrefillMode, ...] = get_args(PrefillMode)
 
 MAX_BUCKETS = 16
 DEFAULT_BUCKETS = 6
@@ -35,13 +36,17 @@ DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @dataclass(frozen=True)
 class BucketConfig:
-    """Which bases the buckets use; `bases` and `multipliers` override `count` and `spread`."""
+    """Which bases the buckets use; `bases` and `multipliers` override `count` and `spread`.
+
+    `weights` are those of the merge rule `pool`, one for each bucket, with the sum 1; none are equal ones.
+    """
 
     count: int = DEFAULT_BUCKETS
     spread: Spread = "symmetric"
     bases: tuple[float, ...] = ()
     multipliers: tuple[float, ...] = ()
     merge: MergeRule = "confidence"
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,13 @@ def prompt_cache_directory() -> Path:
     if os.environ.get(ENV_HOME):
         return home() / "prompts"
     return Path(platformdirs.user_cache_dir("abcli", appauthor=False)) / "prompts"
+
+
+def profiles_directory() -> Path:
+    """Where calibrated profiles are stored: below `$ABCLI_HOME`, else in the platform's user configuration."""
+    if os.environ.get(ENV_HOME):
+        return home() / "profiles"
+    return Path(platformdirs.user_config_dir("abcli", appauthor=False)) / "profiles"
 
 
 def debug() -> bool:

@@ -147,12 +147,17 @@ class Generator:
         tokenizer: Tokenizer,
         make_sampler: Callable[[SamplingConfig], Sampler],
         merge_rule: MergeRule = "confidence",
+        pool_weights: Sequence[float] = (),
     ) -> None:
-        """`make_sampler` gives each answer a sampler of its own; the generator closes it."""
+        """`make_sampler` gives each answer a sampler of its own; the generator closes it.
+
+        `pool_weights` are those of the merge rule `pool`.
+        """
         self._engine = engine
         self._tokenizer = tokenizer
         self._make_sampler = make_sampler
         self._rule = merge_rule
+        self._pool_weights = tuple(pool_weights)
         self._merger = Merger(len(engine.bases), engine.vocabulary_size)
         self._running: dict[int, _Running] = {}
         self._cancelled = False
@@ -277,7 +282,7 @@ class Generator:
         if len(logits) == 1:  # nothing to merge; the sampler refuses numbers that are none
             running.next_token = running.sampler.sample(logits[0])
             return
-        merged = self._merger.merge(logits, self._rule)
+        merged = self._merger.merge(logits, self._rule, self._pool_weights)
         statistics = running.answer.statistics
         statistics.agreement_sum += merged.agreement
         statistics.agreement_count += 1

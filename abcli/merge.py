@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,12 @@ _BLOCK_BYTES = 224 * 1024
 _SMALLEST_SHARE = np.float32(1e-30)
 # exp() of this is 0 in float32; keeps 0 * -inf out of the entropy.
 _NEGLIGIBLE = np.float32(-200.0)
+# Pooled are the tokens with at least this share of the likeliest token's mean probability.
+PLAUSIBLE_SHARE = 0.01
+# Pooled log-probabilities lie at most so far (nats) below the mean, so that no bucket alone can decide.
+LARGEST_DEFICIT = 10.0
+# Weights are written with a few digits.
+_WEIGHTS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Merged:
     """[vocabulary], `log_probabilities + log_normalizer`: on the scale of the buckets' own logits, because
     llama.cpp's repeat penalty depends on it. With one bucket they are the bucket's, bit for bit."""
     weights: NDArray[np.float64]
-    """[buckets], sum to 1."""
+    """[buckets], sum to 1; those of the rule `pool` may be negative."""
     agreement: float
     """Sum over tokens of the smallest probability any bucket gives it: 1 when all buckets agree."""
     log_normalizer: float
@@ -63,16 +70,19 @@ class Merger:
         self._sums = np.empty_like(self._offsets)
         self._moments = np.zeros_like(self._offsets)
 
-    def merge(self, logits: NDArray[np.float32], rule: MergeRule) -> Merged:
+    def merge(self, logits: NDArray[np.float32], rule: MergeRule, pool_weights: Sequence[float] = ()) -> Merged:
         """Merge `logits` (float32 `[buckets, vocabulary]`, left untouched) by `rule`.
 
         With p_j = softmax(logits_j): `confidence` is sum_j a_j p_j with a_j = max_x p_j(x) normalised over j
         (Attention Buckets, arXiv 2312.04455); `mean` has equal a_j; `entropy` has a_j proportional to
         exp(-H(p_j)), H in nats; `max` takes the first of the buckets with the largest max_x p_j(x);
-        `product` is the normalised geometric mean. -inf is a forbidden token.
+        `product` is the normalised geometric mean; `pool` is `mean`, but among the plausible tokens the mass is
+        shared out by `pool_plausible` with `pool_weights`. -inf is a forbidden token.
 
-        Raises UsageError for another shape or rule, NativeError for NaN, +inf or a bucket of only -inf.
+        Raises UsageError for another shape or rule, or weights that `check_pool_weights` refuses; NativeError for
+        NaN, +inf or a bucket of only -inf.
         """
+        check_pool_weights(pool_weights, self.shape[0])
         if rule not in MERGE_RULES:
             raise UsageError(f"unknown merge rule {rule!r}", f"use one of {', '.join(MERGE_RULES)}")
         if logits.shape != self.shape or logits.dtype != np.float32:
@@ -84,6 +94,8 @@ class Merger:
             self._exponentiate(logits, with_moments=rule == "entropy")
             peaks, normalizers = self._normalize()
             weights = self._weigh(rule, peaks, normalizers)
+            if rule == "pool" and pool_weights:
+                weights = np.array(pool_weights, np.float64)
             return self._finish(logits, rule, weights, normalizers)
 
     def _exponentiate(self, logits: NDArray[np.float32], *, with_moments: bool) -> None:
@@ -140,18 +152,23 @@ class Merger:
         normalizers: NDArray[np.float64],
     ) -> Merged:
         log_normalizer = float(weights @ normalizers)
+        mixing = np.full(len(weights), 1 / len(weights)) if rule == "pool" else weights
         single = 0 if len(weights) == 1 else int(np.argmax(weights)) if rule == "max" else None
         result, merged_logits = self._log_probabilities, self._logits
         agreement = 1.0
         if len(weights) > 1:
             # A mixture falls out of the same pass over the exponentials.
-            agreement = self._combine(logits, weights, normalizers, mix=single is None and rule != "product")
+            agreement = self._combine(logits, mixing, normalizers, mix=single is None and rule != "product")
         if single is not None:
             # Differences in float64: beside a large logsumexp float32 would lose what small differences say.
             np.subtract(logits[single], normalizers[single], out=result, casting="same_kind", dtype=np.float64)
             merged_logits[:] = logits[single]
         elif rule == "product":
             _geometric_mean(logits, result)
+        elif rule == "pool":
+            plausible = np.flatnonzero(result >= result.max() + np.log(PLAUSIBLE_SHARE))
+            rows = logits[:, plausible] - normalizers[:, None]
+            result[plausible] = pool_plausible(rows, result[plausible].astype(np.float64), weights)
         if single is None:
             np.add(result, np.float32(log_normalizer), out=merged_logits)
         return Merged(result, merged_logits, weights, agreement, log_normalizer)
@@ -186,11 +203,76 @@ class Merger:
         return min(agreement, 1.0)
 
 
-def merge(logits: NDArray[np.float32], rule: MergeRule) -> Merged:
+def merge(logits: NDArray[np.float32], rule: MergeRule, pool_weights: Sequence[float] = ()) -> Merged:
     """Like `Merger.merge`, for a single step: the arrays returned are the caller's own."""
     if logits.ndim != 2:
         raise UsageError(f"cannot merge logits of shape {logits.shape}", "give [buckets, vocabulary]")
-    return Merger(*logits.shape).merge(logits, rule)
+    return Merger(*logits.shape).merge(logits, rule, pool_weights)
+
+
+def merge_kept(
+    log_probabilities: NDArray[np.float32],
+    entropies: NDArray[np.float32],
+    rule: MergeRule,
+    pool_weights: Sequence[float] = (),
+) -> NDArray[np.float64]:
+    """The merged log-probabilities [kept] of some tokens, by the rules of `Merger.merge`.
+
+    `log_probabilities` [buckets, kept] must include each bucket's likeliest token; `entropies` [buckets] are in nats.
+    Exact but for `product`, where the buckets' remaining mass is taken to be spread alike over the other tokens, and
+    for `pool`, if a plausible token is not among those kept.
+    """
+    rows = log_probabilities.astype(np.float64)
+    weights = np.full(len(rows), 1 / len(rows))
+    if rule == "confidence":
+        weights = np.exp(rows.max(axis=1))
+    elif rule == "entropy":
+        weights = np.exp(-entropies.astype(np.float64))
+    elif rule == "max":
+        return np.asarray(rows[np.argmax(rows.max(axis=1))], np.float64)
+    elif rule == "product":
+        means = rows.mean(axis=0)
+        others = np.maximum(1 - np.exp(rows).sum(axis=1), 1e-12)
+        return np.asarray(means - np.log(np.exp(means).sum() + np.exp(np.log(others).mean())), np.float64)
+    terms = rows + np.log(weights / weights.sum())[:, None]
+    peaks = terms.max(axis=0)
+    mixed = np.asarray(peaks + np.log(np.exp(terms - peaks).sum(axis=0)), np.float64)
+    if rule == "pool" and len(rows) > 1:
+        plausible = np.flatnonzero(mixed >= mixed.max() + np.log(PLAUSIBLE_SHARE))
+        shares = np.array(pool_weights) if pool_weights else weights
+        mixed[plausible] = pool_plausible(rows[:, plausible], mixed[plausible], shares)
+    return mixed
+
+
+def pool_plausible(
+    log_probabilities: NDArray[np.floating], log_means: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Share the mass of the plausible tokens out by a log-linear pool: p(x) proportional to prod_j p_j(x)^w_j.
+
+    `log_probabilities` is [buckets, tokens], `log_means` [tokens] the logarithm of the buckets' mean probability,
+    whose sum is kept, and `weights` [buckets] sums to 1. A negative weight takes away what a bucket says that
+    overlooks the context: it is the amateur of contrastive decoding (Li et al., arXiv 2210.15097), from which the
+    limit to plausible tokens comes too. A bucket's probability counts as at least e^-10 of the mean.
+    """
+    rows = np.maximum(log_probabilities, log_means - LARGEST_DEFICIT)
+    pooled = weights @ rows
+    return np.asarray(pooled - _log_sum(pooled) + _log_sum(log_means), np.float64)
+
+
+def check_pool_weights(weights: Sequence[float], buckets: int) -> None:
+    """Raises UsageError unless there are no weights, or one finite one for each bucket, with the sum 1."""
+    if not weights:
+        return
+    if len(weights) != buckets:
+        raise UsageError(f"{len(weights)} weights are given for {buckets} buckets", "give one for each bucket")
+    if not np.isfinite(weights).all() or abs(sum(weights) - 1) > _WEIGHTS_TOLERANCE:
+        listed = ",".join(f"{weight:g}" for weight in weights)
+        raise UsageError(f"the weights {listed} sum to {sum(weights):g}", "give finite weights with the sum 1")
+
+
+def _log_sum(values: NDArray[np.float64]) -> float:
+    peak = float(values.max())
+    return peak + float(np.log(np.exp(values - peak).sum()))
 
 
 def _geometric_mean(logits: NDArray[np.float32], out: NDArray[np.float32]) -> None:

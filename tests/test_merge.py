@@ -11,13 +11,13 @@ from hypothesis.extra.numpy import arrays
 
 from abcli.config import MERGE_RULES
 from abcli.errors import NativeError, UsageError
-from abcli.merge import Merger, merge
+from abcli.merge import PLAUSIBLE_SHARE, Merger, merge
 
 RULES = pytest.mark.parametrize("rule", MERGE_RULES)
 MIXTURES = pytest.mark.parametrize("rule", ["confidence", "mean", "entropy"])
 
 
-def naive(logits, rule):
+def naive(logits, rule, pool_weights=()):
     """(probabilities, weights, agreement, log_normalizer) in float64, by the definitions."""
     logits = logits.astype(np.float64)
     normalizers = np.array([row.max() + math.log(np.exp(row - row.max()).sum()) for row in logits])
@@ -35,6 +35,13 @@ def naive(logits, rule):
         with np.errstate(divide="ignore"):
             merged = np.exp(np.log(p).mean(axis=0))
         merged = merged / merged.sum()
+    elif rule == "pool":
+        merged = p.mean(axis=0)
+        plausible = merged >= 0.01 * merged.max()
+        weights = np.array(pool_weights) if pool_weights else weights
+        floored = np.maximum(p[:, plausible], math.exp(-10) * merged[plausible])
+        pooled = np.prod(floored ** weights[:, None], axis=0)
+        merged[plausible] = pooled / pooled.sum() * merged[plausible].sum()
     else:
         merged = weights @ p
     return merged, weights, p.min(axis=0).sum(), weights @ normalizers
@@ -65,6 +72,13 @@ masked_logits = finite_logits.flatmap(
 )
 
 
+def near_the_plausible_share(logits):
+    """Whether rounding may decide which tokens the rule `pool` takes."""
+    mean = naive(logits, "mean")[0]
+    shares = mean / mean.max()
+    return bool((abs(shares - PLAUSIBLE_SHARE) < 1e-5).any())
+
+
 @RULES
 @pytest.mark.parametrize("shape", [(1, 5), (2, 1), (3, 1000), (6, 20000), (16, 9001)])
 def test_agrees_with_the_definition(rule, shape):
@@ -84,6 +98,7 @@ def test_agrees_with_the_definition(rule, shape):
 def test_agrees_with_the_definition_where_tokens_are_forbidden(rule, logits):
     # Whom rounding makes the most confident is tested by itself below.
     assume(rule != "max" or not near_tie(logits))
+    assume(rule != "pool" or not near_the_plausible_share(logits))
     merged = merge(logits, rule)
     probabilities, weights, agreement, _ = naive(logits, rule)
     np.testing.assert_allclose(np.exp(merged.log_probabilities), probabilities, rtol=1e-4, atol=1e-35)
@@ -297,3 +312,28 @@ def test_real_model(rule, real_logits):
     np.testing.assert_allclose(merged.weights, weights, rtol=1e-5)
     assert merged.agreement == pytest.approx(agreement, rel=1e-5)
     np.testing.assert_allclose(merged.logits, np.log(probabilities) + log_normalizer, atol=3e-5)
+
+
+@given(logits=masked_logits, data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_pool_with_weights_agrees_with_the_definition(logits, data):
+    assume(not near_the_plausible_share(logits))
+    drawn = data.draw(st.lists(st.floats(-2, 2), min_size=len(logits) - 1, max_size=len(logits) - 1))
+    weights = (*drawn, 1 - sum(drawn))
+    merged = merge(logits, "pool", weights)
+    expected = naive(logits, "pool", weights)
+    np.testing.assert_allclose(np.exp(merged.log_probabilities), expected[0], rtol=2e-3, atol=1e-6)
+    np.testing.assert_array_equal(merged.weights, weights)
+
+
+def test_pool_turns_against_a_bucket_with_a_negative_weight():
+    seeing, blind = np.log([[0.5, 0.4, 0.1], [0.8, 0.1, 0.1]]).astype(np.float32)
+    merged = merge(np.stack([seeing, blind]), "pool", (1.5, -0.5))
+    assert int(np.argmax(seeing)) == 0
+    assert int(np.argmax(merged.log_probabilities)) == 1
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (0.5, 0.6), (float("nan"), 1.0), (0.2, 0.3, 0.5)])
+def test_pool_refuses_wrong_weights(weights):
+    with pytest.raises(UsageError):
+        merge(random_logits(2, 10), "pool", weights)

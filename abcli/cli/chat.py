@@ -13,8 +13,8 @@ from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
 from abcli.chat.template import load_template
-from abcli.cli.options import AnswerOptions, BucketOptions, ModelOptions, SamplingOptions, check_argument
-from abcli.cli.setup import Ready, ready
+from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
+from abcli.cli.setup import Ready, ready, resolve_profile
 from abcli.config import SamplingConfig, history_file, sessions_directory
 from abcli.errors import UsageError
 from abcli.native.sampler import validate
@@ -41,7 +41,7 @@ def chat(
         bool | None, typer.Option("--stats/--no-stats", help="Speeds after each answer.", show_default="on a terminal")
     ] = None,
     model_options: ModelOptions,
-    bucket_options: BucketOptions,
+    bucket_options: ProfiledBucketOptions,
     sampling_options: SamplingOptions,
     answer_options: AnswerOptions,
 ) -> None:
@@ -49,9 +49,8 @@ def chat(
     if no_save and session is not None:
         raise UsageError("--no-save and --session contradict each other", "drop one of them")
     generation = answer_options.config(sampling_options.config())
-    buckets = bucket_options.config()
     terminal = Terminal()
-    engine_config = model_options.engine_config(model_word)
+    engine_config, buckets = resolve_profile(terminal, model_word, model_options, bucket_options)
     store = None if no_save else SessionStore(sessions_directory())
     with ExitStack() as stack:
         resumed = _resume(store, session, stack)

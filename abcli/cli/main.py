@@ -14,7 +14,9 @@ import typer
 from abcli import __version__
 from abcli.cli.cache import app as cache_app
 from abcli.cli.chat import chat
+from abcli.cli.eval import evaluation
 from abcli.cli.flags import with_options
+from abcli.cli.profiles import app as profiles_app
 from abcli.cli.run import run
 from abcli.cli.waves import waves
 from abcli.config import ENV_DEBUG, debug
@@ -33,6 +35,10 @@ app = typer.Typer(
 app.command("run", help="Answer one prompt and exit.")(with_options(run))
 app.command("chat", help="Talk with a model.")(with_options(chat))
 app.add_typer(cache_app, name="cache", help="Show or clear stored prompts.")
+app.add_typer(profiles_app, name="profiles", help="Show, share and choose calibrated bucket sets.")
+app.command("eval", help="Measure on a task whether buckets help a model, and at which depths.")(
+    with_options(evaluation)
+)
 app.command("waves", help="Show the attention waveform of each bucket, or search bases that complement each other.")(
     with_options(waves)
 )

@@ -25,7 +25,9 @@ from abcli.config import (
     prompt_cache_directory,
 )
 from abcli.errors import PromptError, UsageError
+from abcli.merge import check_pool_weights
 from abcli.models.locate import locate_model
+from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import parse_numbers
 
 _ENGINE = EngineConfig(Path(), ())
@@ -62,9 +64,13 @@ class ModelOptions:
         _ENGINE.cache_type_v
     )
     prefill: Annotated[
-        PrefillMode,
-        flag("shared: one bucket computes the prompt for all; exact: each its own; auto: by length.", "--prefill"),
-    ] = _ENGINE.prefill
+        PrefillMode | None,
+        flag(
+            "shared: one bucket computes the prompt for all; exact: each its own; auto: by length.",
+            "--prefill",
+            show_default=str(_ENGINE.prefill),
+        ),
+    ] = None
     prefill_base: Annotated[
         float | None,
         flag("RoPE base that computes a shared prefill.", "--prefill-base", show_default="the model's own"),
@@ -112,7 +118,7 @@ class ModelOptions:
             flash_attention=self.flash_attn,
             cache_type_k=self.cache_type_k,
             cache_type_v=self.cache_type_v,
-            prefill=self.prefill,
+            prefill=self.prefill or _ENGINE.prefill,
             prefill_base=self.prefill_base,
             prompt_cache=self.prompt_cache_dir or (prompt_cache_directory() if self.prompt_cache else None),
         )
@@ -146,7 +152,19 @@ class BucketOptions:
             show_default=str(_BUCKETS.spread),
         ),
     ] = None
-    merge: Annotated[MergeRule, flag("How the buckets' distributions become one.", "--merge")] = _BUCKETS.merge
+    merge: Annotated[
+        MergeRule | None,
+        flag("How the buckets' distributions become one.", "--merge", show_default=str(_BUCKETS.merge)),
+    ] = None
+    weights: Annotated[
+        str | None,
+        flag(
+            "Weights of the buckets for --merge pool, with the sum 1; negative ones turn against a bucket.",
+            "--weights",
+            metavar="LIST",
+            show_default="equal",
+        ),
+    ] = None
 
     def config(self) -> BucketConfig:
         """The bucket settings. Raises UsageError for contradictions and impossible numbers."""
@@ -164,13 +182,53 @@ class BucketOptions:
         count = explicit or (DEFAULT_BUCKETS if self.buckets is None else self.buckets)
         if not 1 <= count <= MAX_BUCKETS:
             raise UsageError(f"{count} buckets are impossible", f"choose 1 to {MAX_BUCKETS}")
+        weights = parse_numbers(self.weights, "--weights") if self.weights is not None else ()
+        if weights and self.merge != "pool":
+            raise UsageError("--weights needs --merge pool", "the other rules find the weights by themselves")
+        check_pool_weights(weights, count)
         return BucketConfig(
             count=count,
             spread=self.spread or _BUCKETS.spread,
             bases=bases,
             multipliers=multipliers,
-            merge=self.merge,
+            merge=self.merge or _BUCKETS.merge,
+            weights=weights,
         )
+
+    def given(self) -> str | None:
+        """One of the flags that decide about the buckets, as in "--buckets 3"; None if there is none."""
+        flags = (
+            ("--buckets", self.buckets),
+            ("--bases", self.bases),
+            ("--multipliers", self.multipliers),
+            ("--spread", self.spread),
+            ("--merge", self.merge),
+            ("--weights", self.weights),
+        )
+        return next((f"{name} {value}" for name, value in flags if value is not None), None)
+
+
+@dataclass(frozen=True)
+class ProfiledBucketOptions(BucketOptions):
+    """The same for commands that generate, which can take it all from a calibrated profile."""
+
+    profile: Annotated[
+        str | None,
+        flag(
+            "Calibrated profile of the model, or none.",
+            "--profile",
+            metavar="NAME",
+            show_default="the model's default profile, unless flags say which buckets",
+        ),
+    ] = None
+
+    def config(self) -> BucketConfig:
+        """The bucket settings without the profile's. Raises UsageError for contradictions and impossible numbers."""
+        if self.profile is not None and self.profile != NO_PROFILE:
+            check_name(self.profile)
+            if (flag_given := self.given()) is not None:
+                raise UsageError(f"--profile {self.profile} and {flag_given} are both given", "give one of them")
+        return super().config()
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import typer
 from abcli.chat.files import decode_prompt, read_text_file
 from abcli.chat.messages import Message
 from abcli.chat.template import load_template
-from abcli.cli.options import AnswerOptions, BucketOptions, ModelOptions, SamplingOptions, check_argument
-from abcli.cli.setup import Ready, ready
+from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
+from abcli.cli.setup import Ready, ready, resolve_profile
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.generate import Answer
 from abcli.models.locate import looks_like_model
@@ -42,7 +42,7 @@ def run(
         typer.Option("--stats/--no-stats", help="Speeds on standard error.", show_default="on a terminal"),
     ] = None,
     model_options: ModelOptions,
-    bucket_options: BucketOptions,
+    bucket_options: ProfiledBucketOptions,
     sampling_options: SamplingOptions,
     answer_options: AnswerOptions,
 ) -> None:
@@ -53,9 +53,8 @@ def run(
     text = gather_prompt(prompt if prompt is not None else text, file)
     _check_raw(raw=raw, parse_special=parse_special, system=system)
     generation = answer_options.config(sampling_options.config())
-    buckets = bucket_options.config()
     terminal = Terminal()
-    engine_config = model_options.engine_config(model)
+    engine_config, buckets = resolve_profile(terminal, model, model_options, bucket_options)
     with ready(terminal, engine_config, buckets, verbose=model_options.verbose) as loaded:
         opened = loaded.opened
         if raw:

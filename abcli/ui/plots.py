@@ -39,6 +39,36 @@ class WavePlot:
     envelope: Floats
 
 
+@dataclass(frozen=True)
+class DepthCurve:
+    """A measure of one configuration at each depth with the limits of its interval, [depths] each."""
+
+    label: str
+    values: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class DepthPanel:
+    """One length: its depths, and the curves of all configurations, the baseline's first."""
+
+    title: str
+    depths: tuple[float, ...]
+    likelihoods: tuple[DepthCurve, ...]
+    """Negative, in nats per token."""
+    accuracies: tuple[DepthCurve, ...]
+    """Shares."""
+
+
+@dataclass(frozen=True)
+class DepthPlot:
+    """What a figure of an evaluation shows; the panels, one or more, have the same configurations."""
+
+    title: str
+    panels: tuple[DepthPanel, ...]
+
+
 def require_matplotlib(flag: str) -> None:
     """Raise UsageError, which says how to install it, if matplotlib is missing; `flag` is what needs it."""
     try:
@@ -58,6 +88,51 @@ def wave_image(plot: WavePlot, image_format: ImageFormat) -> bytes:
     _draw_floors(overview, plot)
     _draw_trough(zoom, plot)
     _draw_legend(figure, overview)
+    return _content(figure, image_format)
+
+
+def depth_image(plot: DepthPlot, image_format: ImageFormat) -> bytes:
+    """The figure as a file's content: likelihood above accuracy by depth, a column for each length."""
+    from matplotlib.figure import Figure
+
+    columns = len(plot.panels)
+    figure = Figure(figsize=(4 + 3 * columns, 7), layout="constrained")
+    figure.suptitle(_plain(plot.title), fontsize="large")
+    axes = figure.subplots(2, columns, sharex="col", sharey="row", squeeze=False)
+    for column, panel in enumerate(plot.panels):
+        _draw_curves(axes[0, column], panel.depths, panel.likelihoods)
+        _draw_curves(axes[1, column], panel.depths, panel.accuracies)
+        axes[0, column].set_title(panel.title, fontsize="medium")
+        axes[1, column].set_xlabel("depth in the context")
+        axes[1, column].yaxis.set_major_formatter("{x:.0%}")
+    # Shared by a row, so set when all of it is drawn: an axis with a limit no longer grows.
+    axes[0, 0].set_ylim(bottom=0)
+    axes[1, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("NLL of the answer (nats per token)")
+    axes[1, 0].set_ylabel("accuracy")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="configuration\n(bars: 95 % intervals)", loc="outside right upper")
+    return _content(figure, image_format)
+
+
+def _draw_curves(axes: Axes, depths: tuple[float, ...], curves: tuple[DepthCurve, ...]) -> None:
+    """All curves, side by side by so little that their bars can be told apart."""
+    step = 0.12 / max(1, len(depths) - 1) / max(1, len(curves) - 1)
+    colours = [_NATIVE_COLOUR, *_colours(len(curves) - 1)]
+    for number, (curve, colour) in enumerate(zip(curves, colours, strict=True)):
+        at = np.array(depths) + (number - (len(curves) - 1) / 2) * step
+        axes.plot(at, curve.values, "o-", color=colour, markersize=4, linewidth=1.4, label=_plain(curve.label))
+        axes.vlines(at, curve.low, curve.high, color=colour, alpha=0.4, linewidth=1.2)
+    axes.grid(alpha=0.25)
+
+
+def _plain(text: str) -> str:
+    """`text` as matplotlib shows it unchanged: no formula between dollars, no leading "_" that hides it."""
+    shown = text.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def _content(figure: Figure, image_format: ImageFormat) -> bytes:
     buffer = io.BytesIO()
     # Without a date, the same data gives the same file.
     metadata = {"Date": None} if image_format == "svg" else None

@@ -13,7 +13,14 @@ import pytest
 
 import abcli.cli.run as run_module
 from abcli.cli.main import call
-from abcli.cli.options import AnswerOptions, BucketOptions, ModelOptions, SamplingOptions, parse_logit_bias
+from abcli.cli.options import (
+    AnswerOptions,
+    BucketOptions,
+    ModelOptions,
+    ProfiledBucketOptions,
+    SamplingOptions,
+    parse_logit_bias,
+)
 from abcli.cli.run import gather_prompt, split_words
 from abcli.config import MAX_BUCKETS, BucketConfig, EngineConfig, GenerationConfig, SamplingConfig
 from abcli.errors import AbcliError, PromptError, UsageError
@@ -156,6 +163,24 @@ def test_contradictory_buckets(options: dict[str, Any]) -> None:
     assert caught.value.hint
 
 
+def test_what_is_given_is_known() -> None:
+    assert BucketOptions().given() is ProfiledBucketOptions(profile="x").given() is None
+    assert BucketOptions(spread="paper", merge="max").given() == "--spread paper"
+    # A default that is written out is given, too.
+    assert BucketOptions(merge="confidence").given() == "--merge confidence"
+    assert BucketOptions(buckets=6).given() == "--buckets 6"
+
+
+def test_a_profile_is_given_alone() -> None:
+    assert ProfiledBucketOptions(profile="x").config() == BucketConfig()
+    assert ProfiledBucketOptions(profile="none", buckets=2).config() == BucketConfig(2)
+    for options in ({"merge": "mean"}, {"buckets": 0}):
+        with pytest.raises(UsageError, match=r"--profile x and --\w+ \w+ are both given"):
+            ProfiledBucketOptions(profile="x", **options).config()
+    with pytest.raises(UsageError, match="cannot be the name"):
+        ProfiledBucketOptions(profile="a/b").config()
+
+
 def test_the_most_buckets_are_allowed() -> None:
     assert BucketOptions(buckets=MAX_BUCKETS).config().count == MAX_BUCKETS
 
@@ -163,7 +188,7 @@ def test_the_most_buckets_are_allowed() -> None:
 def test_defaults_are_those_of_the_configuration() -> None:
     assert SamplingOptions().config() == SamplingConfig()
     assert AnswerOptions().config(SamplingConfig()) == GenerationConfig()
-    assert BucketOptions().config() == BucketConfig()
+    assert BucketOptions().config() == ProfiledBucketOptions().config() == BucketConfig()
     assert ModelOptions(model="x.gguf").engine_config(None) == EngineConfig(Path("x.gguf"), ())
 
 
@@ -249,11 +274,11 @@ def test_help_names_what_there_is(abcli: Command, help_texts: dict[str, str]) ->
         assert "run" in outcome.text
         assert "chat" in outcome.text
     for text in help_texts.values():
-        for flag in ("--buckets", "--bases", "--multipliers", "--spread", "--merge", "--stats", "--help"):
+        for flag in ("--buckets", "--bases", "--multipliers", "--spread", "--merge", "--profile", "--stats", "--help"):
             assert flag in text
         # Square brackets are also rich's markup, in which a default can disappear.
-        for default in ("[default: (6)]", "[default: (symmetric)]", "[default: (on a terminal)]", "[default: 0.95]"):
-            assert default in text
+        for default in ("(6)", "(symmetric)", "(confidence)", "(auto)", "(on a terminal)", "0.95"):
+            assert f"[default: {default}]" in text
     for flag in ("--session", "--no-save", "--overflow"):
         assert flag in help_texts["chat"]
 

@@ -1,0 +1,313 @@
+"""`abcli eval`: whether buckets help on a model and a task, measured on the same questions for all configurations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import typer
+from rich.console import Console
+
+from abcli.chat.known_templates import KNOWN_TEMPLATES
+from abcli.cli.flags import flag
+from abcli.cli.options import ModelOptions
+from abcli.config import DEFAULT_CONTEXT, EngineConfig, profiles_directory, prompt_cache_directory
+from abcli.errors import CancelledError, ProfileError, UsageError
+from abcli.evals.configurations import Configuration, parse_configuration
+from abcli.evals.report import (
+    MAX_DEPTHS,
+    DataFile,
+    RecordedModel,
+    Report,
+    data_file,
+    encode_report,
+    make_report,
+    read_report,
+    write_report,
+)
+from abcli.evals.runner import NEEDS_DATA, TASKS, EvaluationSettings, evaluate
+from abcli.evals.statistics import LengthSummary
+from abcli.evals.subject import Subject
+from abcli.models.check import check_file
+from abcli.models.fingerprint import fingerprint
+from abcli.native.library import echo_log
+from abcli.profiles.lookup import default_profile, named_profile
+from abcli.profiles.profile import Profile
+from abcli.ui.evaluation import depth_figure, show_evaluation
+from abcli.ui.plots import ImageFormat, depth_image, require_matplotlib
+from abcli.ui.progress import step_progress
+from abcli.ui.terminal import Terminal
+
+_DEFAULT_LENGTH = 1024
+_DEFAULT_LIMIT = 200
+_DEFAULT_DEPTHS = 5
+_DEFAULT_COMPARED = ("native", "spread6", "paper6")
+_MAX_LENGTHS = 16
+_MAX_NUMBER = 2**31 - 1
+# Where no terminal sets a limit, no line of a table is folded.
+_PLAIN_WIDTH = 250
+
+
+@dataclass(frozen=True)
+class QuestionOptions:
+    """Which questions are asked, and of which configurations."""
+
+    panel: ClassVar[str] = "Questions"
+
+    length: Annotated[
+        list[int] | None,
+        flag("Tokens of a context; repeatable.", "--length", show_default=str(_DEFAULT_LENGTH)),
+    ] = None
+    depths: Annotated[
+        int | None,
+        flag("Depths, evenly spaced from 0 to 1, taken in turn.", "--depths", show_default=str(_DEFAULT_DEPTHS)),
+    ] = None
+    limit: Annotated[int | None, flag("Questions for each length.", "--limit", show_default=str(_DEFAULT_LIMIT))] = None
+    seed: Annotated[int | None, flag("Other seeds make other questions.", "--seed", "-s", show_default="0")] = None
+    data: Annotated[
+        Path | None, flag("needle: a text or a directory of .txt files; qa, tools: JSON lines.", "--data")
+    ] = None
+    answers: Annotated[Path | None, flag("tools: the file of right answers.", "--answers")] = None
+    compare: Annotated[
+        list[str] | None,
+        flag(
+            'native, spread6, paper6, profile, profile=NAME, "bases=50000,100000;merge=mean"; repeatable.',
+            "--compare",
+            metavar="SPEC",
+            show_default=", ".join(_DEFAULT_COMPARED) + ", and the model's profile if it has one",
+        ),
+    ] = None
+    fresh: Annotated[bool, flag("Compute everything anew; stored results are neither read nor written.", "--fresh")] = (
+        False
+    )
+
+    def settings(self, task: str) -> EvaluationSettings:
+        """The settings that the flags ask for. Raises UsageError."""
+        lengths = tuple(self.length or (_DEFAULT_LENGTH,))
+        settings = EvaluationSettings(
+            task=task,
+            lengths=lengths,
+            limit=_DEFAULT_LIMIT if self.limit is None else self.limit,
+            seed=self.seed or 0,
+            depths=_DEFAULT_DEPTHS if self.depths is None else self.depths,
+            data=self.data,
+            answers=self.answers,
+        )
+        for name, value, least, most in (
+            *(("--length", length, 1, _MAX_NUMBER) for length in lengths),
+            ("--limit", settings.limit, 1, _MAX_NUMBER),
+            ("--depths", settings.depths, 1, MAX_DEPTHS),
+            ("--seed", settings.seed, 0, _MAX_NUMBER),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{name} {value} is impossible", f"choose {least} to {most}")
+        if len(set(lengths)) < len(lengths) or len(lengths) > _MAX_LENGTHS:
+            listed = ", ".join(map(str, lengths[: _MAX_LENGTHS + 1]))
+            raise UsageError(f"the lengths {listed} are not distinct or too many", f"give up to {_MAX_LENGTHS}")
+        self._check_data(task)
+        return settings
+
+    def _check_data(self, task: str) -> None:
+        needed = {"--data": task in NEEDS_DATA, "--answers": task == "tools"}
+        possible = {"--data": task != "kv", "--answers": task == "tools"}
+        for name, path in (("--data", self.data), ("--answers", self.answers)):
+            if path is None and needed[name]:
+                raise UsageError(
+                    f"{task} needs {name} FILE", "scripts/fetch_evaluation_data.py fetches data, or says where it is"
+                )
+            if path is not None and not possible[name]:
+                raise UsageError(f"{name} {path} has no say in {task}", "drop it")
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """Where the result goes."""
+
+    panel: ClassVar[str] = "Result"
+
+    output: Annotated[Path | None, flag("Write the report, as JSON.", "--output", "-o", metavar="FILE")] = None
+    examples: Annotated[bool, flag("Put the contexts themselves into the report.", "--examples")] = False
+    as_json: Annotated[bool, flag("Print the report instead of tables.", "--json")] = False
+    plot: Annotated[
+        bool | None,
+        flag("Bars by depth in the terminal.", "--plot/--no-plot", show_default="on a terminal"),
+    ] = None
+    png: Annotated[Path | None, flag("Write a figure; needs the extra 'plot'.", "--png")] = None
+    svg: Annotated[Path | None, flag("Write a figure; needs the extra 'plot'.", "--svg")] = None
+
+    def check(self) -> None:
+        """Raise UsageError for what would only be noticed after the work is done."""
+        for name, path in (("--output", self.output), ("--png", self.png), ("--svg", self.svg)):
+            if path is None:
+                continue
+            if not path.parent.is_dir() or path.is_dir():
+                raise UsageError(f"{name} {path} cannot be written", "name a file in a directory that exists")
+            if name != "--output":
+                require_matplotlib(name)
+        if self.examples and self.output is None and not self.as_json:
+            raise UsageError("--examples is for a report", "say where it goes: --output FILE or --json")
+
+
+def evaluation(
+    task: Annotated[str | None, typer.Argument(metavar="TASK", help="needle, kv, qa or tools.")] = None,
+    model_word: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="GGUF file; default: the default model.")
+    ] = None,
+    *,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="REPORT", help="Show a stored report again, without a task and a model."),
+    ] = None,
+    question_options: QuestionOptions,
+    result_options: ResultOptions,
+    model_options: ModelOptions,
+) -> None:
+    """Compare configurations of buckets on the same questions."""
+    result_options.check()
+    terminal = Terminal()
+    if source is not None:
+        _check_alone(task, model_word, question_options, result_options, model_options)
+        report = read_report(source)
+    else:
+        if task is None or task not in TASKS:
+            wrong = "no task is given" if task is None else f"unknown task {task!r:.80}"
+            raise UsageError(wrong, f"use one of {', '.join(TASKS)}")
+        report = _evaluate(
+            terminal, question_options.settings(task), model_word, question_options, result_options, model_options
+        )
+    _deliver(terminal, report, result_options)
+
+
+def _check_alone(
+    task: str | None, model: str | None, questions: QuestionOptions, results: ResultOptions, model_options: ModelOptions
+) -> None:
+    """Raise UsageError for anything that contradicts --from."""
+    others: list[tuple[str, object]] = [("TASK", task), ("MODEL", model)]
+    for group in (questions, model_options):
+        changed = [item for item in fields(group) if getattr(group, item.name) != item.default]
+        others += [(f"--{item.name.replace('_', '-')}", getattr(group, item.name)) for item in changed]
+    others += [("--examples", results.examples or None), ("--output", results.output)]
+    for name, value in others:
+        if value is not None:
+            raise UsageError(f"{name} contradicts --from, which shows what a report holds", "drop one of them")
+
+
+def _engine_config(model: str | None, options: ModelOptions) -> EngineConfig:
+    """The model and how llama.cpp runs it. Raises UsageError for flags that an evaluation decides itself."""
+    for name, wrong, hint in (
+        ("--ctx-size", options.ctx_size != DEFAULT_CONTEXT, "the context is made as long as the questions: --length"),
+        ("--prefill", options.prefill is not None, 'say it for a configuration: --compare "spread6;prefill=exact"'),
+        (
+            "--prefill-base",
+            options.prefill_base is not None,
+            'say it for a configuration: --compare "spread6;prefill-base=50000"',
+        ),
+        (
+            "--prompt-cache",
+            options.prompt_cache or options.prompt_cache_dir is not None,
+            "an evaluation stores its own results",
+        ),
+    ):
+        if wrong:
+            raise UsageError(f"{name} has no say in an evaluation", hint)
+    return options.engine_config(model)
+
+
+def _evaluate(
+    terminal: Terminal,
+    settings: EvaluationSettings,
+    model: str | None,
+    questions: QuestionOptions,
+    results: ResultOptions,
+    options: ModelOptions,
+) -> Report:
+    config = _engine_config(model, options)
+    configurations = _configurations(terminal, questions.compare, config)
+    # Before the questions are made of it, so that a file that changes meanwhile is not mistaken for what was asked.
+    files = (("--data", settings.data), ("--answers", settings.answers))
+    data = [data_file(name, path) for name, path in files if path is not None]
+    if options.chat_template is not None:
+        data.append(_template(options.chat_template))
+    if options.verbose:
+        echo_log(sys.stderr.write)
+    with terminal.working(f"loading {config.model.name}"):
+        subject = Subject(config, options.chat_template, None if questions.fresh else _stored_results(), terminal.warn)
+    with subject:
+        try:
+            with step_progress(terminal, settings.task) as progress:
+                found = evaluate(settings, configurations, subject, progress)
+        except KeyboardInterrupt:
+            hint = "" if questions.fresh else "the same command goes on where it stopped"
+            raise CancelledError(hint=hint) from None
+        header = subject.header
+        recorded = RecordedModel(config.model.name, subject.fingerprint, header.architecture, header.native_base)
+    return make_report(settings, found, recorded, data, contexts=results.examples)
+
+
+def _template(chosen: str) -> DataFile:
+    """What a report says of --chat-template, which names a file or a template that abcli knows."""
+    name, path = "--chat-template", Path(chosen)
+    # What is neither, loading will complain about.
+    known = chosen in KNOWN_TEMPLATES or not path.is_file()
+    return DataFile(name, path.name, "") if known else data_file(name, path)
+
+
+def _stored_results() -> Path:
+    """Where results are kept, so that an interrupted evaluation goes on and no question is computed twice."""
+    return prompt_cache_directory().with_name("evaluations")
+
+
+def _configurations(terminal: Terminal, texts: Sequence[str] | None, config: EngineConfig) -> list[Configuration]:
+    """What is compared: what the user lists, else the usual sets and the model's default profile if it has one."""
+    header = check_file(config.model)
+    identity = fingerprint(header)
+
+    def find_profile(name: str | None) -> Profile:
+        if name is not None:
+            return named_profile(profiles_directory(), identity, name, config.model.name)
+        profile = default_profile(profiles_directory(), identity, terminal.warn)
+        if profile is None:
+            raise ProfileError(f"{config.model.name} has no profile", "`abcli calibrate` makes one")
+        return profile
+
+    chosen = list(_DEFAULT_COMPARED if texts is None else texts)
+    for text in chosen:
+        if chosen.count(text) > 1:
+            raise UsageError(f"--compare {text!r:.120} is given twice", "drop one")
+    found = [parse_configuration(text, header.native_base, find_profile) for text in chosen]
+    if texts is None:
+        try:
+            usual = default_profile(profiles_directory(), identity, terminal.warn)
+        except ProfileError as error:
+            terminal.warn(f"{error.message}; no profile is compared")
+        else:
+            if usual is not None:
+                found.append(parse_configuration("profile", header.native_base, lambda _name: usual))
+    return found
+
+
+def _deliver(terminal: Terminal, report: Report, options: ResultOptions) -> None:
+    """Write the report and the figures that are asked for, then show the result on standard output."""
+    with terminal.working("resampling"):
+        summaries = report.summaries()
+    if options.output is not None:
+        write_report(options.output, report, summaries)
+    title = f"{report.task}, {report.model.name}"
+    images: list[tuple[Path | None, ImageFormat]] = [(options.png, "png"), (options.svg, "svg")]
+    for path, image_format in images:
+        if path is not None:
+            path.write_bytes(depth_image(depth_figure(title, summaries), image_format))
+    if options.as_json:
+        terminal.write(encode_report(report, summaries).decode())
+        return
+    _show(terminal, report, summaries, plot=terminal.output_is_terminal if options.plot is None else options.plot)
+
+
+def _show(terminal: Terminal, report: Report, summaries: Sequence[LengthSummary], *, plot: bool) -> None:
+    settings: dict[str, Any] = {} if terminal.output_is_terminal else {"width": _PLAIN_WIDTH}
+    console = Console(file=terminal.output, highlight=False, emoji=False, **settings)
+    unicode = (terminal.output.encoding or "").lower().startswith("utf")
+    show_evaluation(console, report.task, summaries, bars=plot, unicode=unicode)

@@ -1,0 +1,153 @@
+"""What the buckets said at every token of an answer, kept so that any set of them can be merged later."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.atomic import write_atomically
+from abcli.engine.protocol import Engine
+from abcli.generate import common_prefix
+
+# Each base's likeliest tokens are kept; what a merge of them misses is below the least of these.
+KEPT_TOKENS = 48
+_FORMAT = 1
+_NEAR_PEAK = np.float32(-12.0)
+# exp() of this is 0 in float32.
+_NEGLIGIBLE = np.float32(-200.0)
+
+
+@dataclass(frozen=True)
+class Node:
+    """The next-token distributions of all bases after one beginning of an answer.
+
+    A token that is not kept is, under every base, less likely than that base's `KEPT_TOKENS` likeliest.
+    """
+
+    tokens: NDArray[np.int32]
+    """[kept], ascending: the likeliest of each base, and those the answers go on with."""
+    log_probabilities: NDArray[np.float32]
+    """[bases, kept], natural logarithms, normalised over the whole vocabulary."""
+    entropies: NDArray[np.float32]
+    """[bases], nats, over the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One question under every base: a tree of answer beginnings, and the way of each continuation through it."""
+
+    bases: tuple[float, ...]
+    nodes: tuple[Node, ...]
+    paths: tuple[tuple[tuple[int, int], ...], ...]
+    """For each continuation, the right one first: the (node, token) pairs it consists of."""
+
+    def select(self, bases: Sequence[float]) -> list[int]:
+        """The rows of `bases`, in their order. Raises KeyError for one that was not traced."""
+        rows = {base: row for row, base in enumerate(self.bases)}
+        return [rows[base] for base in bases]
+
+
+def trace(engine: Engine, slot: int, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Trace:
+    """Let the buckets of `engine` read `prompt` and then each of `continuations`, token by token as in decoding.
+
+    What `slot` holds of the prompt is reused; no continuation may be empty. Common beginnings of continuations are
+    computed once. Raises what the engine raises.
+    """
+    cached = engine.truncate(slot, min(common_prefix(engine.tokens(slot), prompt), len(prompt) - 1))
+    logits = engine.prefill(slot, prompt[cached:])
+    nodes: list[Node] = []
+    known: dict[tuple[int, ...], int] = {}
+    paths: dict[int, tuple[tuple[int, int], ...]] = {}
+    # In order of their tokens the continuations share the longest beginnings with their neighbours.
+    order = sorted(range(len(continuations)), key=lambda index: (index != 0, tuple(continuations[index])))
+    for index in order:
+        tokens = tuple(continuations[index])
+        path = []
+        for at, token in enumerate(tokens):
+            beginning = tokens[:at]
+            if beginning not in known:
+                if beginning:
+                    held = engine.tokens(slot)[len(prompt) :]
+                    shared = common_prefix(held, beginning)
+                    engine.truncate(slot, len(prompt) + shared)
+                    for missing in beginning[shared:]:
+                        logits = engine.step({slot: missing})[0]
+                following = {t[at] for t in map(tuple, continuations) if t[:at] == beginning and len(t) > at}
+                known[beginning] = len(nodes)
+                nodes.append(_node(logits, following))
+            path.append((known[beginning], int(token)))
+        paths[index] = tuple(path)
+    return Trace(engine.bases, tuple(nodes), tuple(paths[index] for index in range(len(continuations))))
+
+
+def _node(logits: NDArray[np.float32], following: set[int]) -> Node:
+    chosen = set(following)
+    peaks = logits.max(axis=1, keepdims=True)
+    differences = logits - peaks
+    for row in differences:
+        chosen.update(_likeliest(row, min(KEPT_TOKENS, len(row))).tolist())
+    tokens = np.array(sorted(chosen), np.int32)
+    kept = differences[:, tokens]
+    np.maximum(differences, _NEGLIGIBLE, out=differences)  # no 0 * -inf below
+    exponentials = np.exp(differences)
+    sums = exponentials.sum(axis=1)
+    moments = np.einsum("jx,jx->j", exponentials, differences)
+    log_probabilities = kept - np.log(sums)[:, None]
+    return Node(tokens, log_probabilities.astype(np.float32), (np.log(sums) - moments / sums).astype(np.float32))
+
+
+def _likeliest(differences: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """The indices of the `count` largest of `differences` to the peak, in no order."""
+    # Nearly always these are few, and to sort a whole vocabulary out costs as much as to compute its logits.
+    near = np.flatnonzero(differences > _NEAR_PEAK)
+    if len(near) < count:
+        return np.argpartition(differences, -count)[-count:]
+    return near[np.argpartition(differences[near], -count)[-count:]]
+
+
+def save(path: Path, item: Trace) -> None:
+    """Write `item` so that it is there whole or not at all. Raises OSError."""
+    arrays = {
+        "format": np.array(_FORMAT),
+        "bases": np.array(item.bases, np.float64),
+        "sizes": np.array([len(node.tokens) for node in item.nodes], np.int32),
+        "tokens": np.concatenate([node.tokens for node in item.nodes]),
+        "log_probabilities": np.concatenate([node.log_probabilities for node in item.nodes], axis=1),
+        "entropies": np.stack([node.entropies for node in item.nodes]),
+        "path_sizes": np.array([len(path) for path in item.paths], np.int32),
+        "paths": np.array([pair for path in item.paths for pair in path], np.int32),
+    }
+    data = BytesIO()
+    np.savez(data, **arrays)  # type: ignore[arg-type]
+    write_atomically(path, data.getvalue())
+
+
+def load(path: Path) -> Trace | None:
+    """The trace in `path`, or None if it is not there, damaged or of another format."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if int(arrays["format"]) != _FORMAT:
+                return None
+            ends = np.cumsum(arrays["sizes"])[:-1]
+            nodes = [
+                Node(*parts)
+                for parts in zip(
+                    np.split(arrays["tokens"], ends),
+                    np.split(arrays["log_probabilities"], ends, axis=1),
+                    arrays["entropies"],
+                    strict=True,
+                )
+            ]
+            flat = [(int(node), int(token)) for node, token in arrays["paths"]]
+            sizes, bases = arrays["path_sizes"].tolist(), tuple(arrays["bases"].tolist())
+    except (OSError, KeyError, ValueError, TypeError, IndexError, EOFError, zipfile.BadZipFile):
+        return None
+    starts = np.cumsum([0, *sizes]).tolist()
+    paths = tuple(tuple(flat[start : start + size]) for start, size in zip(starts[:-1], sizes, strict=True))
+    return Trace(bases, tuple(nodes), paths)
