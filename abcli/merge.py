@@ -218,7 +218,8 @@ def merge_kept(
 ) -> NDArray[np.float64]:
     """The merged log-probabilities [kept] of some tokens, by the rules of `Merger.merge`.
 
-    `log_probabilities` [buckets, kept] must include each bucket's likeliest token; `entropies` [buckets] are in nats.
+    `log_probabilities` [buckets, kept] must include each bucket's likeliest token, and may have -inf for forbidden
+    ones; `entropies` [buckets] are in nats.
     Exact but for `product`, where the buckets' remaining mass is taken to be spread alike over the other tokens, and
     for `pool`, if a plausible token is not among those kept.
     """
@@ -234,9 +235,7 @@ def merge_kept(
         means = rows.mean(axis=0)
         others = np.maximum(1 - np.exp(rows).sum(axis=1), 1e-12)
         return np.asarray(means - np.log(np.exp(means).sum() + np.exp(np.log(others).mean())), np.float64)
-    terms = rows + np.log(weights / weights.sum())[:, None]
-    peaks = terms.max(axis=0)
-    mixed = np.asarray(peaks + np.log(np.exp(terms - peaks).sum(axis=0)), np.float64)
+    mixed = _log_mixture(rows + np.log(weights / weights.sum())[:, None])
     if rule == "pool" and len(rows) > 1:
         plausible = np.flatnonzero(mixed >= mixed.max() + np.log(PLAUSIBLE_SHARE))
         shares = np.array(pool_weights) if pool_weights else weights
@@ -288,7 +287,12 @@ def _mix_in_log_space(
     logits: NDArray[np.float32], weights: NDArray[np.float64], normalizers: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """log sum_j a_j p_j for a few columns, in float64 with an offset per column."""
-    terms = logits - normalizers[:, None] + np.log(weights)[:, None]
+    return _log_mixture(logits - normalizers[:, None] + np.log(weights)[:, None])
+
+
+def _log_mixture(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log sum_j exp(terms_j) of each column; -inf for a column of nothing else."""
     peaks = terms.max(axis=0)
     offsets = np.where(peaks == -np.inf, 0.0, peaks)
-    return np.asarray(offsets + np.log(np.exp(terms - offsets).sum(axis=0)), np.float64)
+    with np.errstate(divide="ignore"):
+        return np.asarray(offsets + np.log(np.exp(terms - offsets).sum(axis=0)), np.float64)

@@ -6,38 +6,38 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import typer
-from rich.console import Console
 
-from abcli.chat.known_templates import KNOWN_TEMPLATES
 from abcli.cli.flags import flag
 from abcli.cli.options import ModelOptions
-from abcli.config import DEFAULT_CONTEXT, EngineConfig, profiles_directory, prompt_cache_directory
+from abcli.cli.questions import (
+    MAX_NUMBER,
+    ResultOptions,
+    check_data,
+    check_numbers,
+    data_files,
+    deliver,
+    engine_config,
+)
+from abcli.config import EngineConfig, evaluations_directory, profiles_directory
 from abcli.errors import CancelledError, ProfileError, UsageError
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.report import (
     MAX_DEPTHS,
-    DataFile,
     RecordedModel,
     Report,
-    data_file,
-    encode_report,
     make_report,
     read_report,
-    write_report,
 )
-from abcli.evals.runner import NEEDS_DATA, TASKS, EvaluationSettings, evaluate
-from abcli.evals.statistics import LengthSummary
+from abcli.evals.runner import TASKS, EvaluationSettings, evaluate
 from abcli.evals.subject import Subject
 from abcli.models.check import check_file
 from abcli.models.fingerprint import fingerprint
 from abcli.native.library import echo_log
 from abcli.profiles.lookup import default_profile, named_profile
 from abcli.profiles.profile import Profile
-from abcli.ui.evaluation import depth_figure, show_evaluation
-from abcli.ui.plots import ImageFormat, depth_image, require_matplotlib
 from abcli.ui.progress import step_progress
 from abcli.ui.terminal import Terminal
 
@@ -46,9 +46,6 @@ _DEFAULT_LIMIT = 200
 _DEFAULT_DEPTHS = 5
 _DEFAULT_COMPARED = ("native", "spread6", "paper6")
 _MAX_LENGTHS = 16
-_MAX_NUMBER = 2**31 - 1
-# Where no terminal sets a limit, no line of a table is folded.
-_PLAIN_WIDTH = 250
 
 
 @dataclass(frozen=True)
@@ -96,59 +93,17 @@ class QuestionOptions:
             data=self.data,
             answers=self.answers,
         )
-        for name, value, least, most in (
-            *(("--length", length, 1, _MAX_NUMBER) for length in lengths),
-            ("--limit", settings.limit, 1, _MAX_NUMBER),
+        check_numbers(
+            *(("--length", length, 1, MAX_NUMBER) for length in lengths),
+            ("--limit", settings.limit, 1, MAX_NUMBER),
             ("--depths", settings.depths, 1, MAX_DEPTHS),
-            ("--seed", settings.seed, 0, _MAX_NUMBER),
-        ):
-            if not least <= value <= most:
-                raise UsageError(f"{name} {value} is impossible", f"choose {least} to {most}")
+            ("--seed", settings.seed, 0, MAX_NUMBER),
+        )
         if len(set(lengths)) < len(lengths) or len(lengths) > _MAX_LENGTHS:
             listed = ", ".join(map(str, lengths[: _MAX_LENGTHS + 1]))
             raise UsageError(f"the lengths {listed} are not distinct or too many", f"give up to {_MAX_LENGTHS}")
-        self._check_data(task)
+        check_data(task, self.data, self.answers)
         return settings
-
-    def _check_data(self, task: str) -> None:
-        needed = {"--data": task in NEEDS_DATA, "--answers": task == "tools"}
-        possible = {"--data": task != "kv", "--answers": task == "tools"}
-        for name, path in (("--data", self.data), ("--answers", self.answers)):
-            if path is None and needed[name]:
-                raise UsageError(
-                    f"{task} needs {name} FILE", "scripts/fetch_evaluation_data.py fetches data, or says where it is"
-                )
-            if path is not None and not possible[name]:
-                raise UsageError(f"{name} {path} has no say in {task}", "drop it")
-
-
-@dataclass(frozen=True)
-class ResultOptions:
-    """Where the result goes."""
-
-    panel: ClassVar[str] = "Result"
-
-    output: Annotated[Path | None, flag("Write the report, as JSON.", "--output", "-o", metavar="FILE")] = None
-    examples: Annotated[bool, flag("Put the contexts themselves into the report.", "--examples")] = False
-    as_json: Annotated[bool, flag("Print the report instead of tables.", "--json")] = False
-    plot: Annotated[
-        bool | None,
-        flag("Bars by depth in the terminal.", "--plot/--no-plot", show_default="on a terminal"),
-    ] = None
-    png: Annotated[Path | None, flag("Write a figure; needs the extra 'plot'.", "--png")] = None
-    svg: Annotated[Path | None, flag("Write a figure; needs the extra 'plot'.", "--svg")] = None
-
-    def check(self) -> None:
-        """Raise UsageError for what would only be noticed after the work is done."""
-        for name, path in (("--output", self.output), ("--png", self.png), ("--svg", self.svg)):
-            if path is None:
-                continue
-            if not path.parent.is_dir() or path.is_dir():
-                raise UsageError(f"{name} {path} cannot be written", "name a file in a directory that exists")
-            if name != "--output":
-                require_matplotlib(name)
-        if self.examples and self.output is None and not self.as_json:
-            raise UsageError("--examples is for a report", "say where it goes: --output FILE or --json")
 
 
 def evaluation(
@@ -178,7 +133,7 @@ def evaluation(
         report = _evaluate(
             terminal, question_options.settings(task), model_word, question_options, result_options, model_options
         )
-    _deliver(terminal, report, result_options)
+    deliver(terminal, report, result_options)
 
 
 def _check_alone(
@@ -195,27 +150,6 @@ def _check_alone(
             raise UsageError(f"{name} contradicts --from, which shows what a report holds", "drop one of them")
 
 
-def _engine_config(model: str | None, options: ModelOptions) -> EngineConfig:
-    """The model and how llama.cpp runs it. Raises UsageError for flags that an evaluation decides itself."""
-    for name, wrong, hint in (
-        ("--ctx-size", options.ctx_size != DEFAULT_CONTEXT, "the context is made as long as the questions: --length"),
-        ("--prefill", options.prefill is not None, 'say it for a configuration: --compare "spread6;prefill=exact"'),
-        (
-            "--prefill-base",
-            options.prefill_base is not None,
-            'say it for a configuration: --compare "spread6;prefill-base=50000"',
-        ),
-        (
-            "--prompt-cache",
-            options.prompt_cache or options.prompt_cache_dir is not None,
-            "an evaluation stores its own results",
-        ),
-    ):
-        if wrong:
-            raise UsageError(f"{name} has no say in an evaluation", hint)
-    return options.engine_config(model)
-
-
 def _evaluate(
     terminal: Terminal,
     settings: EvaluationSettings,
@@ -224,17 +158,22 @@ def _evaluate(
     results: ResultOptions,
     options: ModelOptions,
 ) -> Report:
-    config = _engine_config(model, options)
+    config = engine_config(
+        model,
+        options,
+        "an evaluation",
+        prefill='say it for a configuration: --compare "spread6;prefill=exact"',
+        prefill_base='say it for a configuration: --compare "spread6;prefill-base=50000"',
+    )
     configurations = _configurations(terminal, questions.compare, config)
     # Before the questions are made of it, so that a file that changes meanwhile is not mistaken for what was asked.
-    files = (("--data", settings.data), ("--answers", settings.answers))
-    data = [data_file(name, path) for name, path in files if path is not None]
-    if options.chat_template is not None:
-        data.append(_template(options.chat_template))
+    data = data_files(settings, options.chat_template)
     if options.verbose:
         echo_log(sys.stderr.write)
     with terminal.working(f"loading {config.model.name}"):
-        subject = Subject(config, options.chat_template, None if questions.fresh else _stored_results(), terminal.warn)
+        subject = Subject(
+            config, options.chat_template, None if questions.fresh else evaluations_directory(), terminal.warn
+        )
     with subject:
         try:
             with step_progress(terminal, settings.task) as progress:
@@ -245,19 +184,6 @@ def _evaluate(
         header = subject.header
         recorded = RecordedModel(config.model.name, subject.fingerprint, header.architecture, header.native_base)
     return make_report(settings, found, recorded, data, contexts=results.examples)
-
-
-def _template(chosen: str) -> DataFile:
-    """What a report says of --chat-template, which names a file or a template that abcli knows."""
-    name, path = "--chat-template", Path(chosen)
-    # What is neither, loading will complain about.
-    known = chosen in KNOWN_TEMPLATES or not path.is_file()
-    return DataFile(name, path.name, "") if known else data_file(name, path)
-
-
-def _stored_results() -> Path:
-    """Where results are kept, so that an interrupted evaluation goes on and no question is computed twice."""
-    return prompt_cache_directory().with_name("evaluations")
 
 
 def _configurations(terminal: Terminal, texts: Sequence[str] | None, config: EngineConfig) -> list[Configuration]:
@@ -287,27 +213,3 @@ def _configurations(terminal: Terminal, texts: Sequence[str] | None, config: Eng
             if usual is not None:
                 found.append(parse_configuration("profile", header.native_base, lambda _name: usual))
     return found
-
-
-def _deliver(terminal: Terminal, report: Report, options: ResultOptions) -> None:
-    """Write the report and the figures that are asked for, then show the result on standard output."""
-    with terminal.working("resampling"):
-        summaries = report.summaries()
-    if options.output is not None:
-        write_report(options.output, report, summaries)
-    title = f"{report.task}, {report.model.name}"
-    images: list[tuple[Path | None, ImageFormat]] = [(options.png, "png"), (options.svg, "svg")]
-    for path, image_format in images:
-        if path is not None:
-            path.write_bytes(depth_image(depth_figure(title, summaries), image_format))
-    if options.as_json:
-        terminal.write(encode_report(report, summaries).decode())
-        return
-    _show(terminal, report, summaries, plot=terminal.output_is_terminal if options.plot is None else options.plot)
-
-
-def _show(terminal: Terminal, report: Report, summaries: Sequence[LengthSummary], *, plot: bool) -> None:
-    settings: dict[str, Any] = {} if terminal.output_is_terminal else {"width": _PLAIN_WIDTH}
-    console = Console(file=terminal.output, highlight=False, emoji=False, **settings)
-    unicode = (terminal.output.encoding or "").lower().startswith("utf")
-    show_evaluation(console, report.task, summaries, bars=plot, unicode=unicode)

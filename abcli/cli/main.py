@@ -13,6 +13,7 @@ import typer
 
 from abcli import __version__
 from abcli.cli.cache import app as cache_app
+from abcli.cli.calibrate import calibration
 from abcli.cli.chat import chat
 from abcli.cli.eval import evaluation
 from abcli.cli.flags import with_options
@@ -38,6 +39,9 @@ app.add_typer(cache_app, name="cache", help="Show or clear stored prompts.")
 app.add_typer(profiles_app, name="profiles", help="Show, share and choose calibrated bucket sets.")
 app.command("eval", help="Measure on a task whether buckets help a model, and at which depths.")(
     with_options(evaluation)
+)
+app.command("calibrate", help="Find the bases and the merge rule that are best for a model and a task.")(
+    with_options(calibration)
 )
 app.command("waves", help="Show the attention waveform of each bucket, or search bases that complement each other.")(
     with_options(waves)

@@ -34,23 +34,36 @@ def parse_configuration(text: str, native_base: float, find_profile: Callable[[s
 
     `native` is one bucket; `spreadN` and `paperN` are N buckets of that spread; `profile` or `profile=NAME` is a
     calibrated set, for which `find_profile` is asked; else `bases=` or `multipliers=`, or one of the names before,
-    followed by any of `merge=`, `weights=`, `prefill=` and `prefill-base=`, separated by semicolons. Raises
-    UsageError, and what `find_profile` raises.
+    followed by any of `merge=`, `weights=`, `prefill=` and `prefill-base=`, each once, separated by semicolons. What
+    a profile says of weights and of a prefill base is dropped where another rule or an exact prefill replaces it.
+    Raises UsageError, and what `find_profile` raises.
     """
     first, *others = (part.strip() for part in text.split(";"))
     found = _start(first, native_base, find_profile)
+    seen: set[str] = set()
     for part in others:
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals:
-            raise UsageError(f"--compare {text!r}: {part!r} has no value", _EXAMPLES)
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if not value:
+            raise UsageError(f"--compare {text!r:.120}: {part!r:.60} has no value", _EXAMPLES)
+        if key in seen:
+            raise UsageError(f"--compare {text!r:.120}: {key} is given twice", "drop one")
+        seen.add(key)
         found = _changed(found, text, key, value, native_base)
+    if found.merge != "pool":
+        if "weights" in seen:
+            raise UsageError(f"--compare {text!r:.120}: weights need merge=pool", "the other rules find theirs")
+        found = replace(found, weights=())
+    if found.prefill == "exact":
+        if "prefill-base" in seen:
+            raise UsageError(f"--compare {text!r:.120}: an exact prefill has no base of its own", "drop prefill-base")
+        found = replace(found, prefill_base=None)
     check_pool_weights(found.weights, len(found.bases))
     return replace(found, name=text)
 
 
 def _start(text: str, native_base: float, find_profile: Callable[[str | None], Profile]) -> Configuration:
     key, equals, value = (piece.strip() for piece in text.partition("="))
-    if key == "profile":
+    if key == "profile" and (value or not equals):
         profile = find_profile(value if equals else None)
         return Configuration(text, profile.bases, profile.merge, profile.prefill, profile.prefill_base, profile.weights)
     if text == "native":
@@ -62,7 +75,7 @@ def _start(text: str, native_base: float, find_profile: Callable[[str | None], P
         return Configuration(text, choose_bases(BucketConfig(multipliers=multipliers), native_base))
     match = _SPREAD.fullmatch(text)
     if match is None:
-        raise UsageError(f"unknown configuration {text!r}", _EXAMPLES)
+        raise UsageError(f"unknown configuration {text!r:.120}", _EXAMPLES)
     count = int(match[2])
     if not 1 <= count <= MAX_BUCKETS:
         raise UsageError(f"{text}: {count} buckets are impossible", f"choose 1 to {MAX_BUCKETS}")
@@ -75,15 +88,19 @@ def _changed(found: Configuration, text: str, key: str, value: str, native_base:
         for rule in MERGE_RULES:
             if rule == value:
                 return replace(found, merge=rule)
-        raise UsageError(f"--compare {text!r}: unknown merge rule {value!r}", f"use {', '.join(MERGE_RULES)}")
+        raise UsageError(f"--compare {text!r:.120}: unknown merge rule {value!r:.60}", f"use {', '.join(MERGE_RULES)}")
     if key == "weights":
         return replace(found, weights=parse_numbers(value, "weights"))
     if key == "prefill":
         for mode in PREFILL_MODES:
             if mode == value:
                 return replace(found, prefill=mode)
-        raise UsageError(f"--compare {text!r}: unknown prefill {value!r}", f"use {', '.join(PREFILL_MODES)}")
+        raise UsageError(f"--compare {text!r:.120}: unknown prefill {value!r:.60}", f"use {', '.join(PREFILL_MODES)}")
     if key == "prefill-base":
-        (base,) = choose_bases(BucketConfig(bases=parse_numbers(value, "prefill-base")[:1]), native_base)
-        return replace(found, prefill_base=base)
-    raise UsageError(f"--compare {text!r}: unknown setting {key!r}", "use merge, weights, prefill and prefill-base")
+        bases = choose_bases(BucketConfig(bases=parse_numbers(value, "prefill-base")), native_base)
+        if len(bases) > 1:
+            raise UsageError(f"--compare {text!r:.120}: {len(bases)} prefill bases are given", "give one")
+        return replace(found, prefill_base=bases[0])
+    raise UsageError(
+        f"--compare {text!r:.120}: unknown setting {key!r:.60}", "use merge, weights, prefill and prefill-base"
+    )

@@ -45,17 +45,20 @@ def traces(
     bases: Sequence[float],
     store: TraceStore,
     open_engine: Callable[[], Engine],
+    *,
+    last_alone: bool = False,
 ) -> Iterator[Trace]:
     """The trace of every question, from `store` or else from an engine, which is opened when it is first needed.
 
-    The engine is the caller's to close; its slot 0 is used. Raises what the engine raises, and OSError of the store.
+    The engine is the caller's to close; its slot 0 is used. `last_alone` is that of `abcli.evals.traces.trace`.
+    Raises what tracing raises, and OSError of the store.
     """
     engine: Engine | None = None
     for question in questions:
         found = store.get(question, bases)
         if found is None:
             engine = engine or open_engine()
-            found = trace(engine, 0, question.prompt, question.continuations)
+            found = trace(engine, 0, question.prompt, question.continuations, last_alone)
             store.put(question, found)
         yield found
 

@@ -89,7 +89,7 @@ class Subject(Owner):
         """The traces of `questions` under `bases`: stored ones are read, the others computed and stored.
 
         `on_progress` gets (questions done, questions in all). Raises ContextFullError for a prompt longer than the
-        model's trained context, OutOfMemoryError, NativeError and CancelledError.
+        model's trained context, OutOfMemoryError, NativeError, CancelledError, and OSError if a trace cannot be stored.
         """
         return list(self._traces(questions, sorted(set(bases)), prefill, on_progress or (lambda _done, _all: None)))
 
@@ -116,8 +116,11 @@ class Subject(Owner):
                 check_memory(config, self.header)
                 return stack.enter_context(ContextsEngine(self.model, config, self._warn, self.header))
 
+            # A bucket alone would compute whole prompts, and its last bits would not be those it has in company.
+            last_alone = prefill.mode == "shared" and len(bases) == 1
+            found = traces(questions, bases, self._store(prefill), open_engine, last_alone=last_alone)
             on_progress(0, len(questions))
-            for done, item in enumerate(traces(questions, bases, self._store(prefill), open_engine), start=1):
+            for done, item in enumerate(found, start=1):
                 on_progress(done, len(questions))
                 yield item
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from abcli.atomic import write_atomically
 from abcli.engine.protocol import Engine
+from abcli.errors import NativeError
 from abcli.generate import common_prefix
 
 # Each base's likeliest tokens are kept; what a merge of them misses is below the least of these.
@@ -21,6 +26,11 @@ _FORMAT = 1
 _NEAR_PEAK = np.float32(-12.0)
 # exp() of this is 0 in float32.
 _NEGLIGIBLE = np.float32(-200.0)
+# What zipfile raises on bytes that were an archive once, and numpy and `_decode` on arrays that are not a trace's.
+_DAMAGE = (
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OverflowError),
+    *(KeyError, ValueError, TypeError, IndexError, AttributeError),
+)
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,24 @@ class Trace:
         return [rows[base] for base in bases]
 
 
-def trace(engine: Engine, slot: int, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> Trace:
+def trace(
+    engine: Engine,
+    slot: int,
+    prompt: Sequence[int],
+    continuations: Sequence[Sequence[int]],
+    last_alone: bool = False,
+) -> Trace:
     """Let the buckets of `engine` read `prompt` and then each of `continuations`, token by token as in decoding.
 
-    What `slot` holds of the prompt is reused; no continuation may be empty. Common beginnings of continuations are
-    computed once. Raises what the engine raises.
+    What `slot` holds of the prompt is reused; the prompt and the continuations may not be empty. Common beginnings
+    of continuations are computed once. `last_alone` computes the prompt's last token by itself, as a shared prefill
+    does: sizes of batches decide about the last bits. Raises NativeError for logits that are no numbers, and what
+    the engine raises.
     """
     cached = engine.truncate(slot, min(common_prefix(engine.tokens(slot), prompt), len(prompt) - 1))
+    if last_alone and cached < len(prompt) - 1:
+        engine.prefill(slot, prompt[cached:-1])
+        cached = len(prompt) - 1
     logits = engine.prefill(slot, prompt[cached:])
     nodes: list[Node] = []
     known: dict[tuple[int, ...], int] = {}
@@ -80,15 +101,21 @@ def trace(engine: Engine, slot: int, prompt: Sequence[int], continuations: Seque
                         logits = engine.step({slot: missing})[0]
                 following = {t[at] for t in map(tuple, continuations) if t[:at] == beginning and len(t) > at}
                 known[beginning] = len(nodes)
-                nodes.append(_node(logits, following))
+                nodes.append(_node(logits, following, engine.bases))
             path.append((known[beginning], int(token)))
         paths[index] = tuple(path)
     return Trace(engine.bases, tuple(nodes), tuple(paths[index] for index in range(len(continuations))))
 
 
-def _node(logits: NDArray[np.float32], following: set[int]) -> Node:
+def _node(logits: NDArray[np.float32], following: set[int], bases: Sequence[float]) -> Node:
     chosen = set(following)
-    peaks = logits.max(axis=1, keepdims=True)
+    peaks = logits.max(axis=1, keepdims=True)  # hands a NaN on
+    for base, peak in zip(bases, peaks[:, 0], strict=True):
+        if not np.isfinite(peak):
+            raise NativeError(
+                f"the logits under the RoPE base {base:g} are no numbers",
+                "leave this base out; if the native one gives none either, the model file may be damaged",
+            )
     differences = logits - peaks
     for row in differences:
         chosen.update(_likeliest(row, min(KEPT_TOKENS, len(row))).tolist())
@@ -131,23 +158,37 @@ def save(path: Path, item: Trace) -> None:
 def load(path: Path) -> Trace | None:
     """The trace in `path`, or None if it is not there, damaged or of another format."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if int(arrays["format"]) != _FORMAT:
+        data = BytesIO(path.read_bytes())
+        # Checked first, as numpy reads the headers of arrays before it could see that they are damaged.
+        with zipfile.ZipFile(data) as archive:
+            if archive.testzip() is not None:
                 return None
-            ends = np.cumsum(arrays["sizes"])[:-1]
-            nodes = [
-                Node(*parts)
-                for parts in zip(
-                    np.split(arrays["tokens"], ends),
-                    np.split(arrays["log_probabilities"], ends, axis=1),
-                    arrays["entropies"],
-                    strict=True,
-                )
-            ]
-            flat = [(int(node), int(token)) for node, token in arrays["paths"]]
-            sizes, bases = arrays["path_sizes"].tolist(), tuple(arrays["bases"].tolist())
-    except (OSError, KeyError, ValueError, TypeError, IndexError, EOFError, zipfile.BadZipFile):
+        data.seek(0)
+        with np.load(data, allow_pickle=False) as arrays:
+            return _decode(arrays) if int(arrays["format"]) == _FORMAT else None
+    except _DAMAGE:
         return None
-    starts = np.cumsum([0, *sizes]).tolist()
-    paths = tuple(tuple(flat[start : start + size]) for start, size in zip(starts[:-1], sizes, strict=True))
-    return Trace(bases, tuple(nodes), paths)
+
+
+def _decode(arrays: Mapping[str, NDArray[Any]]) -> Trace:
+    """The trace that `save` made `arrays` of. Raises ValueError, KeyError and others if they do not fit together."""
+    bases, sizes, path_sizes = (tuple(arrays[name].tolist()) for name in ("bases", "sizes", "path_sizes"))
+    tokens, log_probabilities, entropies = arrays["tokens"], arrays["log_probabilities"], arrays["entropies"]
+    flat = [(int(node), int(token)) for node, token in arrays["paths"]]
+    fitting = (
+        tokens.shape == (sum(sizes),)
+        and log_probabilities.shape == (len(bases), sum(sizes))
+        and entropies.shape == (len(sizes), len(bases))
+        and sum(path_sizes) == len(flat)
+        and min(*sizes, *path_sizes) > 0
+    )
+    if not fitting:
+        raise ValueError("the sizes contradict each other")
+    ends = np.cumsum(sizes)[:-1]
+    parts = zip(np.split(tokens, ends), np.split(log_probabilities, ends, axis=1), entropies, strict=True)
+    nodes = tuple(Node(*part) for part in parts)
+    if any(node < 0 or token not in nodes[node].tokens for node, token in flat):
+        raise ValueError("a path leaves the tree")
+    starts = np.cumsum([0, *path_sizes]).tolist()
+    paths = tuple(tuple(flat[start:end]) for start, end in pairwise(starts))
+    return Trace(bases, nodes, paths)

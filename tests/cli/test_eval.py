@@ -138,11 +138,11 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     traced: list[object] = []
     trace = scorer.trace
 
-    def counting(*arguments: Any) -> Any:
+    def counting(*arguments: Any, **settings: Any) -> Any:
         if len(traced) == 4:
             raise KeyboardInterrupt
         traced.append(arguments)
-        return trace(*arguments)
+        return trace(*arguments, **settings)
 
     monkeypatch.setattr(scorer, "trace", counting)
     stopped = abcli("eval", "kv", tiny_model, *SIZE, *COMPARED)
