@@ -14,10 +14,12 @@ Spread = Literal["symmetric", "paper"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 FlashAttention = Literal["auto", "on", "off"]
 PrefillMode = Literal["auto", "shared", "exact"]
+EngineChoice = Literal["auto", "fused", "contexts"]
 
 MERGE_RULES: tuple[MergeRule, ...] = get_args(MergeRule)
 SPREADS: tuple[Spread, ...] = get_args(Spread)
 PREFILL_MODES: tuple[PrefillMode, ...] = get_args(PrefillMode)
+ENGINE_CHOICES: tuple[EngineChoice, ...] = get_args(EngineChoice)
 
 MAX_BUCKETS = 16
 DEFAULT_BUCKETS = 6
@@ -54,7 +56,8 @@ class EngineConfig:
     """How a model is loaded and decoded; 0 threads: one per core; -1 GPU layers: all of them.
 
     `prefill_base` is the RoPE base under which a shared prefill computes; None is the model's native base.
-    `prompt_cache` is the directory that keeps the state of long prompts, None for none.
+    `prompt_cache` is the directory that keeps the state of long prompts, None for none. `engine` decodes all buckets in
+    one batch ("fused"), each in a context of its own ("contexts"), or as measured to be faster ("auto").
     """
 
     model: Path
@@ -71,6 +74,7 @@ class EngineConfig:
     prefill: PrefillMode = "auto"
     prefill_base: float | None = None
     prompt_cache: Path | None = None
+    engine: EngineChoice = "contexts"
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,11 @@ def trial_directory() -> Path:
     return home() / "trials"
 
 
+def engines_directory() -> Path:
+    """Where it is remembered which engine is right, and which is fast, for a model on this machine."""
+    return home() / "engines"
+
+
 def prompt_cache_directory() -> Path:
     """Where the state of prompts is stored: below `$ABCLI_HOME`, else in the platform's user cache directory."""
     if os.environ.get(ENV_HOME):
@@ -141,11 +150,23 @@ def prompt_cache_directory() -> Path:
     return Path(platformdirs.user_cache_dir("abcli", appauthor=False)) / "prompts"
 
 
+def evaluations_directory() -> Path:
+    """Where evaluations keep their results, so that none is computed twice: beside the prompt cache."""
+    return prompt_cache_directory().with_name("evaluations")
+
+
 def profiles_directory() -> Path:
     """Where calibrated profiles are stored: below `$ABCLI_HOME`, else in the platform's user configuration."""
     if os.environ.get(ENV_HOME):
         return home() / "profiles"
     return Path(platformdirs.user_config_dir("abcli", appauthor=False)) / "profiles"
+
+
+def aliases_file() -> Path:
+    """Where the user's own names of models are: below `$ABCLI_HOME`, else in the platform's user configuration."""
+    if os.environ.get(ENV_HOME):
+        return home() / "aliases.json"
+    return Path(platformdirs.user_config_dir("abcli", appauthor=False)) / "aliases.json"
 
 
 def debug() -> bool:
