@@ -3,6 +3,7 @@
 AbcliError                      exit code 1
 |-- UsageError                  exit code 2: flags or values that make no sense
 |-- ModelFileError              a missing, damaged or foreign model file
+|-- DownloadError               a model that cannot be fetched from the hub
 |-- UnsupportedModelError       a sound file that abcli cannot serve as asked
 |-- OutOfMemoryError            the set-up does not fit into memory
 |-- NativeError                 llama.cpp refused or failed
@@ -13,6 +14,7 @@ AbcliError                      exit code 1
 |-- SessionError                a chat session that cannot be read or written
 |-- ProfileError                a calibrated profile that is missing or cannot be used
 |-- EvaluationDataError         data for an evaluation that is missing, damaged or too little
+|-- BatchError                  a batch's input or output that cannot be read, written, locked or continued
 `-- CancelledError                 exit code 130: the user interrupted
 """
 
@@ -38,6 +40,10 @@ class UsageError(AbcliError):
 
 class ModelFileError(AbcliError):
     """A model file that is missing, unreadable, truncated, damaged or not GGUF."""
+
+
+class DownloadError(AbcliError):
+    """A model that cannot be fetched: no network, no permission, no space, or not what the hub promised."""
 
 
 class UnsupportedModelError(AbcliError):
@@ -86,6 +92,10 @@ class ProfileError(AbcliError):
 
 class EvaluationDataError(AbcliError):
     """A file of evaluation data that cannot be used; the message names the line where one is to blame."""
+
+
+class BatchError(AbcliError):
+    """The input or output of a batch that cannot be read, written, locked or continued."""
 
 
 class CancelledError(AbcliError):

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from abcli.config import DEFAULT_MODEL_FILE, ENV_HOME
+from tests.support.hub import HubStandIn, pointed_at, running_hub
 from tests.support.tiny_gguf import write_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# huggingface_hub reads them when it is imported. No test asks the internet's hub or sees the user's models; what
+# needs a hub uses tests/support/hub.py.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "abcli-tests-have-no-hub")
+os.environ.pop("HF_TOKEN", None)
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +45,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny.gguf"
     write_tiny_model(path)
     return path
+
+
+@pytest.fixture
+def hub() -> Iterator[HubStandIn]:
+    """A hub on loopback, with nothing on it."""
+    with running_hub() as standing_in:
+        yield standing_in
+
+
+@pytest.fixture
+def cache(hub: HubStandIn, tmp_path: Path) -> Iterator[Path]:
+    """The hub's cache that this process uses, with the stand-in behind it."""
+    with pointed_at(hub, tmp_path) as directory:
+        yield directory

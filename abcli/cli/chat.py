@@ -25,7 +25,7 @@ from abcli.ui.terminal import Terminal
 
 def chat(
     model_word: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="GGUF file (default: the default model).")
+        str | None, typer.Argument(metavar="[MODEL]", help="Model file or name (default: the default model).")
     ] = None,
     *,
     system: Annotated[str | None, typer.Option("--system", "-sys", help="The system prompt.")] = None,

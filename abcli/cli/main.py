@@ -17,7 +17,9 @@ from abcli.cli.calibrate import calibration
 from abcli.cli.chat import chat
 from abcli.cli.eval import evaluation
 from abcli.cli.flags import with_options
+from abcli.cli.models import app as models_app
 from abcli.cli.profiles import app as profiles_app
+from abcli.cli.pull import pull
 from abcli.cli.run import run
 from abcli.cli.waves import waves
 from abcli.config import ENV_DEBUG, debug
@@ -35,6 +37,8 @@ app = typer.Typer(
 )
 app.command("run", help="Answer one prompt and exit.")(with_options(run))
 app.command("chat", help="Talk with a model.")(with_options(chat))
+app.command("pull", help="Fetch a model from the hub.")(pull)
+app.add_typer(models_app, name="models", help="Show, remove and name the models on this machine.")
 app.add_typer(cache_app, name="cache", help="Show or clear stored prompts.")
 app.add_typer(profiles_app, name="profiles", help="Show, share and choose calibrated bucket sets.")
 app.command("eval", help="Measure on a task whether buckets help a model, and at which depths.")(

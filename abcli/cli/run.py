@@ -23,7 +23,7 @@ from abcli.ui.terminal import Terminal, on_interrupt
 def run(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL] [PROMPT]", help="GGUF file (default: the default model) and prompt."),
+        typer.Argument(metavar="[MODEL] [PROMPT]", help="Model file or name (default: the default model) and prompt."),
     ] = None,
     *,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, instead of PROMPT.")] = None,

@@ -9,18 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import abcli
 from abcli.errors import ProfileError
+from abcli.models.catalogue import catalogue_path
 from abcli.profiles.profile import Profile, from_values
 
-_NAME = "catalogue.json"
-
-
-def catalogue_path() -> Path:
-    """The catalogue inside the installed package, or the one of the checkout that abcli runs from."""
-    package = Path(abcli.__file__).resolve().parent
-    packaged = package / "models" / _NAME
-    return packaged if packaged.is_file() else package.parent / "models" / _NAME
+__all__ = ["catalogue_path", "shipped"]
 
 
 def shipped(path: Path | None = None, *, size: int | None = None) -> list[Profile]:
