@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from abcli.config import GenerationConfig, MergeRule, SamplingConfig
 from abcli.engine.protocol import Engine, Progress
-from abcli.errors import CancelledError, ContextFullError, PromptError, UsageError
+from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
 from abcli.merge import Merger
 
 FinishReason = Literal["stop", "length"]
@@ -73,7 +73,10 @@ class Statistics:
 
 @dataclass
 class Answer:
-    """An answer as it grows; `finish_reason` is None until it is complete."""
+    """An answer as it grows; `finish_reason` is None until it is complete.
+
+    `error` is why its sampler could not go on, e.g. a grammar that leaves no token: nothing follows then.
+    """
 
     slot: int
     seed: int
@@ -81,6 +84,7 @@ class Answer:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: AbcliError | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,8 @@ class Generator:
         """Prefill `prompt` in `slot`, reusing what the slot already holds of it, and sample the first token.
 
         Raises ContextFullError, CancelledError, NativeError, PromptError for an empty prompt, and what the
-        sampler's construction raises. The slot then holds a beginning of the prompt.
+        sampler's construction raises. The slot then holds a beginning of the prompt. What goes wrong in sampling
+        is the answer's `error`.
         """
         if not prompt:
             raise PromptError("the prompt is empty", "type some text")
@@ -220,15 +225,16 @@ class Generator:
             if config.max_tokens == 0:
                 answer.finish_reason = "length"
                 return Piece(answer, "")
-            self._sample(running, logits)
             running.resources = resources.pop_all()
             self._running[slot] = running
+        self._sample(running, logits)
         return self._emit(running)
 
     def step(self) -> list[Piece]:
         """Decode one token of every answer in progress; what each gained. Empty when none is left.
 
-        Raises CancelledError and NativeError; the answers then stay in progress until dropped.
+        Raises CancelledError and NativeError; the answers then stay in progress until dropped. What goes wrong in
+        sampling is the `error` of that answer alone.
         """
         if self._cancelled:
             raise CancelledError
@@ -251,13 +257,18 @@ class Generator:
         config: GenerationConfig,
         on_progress: Progress | None = None,
     ) -> Iterator[Piece]:
-        """The pieces of one answer, for a caller with a single prompt; other slots must be idle."""
+        """The pieces of one answer, for a caller with a single prompt; other slots must be idle.
+
+        Raises as `start` and `step` do, and the answer's `error`.
+        """
         try:
             piece = self.start(slot, prompt, config, on_progress)
-            yield piece
-            while piece.answer.finish_reason is None:
-                (piece,) = self.step()
+            while piece.answer.error is None:
                 yield piece
+                if piece.answer.finish_reason is not None:
+                    return
+                (piece,) = self.step()
+            raise piece.answer.error
         finally:
             self.drop(slot)
 
@@ -279,6 +290,13 @@ class Generator:
         return progress
 
     def _sample(self, running: _Running, logits: NDArray[np.float32]) -> None:
+        """Choose the next token; what goes wrong concerns this answer and must not end the others."""
+        try:
+            self._choose(running, logits)
+        except AbcliError as error:
+            running.answer.error = error
+
+    def _choose(self, running: _Running, logits: NDArray[np.float32]) -> None:
         if len(logits) == 1:  # nothing to merge; the sampler refuses numbers that are none
             running.next_token = running.sampler.sample(logits[0])
             return
@@ -291,6 +309,9 @@ class Generator:
     def _emit(self, running: _Running) -> Piece:
         """Turn the token just sampled into text and finish the answer if it is the last one."""
         answer, token = running.answer, running.next_token
+        if answer.error is not None:
+            self.drop(answer.slot)
+            return Piece(answer, "")
         text = ""
         if self._tokenizer.is_end(token) and not running.config.ignore_eos:
             answer.finish_reason = "stop"
