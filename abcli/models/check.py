@@ -14,7 +14,7 @@ from pathlib import Path
 from abcli.errors import ModelFileError, UnsupportedModelError
 from abcli.models.cursor import FETCH_AGAIN
 from abcli.models.header import MAGIC, Header, TensorInfo, read_header
-from abcli.models.values import check_hyperparameters, check_tensor_types, check_tokenizer
+from abcli.models.values import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
 
 CHAT_MODEL_HINT = "use a GGUF file of a model that writes text"
 
@@ -91,18 +91,19 @@ def check_file(path: Path) -> Header:
     Raises ModelFileError for a file that is missing, unreadable, foreign, truncated or damaged, and
     UnsupportedModelError for a sound file that is no model which writes text.
     """
-    _check_kind_of_file(path)
+    check_kind_of_file(path)
     header = read_header(path)
-    _check_integrity(header)
+    check_integrity(header)
     tensors = list(header.tensors)
     for part in split_paths(header)[1:]:
-        tensors += _check_part(part, header)
-    _check_kind_of_model(header)
+        tensors += check_part(part, header)
+    check_kind_of_model(header)
     check_tokenizer(header)
     check_hyperparameters(header)
     if not tensors:
         raise UnsupportedModelError(f"{path} has no weights, only metadata", CHAT_MODEL_HINT)
     check_tensor_types(header, tensors)
+    check_embeddings(header, tensors)
     others = tensors[len(header.tensors) :]
     return replace(header, other_parts_bytes=sum(tensor.size_bytes for tensor in others))
 
@@ -133,7 +134,8 @@ def split_paths(header: Header) -> tuple[Path, ...]:
     return tuple(header.path.with_name(name) for name in names)
 
 
-def _check_kind_of_file(path: Path) -> None:
+def check_kind_of_file(path: Path) -> None:
+    """Check that `path` is a regular file that begins like GGUF. Raises ModelFileError, which names what it is."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -172,8 +174,11 @@ def _looks_like(start: bytes) -> str:
     return ""
 
 
-def _check_integrity(header: Header) -> None:
-    """The tensors' data must follow each other as llama.cpp expects, and be there to the last byte."""
+def check_integrity(header: Header) -> None:
+    """The tensors' data must follow each other as llama.cpp expects, and be there to the last byte.
+
+    Raises ModelFileError, and UnsupportedModelError for an alignment that llama.cpp cannot map.
+    """
     position = 0
     for tensor in header.tensors:
         if tensor.offset != position:
@@ -196,24 +201,25 @@ def _check_integrity(header: Header) -> None:
         )
 
 
-def _check_part(part: Path, first: Header) -> tuple[TensorInfo, ...]:
-    """Check a later part of a split model and return its tensors."""
+def check_part(part: Path, first: Header) -> tuple[TensorInfo, ...]:
+    """Check a later part of a split model and return its tensors. Raises ModelFileError."""
     if not part.is_file():
         raise ModelFileError(
             f"{part} is missing, a part of the split model {first.path.name}",
             "fetch all parts into the same directory",
         )
-    _check_kind_of_file(part)
+    check_kind_of_file(part)
     header = read_header(part)
     number = int(part.name[-len("00001-of-00002.gguf") :][:5]) - 1
     # llama.cpp reads the number of a later part as a u16 without asking for its type.
     if header.metadata.get("split.no") != number or header.types["split.no"] != "u16":
         raise ModelFileError(f"{part} does not belong to the split model {first.path.name}", FETCH_AGAIN)
-    _check_integrity(header)
+    check_integrity(header)
     return header.tensors
 
 
-def _check_kind_of_model(header: Header) -> None:
+def check_kind_of_model(header: Header) -> None:
+    """Check that the model writes text. Raises UnsupportedModelError, or ModelFileError without an architecture."""
     general_type = header.metadata.get("general.type")
     architecture = header.metadata.get("general.architecture")
     kind = FOREIGN_TYPES.get(general_type) if isinstance(general_type, str) else None

@@ -13,7 +13,7 @@ import numpy as np
 
 from abcli.errors import ModelFileError, UnsupportedModelError
 from abcli.models.cursor import FETCH_AGAIN, ArrayValue
-from abcli.models.header import MAX_LAYERS, Header, TensorInfo
+from abcli.models.header import MAX_LAYERS, Header, TensorInfo, shape_text
 
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS, src/llama-hparams.h
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
@@ -170,6 +170,17 @@ def check_tensor_types(header: Header, tensors: Iterable[TensorInfo]) -> None:
                 f"{header.path}: the tensor {tensor.name!r} has the type {tensor.type_name}, "
                 "which llama.cpp cannot compute with there",
                 "use another quantisation of the model",
+            )
+
+
+def check_embeddings(header: Header, tensors: Iterable[TensorInfo]) -> None:
+    """Check that the embeddings have a row for each token and the model's width; else ModelFileError."""
+    for tensor in tensors:
+        if tensor.name == "token_embd.weight" and tensor.shape != (header.embedding_length, header.vocabulary_size):
+            raise ModelFileError(
+                f"{header.path} has {header.vocabulary_size} tokens of {header.embedding_length} numbers, but "
+                f"embeddings of {shape_text(tensor.shape)}",
+                FETCH_AGAIN,
             )
 
 

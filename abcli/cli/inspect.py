@@ -1,0 +1,128 @@
+"""`abcli inspect`: what a model's header says, and what its buckets would cost, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from abcli.cli.flags import flag
+from abcli.config import (
+    DEFAULT_BUCKETS,
+    DEFAULT_CONTEXT,
+    MAX_BUCKETS,
+    BucketConfig,
+    CacheType,
+    EngineChoice,
+    EngineConfig,
+    FlashAttention,
+)
+from abcli.engine.memory import MAX_CONTEXT, Prediction, Room, free_room, predict
+from abcli.errors import UsageError
+from abcli.models.check import check_file
+from abcli.models.inspection import Inspection
+from abcli.models.inspection import inspect as inspect_header
+from abcli.models.locate import locate_model
+from abcli.rope.bases import choose_bases
+from abcli.ui.inspection import cost_text, inspection_text
+from abcli.ui.terminal import Terminal
+
+_ENGINE = EngineConfig(Path(), ())
+# A slot needs a sequence of its own and all share a spare one; llama.cpp has 256 (LLAMA_MAX_SEQ).
+_MAX_SLOTS = 255
+
+
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="GGUF file or name; default: the default model.")] = None,
+    *,
+    buckets: Annotated[int, flag(f"Buckets to count for, 1 to {MAX_BUCKETS}.", "--buckets", "-k")] = DEFAULT_BUCKETS,
+    ctx_size: Annotated[int, flag("Tokens of context; 0: the trained length.", "--ctx-size", "-c")] = DEFAULT_CONTEXT,
+    cache_type_k: Annotated[CacheType, flag("Type of the key cache.", "--cache-type-k", "-ctk")] = _ENGINE.cache_type_k,
+    cache_type_v: Annotated[CacheType, flag("Type of the value cache.", "--cache-type-v", "-ctv")] = (
+        _ENGINE.cache_type_v
+    ),
+    slots: Annotated[int, flag("Conversations or prompts at the same time.", "--slots")] = _ENGINE.slots,
+    ubatch_size: Annotated[int, flag("Tokens computed at once.", "--ubatch-size", "-ub")] = _ENGINE.ubatch_size,
+    flash_attn: Annotated[FlashAttention, flag("Flash attention.", "--flash-attn", "-fa")] = _ENGINE.flash_attention,
+    engine: Annotated[
+        EngineChoice, flag("contexts: one for each bucket; fused: one for all.", "--engine")
+    ] = _ENGINE.engine,
+    gpu_layers: Annotated[int, flag("Layers on the GPU; -1: all.", "--gpu-layers", "-ngl")] = _ENGINE.gpu_layers,
+    as_json: Annotated[bool, flag("Print a JSON object instead of text.", "--json")] = False,
+) -> None:
+    """Describe a model on standard output."""
+    if not 1 <= buckets <= MAX_BUCKETS:
+        raise UsageError(f"{buckets} buckets are impossible", f"choose 1 to {MAX_BUCKETS}")
+    for name, value, least, most in (
+        ("--ctx-size", ctx_size, 0, MAX_CONTEXT),
+        ("--slots", slots, 1, _MAX_SLOTS),
+        ("--ubatch-size", ubatch_size, 1, 2**31 - 1),
+        ("--gpu-layers", gpu_layers, -1, 2**31 - 1),
+    ):
+        if not least <= value <= most:
+            raise UsageError(f"{name} {value} is impossible", f"choose {least} to {most}")
+    path = locate_model(model)
+    header = check_file(path)
+    bases = choose_bases(BucketConfig(count=buckets), header.native_base)
+    config = EngineConfig(
+        path,
+        bases,
+        context_size=ctx_size or header.trained_context,
+        slots=slots,
+        ubatch_size=ubatch_size,
+        batch_size=max(ubatch_size, _ENGINE.batch_size),
+        flash_attention=flash_attn,
+        gpu_layers=gpu_layers,
+        engine=engine,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+    )
+    found, prediction, room = inspect_header(header), predict(config, header), free_room(config)
+    terminal = Terminal()
+    if as_json:
+        terminal.write(json.dumps(_report(path, found, prediction, room), ensure_ascii=False) + "\n")
+    else:
+        terminal.write(inspection_text(found) + "\n" + cost_text(prediction, room))
+
+
+def _report(path: Path, found: Inspection, prediction: Prediction, room: Room) -> dict[str, Any]:
+    """The object that --json prints; all sizes in bytes."""
+    config = prediction.config
+    described = asdict(found)
+    described["parts"] = [{**asdict(part), "path": str(part.path)} for part in found.parts]
+    # JSON has neither NaN nor infinity; not every number of RoPE is checked.
+    described["rope"] = {key: _finite(value) for key, value in described["rope"].items()}
+    return {
+        "path": str(path),
+        **described,
+        "memory": {
+            "buckets": len(config.bases),
+            "bases": list(config.bases),
+            "context_size": config.context_size,
+            "slots": config.slots,
+            "cache_type_k": config.cache_type_k,
+            "cache_type_v": config.cache_type_v,
+            "engine": "fused" if prediction.fused else "contexts",
+            "contexts": prediction.contexts,
+            "kv_bytes_per_token": prediction.kv_bytes_per_token,
+            "parts": {item.name: item.total for item in prediction.items},
+            "total": prediction.total,
+            "resident": prediction.resident,
+            "host": prediction.host,
+            "device": prediction.device,
+            "free": room.host,
+            "free_on_devices": room.device,
+            "fits": prediction.fits(room),
+            "longest_context": prediction.longest_context(room),
+            "most_buckets": prediction.most_buckets(room),
+            "advice": prediction.advice(room) or None,
+        },
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,113 @@
+"""`abcli verify`: every check of a model file, one line each, checksums and a trial load included."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from abcli.chat.sandbox import CompiledTemplate
+from abcli.cli.flags import flag
+from abcli.errors import UsageError
+from abcli.models.catalogue import known_models
+from abcli.models.locate import locate_model
+from abcli.models.verification import Check, Verification
+from abcli.native.trial import ensure_loadable
+from abcli.ui.inspection import check_line
+from abcli.ui.terminal import Terminal
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+# The folder of the hub's cache in which a file's name is its SHA-256.
+_BLOBS = "blobs"
+
+
+def verify(
+    model: Annotated[str | None, typer.Argument(help="GGUF file or name; default: the default model.")] = None,
+    *,
+    sha256: Annotated[
+        str | None,
+        flag("What the file's SHA-256 should be; of a split model the first part's.", "--sha256", metavar="HEX"),
+    ] = None,
+    trial: Annotated[bool, flag("Let llama.cpp load the file in a process of its own.", "--trial/--no-trial")] = True,
+    as_json: Annotated[bool, flag("Print a JSON object instead of lines.", "--json")] = False,
+) -> None:
+    """Check a file from end to end; the exit code is 1 if anything is wrong."""
+    digest = sha256.strip().lower() if sha256 is not None else None
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise UsageError(f"--sha256 {sha256} is no SHA-256", "give 64 hexadecimal digits")
+    path = locate_model(model)
+    terminal = Terminal()
+    verification = Verification(path)
+    checks: list[Check] = []
+    for check in _checks(verification, digest, terminal, trial=trial):
+        checks.append(check)
+        if not as_json:
+            terminal.write(check_line(check) + "\n")
+    if as_json:
+        report = {"path": str(path), "sound": verification.sound, "checks": [asdict(check) for check in checks]}
+        terminal.write(json.dumps(report, ensure_ascii=False) + "\n")
+    if not verification.sound:
+        raise typer.Exit(1)
+
+
+def _checks(verification: Verification, digest: str | None, terminal: Terminal, *, trial: bool) -> Iterator[Check]:
+    yield from verification.structure()
+    with terminal.working("computing checksums"):
+        checksums = list(verification.checksums(_expected(verification, digest)))
+    yield from checksums
+    with terminal.working("reading the weights"):
+        weights = verification.weights()
+    yield weights
+    yield verification.run("chat template", lambda: _template(verification), needs_header=True)
+    if trial:
+        with terminal.working("loading the model"):
+            loaded = _trial(verification)
+        yield loaded
+
+
+def _expected(verification: Verification, digest: str | None) -> dict[str, str]:
+    """The SHA-256 that each file should have, as far as it is known: asked for, in the catalogue, or the hub's."""
+    known = {entry.file: entry.sha256 for entry in known_models().values() if entry.sha256 is not None}
+    expected: dict[str, str] = {}
+    for number, path in enumerate(verification.paths()):
+        if number == 0 and digest is not None:
+            expected[path.name] = digest
+        elif path.name in known:
+            expected[path.name] = known[path.name]
+        elif (blob := _blob_digest(path)) is not None:
+            expected[path.name] = blob
+    return expected
+
+
+def _blob_digest(path: Path) -> str | None:
+    """The SHA-256 by which the hub's cache names the file, None for a file that lies elsewhere."""
+    try:
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return target.name if target.parent.name == _BLOBS and _DIGEST.fullmatch(target.name) else None
+
+
+def _template(verification: Verification) -> str:
+    source = verification.header.chat_template if verification.header is not None else None
+    if source is None:
+        return "there is none"
+    CompiledTemplate(source)
+    return f"{len(source):,} characters, compiled in the sandbox"
+
+
+def _trial(verification: Verification) -> Check:
+    header = verification.header
+    if header is None or not verification.sound:
+        return Check("trial", "skipped", "an earlier check has failed")
+
+    def load() -> str:
+        ensure_loadable(verification.path, header)
+        return "llama.cpp loads it and decodes"
+
+    return verification.run("trial", load)

@@ -1,0 +1,325 @@
+"""How much memory a set-up will take, from the model's header alone, and what to change where it does not fit.
+
+Where the numbers come from, and how far to trust each of them, is in docs/memory.md. Where llama.cpp's choice is not
+known beforehand, the larger one is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from abcli.config import EngineConfig
+from abcli.engine.memory_shape import MemoryShape
+from abcli.engine.slots import MIN_SHARED_TOKENS
+from abcli.engine.workers import available_cores, plan_workers
+from abcli.errors import OutOfMemoryError
+from abcli.models.header import Header
+from abcli.native.library import devices, supports_offload
+
+# llama.cpp pads a context to a multiple of this (llama-context.cpp).
+CONTEXT_STEP = 256
+MAX_CONTEXT = 2**31 - CONTEXT_STEP
+_GIB = 1 << 30
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+# Memory that cgroups call unlimited, in version 1 a number near 2^63.
+_UNLIMITED = 1 << 60
+# Devices in llama.cpp's list that compute in the machine's own memory.
+_HOST_DEVICES = ("CPU", "BLAS", "ACCEL")
+_BLOCK_TYPES = {"q8_0", "q5_1", "q5_0", "q4_1", "q4_0"}
+_BLOCK_ELEMENTS = 32
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that are free: in the machine's memory and, in sum, on the devices that layers are put on."""
+
+    host: int
+    device: int = 0
+
+
+@dataclass(frozen=True)
+class Item:
+    """One part of what is needed, in bytes; `device` is what of it lies on devices.
+
+    Of `host`, `idle` bytes are reserved but not touched while prompts are computed once for all buckets.
+    """
+
+    name: str
+    host: int
+    device: int
+    idle: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes of this part."""
+        return self.host + self.device
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a set-up needs; `contexts` are llama.cpp's, each with `cells` tokens, in all its sequences."""
+
+    config: EngineConfig
+    shape: MemoryShape
+    fused: bool
+    contexts: int
+    cells: int
+    kv_bytes_per_token: int
+    items: tuple[Item, ...]
+
+    @property
+    def host(self) -> int:
+        """Bytes of the machine's memory."""
+        return sum(item.host for item in self.items)
+
+    @property
+    def device(self) -> int:
+        """Bytes on devices."""
+        return sum(item.device for item in self.items)
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.host + self.device
+
+    @property
+    def resident(self) -> int:
+        """All bytes without those that are only reserved."""
+        return self.total - sum(item.idle for item in self.items)
+
+    def item(self, name: str) -> Item:
+        """The part called `name`."""
+        return next(item for item in self.items if item.name == name)
+
+    def fits(self, room: Room) -> bool:
+        """Whether there is room for it."""
+        return self.host <= room.host and self.device <= room.device
+
+    def longest_context(self, room: Room) -> int:
+        """The longest context, a multiple of 256 tokens, that fits with all else as it is; 0 if none does."""
+
+        def fits(steps: int) -> bool:
+            config = replace(self.config, context_size=steps * CONTEXT_STEP)
+            return _predict(config, self.shape, fused=self.fused).fits(room)
+
+        return CONTEXT_STEP * _largest(fits, MAX_CONTEXT // CONTEXT_STEP)
+
+    def most_buckets(self, room: Room) -> int:
+        """The most buckets, at most as many as asked for, that fit with all else as it is; 0 if none does."""
+
+        def fits(count: int) -> bool:
+            config = replace(self.config, bases=self.config.bases[:count])
+            return _predict(config, self.shape, fused=self.fused).fits(room)
+
+        return _largest(fits, len(self.config.bases))
+
+    def advice(self, room: Room) -> str:
+        """What to change so that it fits, in one line of flags; empty if it fits as it is."""
+        if self.fits(room):
+            return ""
+        found = []
+        if buckets := self.most_buckets(room):
+            found.append(f"--buckets {buckets}")
+        smaller = self._with_small_caches()
+        if smaller is not None and smaller.fits(room):
+            found.append("-ctk q8_0 -ctv q8_0")
+        if (longest := self.longest_context(room)) >= CONTEXT_STEP:
+            found.append(f"--ctx-size {longest}")
+        if found:
+            return f"{' or '.join(found)} would fit; --force tries it as it is"
+        least = replace(self.config, bases=self.config.bases[:1], context_size=CONTEXT_STEP)
+        if _predict(least, self.shape, fused=self.fused).fits(room):
+            few = replace(self.config, bases=self.config.bases[:1])
+            longest = _predict(few, self.shape, fused=self.fused).longest_context(room)
+            return f"--buckets 1 --ctx-size {longest} would fit; --force tries it as it is"
+        return "take a smaller model or quantisation, or close other programs; --force tries it as it is"
+
+    def _with_small_caches(self) -> Prediction | None:
+        """The same with caches of q8_0, None where they are no smaller or llama.cpp cannot make them."""
+        config = self.config
+        if {config.cache_type_k, config.cache_type_v} <= _BLOCK_TYPES or config.flash_attention == "off":
+            return None
+        if any(length % _BLOCK_ELEMENTS for length in self.shape.head_lengths):
+            return None
+        return _predict(replace(config, cache_type_k="q8_0", cache_type_v="q8_0"), self.shape, fused=self.fused)
+
+
+def predict(config: EngineConfig, header: Header) -> Prediction:
+    """What `config` needs with the model of `header`; its bases and context size (at least 1) count as they are.
+
+    For the engine "auto", the larger of what the two need.
+    """
+    shape = MemoryShape.of(header)
+    kinds = (False, True) if config.engine == "auto" else (config.engine == "fused",)
+    return max((_predict(config, shape, fused=fused) for fused in kinds), key=lambda found: found.total)
+
+
+def check(config: EngineConfig, header: Header, *, force: bool = False) -> Prediction:
+    """The prediction for `config`. Raises OutOfMemoryError if it does not fit, unless `force`."""
+    prediction = predict(config, header)
+    room = free_room(config)
+    if force or prediction.fits(room):
+        return prediction
+    buckets = len(config.bases)
+    parts = "; ".join(
+        f"{item.name} {gibibytes(item.total)}" for item in sorted(prediction.items, key=lambda item: -item.total)[:3]
+    )
+    where = "on the device " if prediction.host <= room.host else ""
+    needed, free = (prediction.device, room.device) if prediction.host <= room.host else (prediction.host, room.host)
+    raise OutOfMemoryError(
+        f"{buckets} {'bucket' if buckets == 1 else 'buckets'} of {config.context_size:,} tokens need "
+        f"{gibibytes(needed)} of memory {where}({parts}), but {gibibytes(free)} are free",
+        prediction.advice(room),
+    )
+
+
+def free_room(config: EngineConfig) -> Room:
+    """What is free now, for the set-up's choice of devices."""
+    host = available_memory()
+    if config.gpu_layers == 0 or not supports_offload():
+        return Room(host)
+    found = [device for device in devices() if not device.name.upper().startswith(_HOST_DEVICES)]
+    return Room(host, sum(device.free_memory for device in found))
+
+
+def available_memory() -> int:
+    """The bytes of memory this process can still take, limits of its control groups included."""
+    return min([int(psutil.virtual_memory().available), *_cgroup_room()])
+
+
+def gibibytes(size: int) -> str:
+    """A number of bytes for people, in binary units: "1.5 GiB", "20 MiB"."""
+    if size >= _GIB:
+        return f"{size / _GIB:.1f} GiB" if size < 10 * _GIB else f"{size / _GIB:,.0f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
+
+
+def _predict(config: EngineConfig, shape: MemoryShape, *, fused: bool) -> Prediction:
+    extra = _extra_context(config, shape)
+    buckets = len(config.bases)
+    columns = buckets + extra
+    if fused:
+        contexts, sequences = 1, config.slots * columns
+        stream_cells = _padded(config.context_size)
+        cells = stream_cells * sequences
+    else:
+        contexts, sequences = columns, config.slots + 1  # the spare one
+        stream_cells = cells = _padded(config.context_size * config.slots)
+    flash = config.flash_attention != "off"
+    tokens = min(cells, config.ubatch_size, config.batch_size)
+    tokens = -(-tokens // sequences) * sequences  # graph_reserve takes as many of each sequence
+    per_token = shape.kv_bytes(config.cache_type_k, config.cache_type_v, flash=flash)
+    scores = 0 if flash else shape.score_bytes(stream_cells, tokens)
+    quantised = config.cache_type_k in _BLOCK_TYPES or config.cache_type_v in _BLOCK_TYPES
+    graph = shape.graph_bytes(tokens, sequences, scores=scores, quantised=quantised)
+    masks = shape.mask_bytes(stream_cells, tokens, flash=flash)
+    share = _device_share(config, shape)
+    caches = contexts * (cells * per_token + sequences * shape.state_bytes)
+    compute = contexts * (graph + masks)
+    weights = shape.weight_bytes - shape.embedding_bytes
+    scratch = idle = 0
+    if not fused and buckets > 1 and config.prefill != "exact" and config.cache_type_k not in _BLOCK_TYPES:
+        workers = plan_workers(buckets, config.threads or available_cores()).workers
+        scratch = min(workers, contexts - 1) * tokens * per_token
+        idle = (contexts - 1) * (graph + masks - _few_tokens(shape, stream_cells, config, sequences))
+    items = (
+        _split("weights", shape.weight_bytes, round(share * weights)),
+        _split("caches", caches, round(share * caches)),
+        Item("compute", compute if share < 1 else contexts * masks, compute if share else 0, 0 if share else idle),
+        _split("outputs", contexts * sequences * shape.vocabulary * 4, 0),
+        _split("logits", _array_bytes(config, shape), 0),
+        _split("transfer", scratch, 0),
+        _split("working", contexts * (shape.graph_overhead + shape.work_bytes(tokens)), 0),
+        _split("tokenizer", shape.tokenizer_bytes, 0),
+    )
+    return Prediction(config, shape, fused, contexts, cells, per_token, items)
+
+
+def _few_tokens(shape: MemoryShape, cells: int, config: EngineConfig, outputs: int) -> int:
+    """Bytes of a compute buffer that prompts too short to be shared reach."""
+    flash = config.flash_attention != "off"
+    scores = 0 if flash else shape.score_bytes(cells, MIN_SHARED_TOKENS)
+    graph = shape.graph_bytes(MIN_SHARED_TOKENS, outputs, scores=scores)
+    return graph + shape.mask_bytes(cells, MIN_SHARED_TOKENS, flash=flash)
+
+
+def _split(name: str, total: int, device: int) -> Item:
+    return Item(name, total - device, device)
+
+
+def _extra_context(config: EngineConfig, shape: MemoryShape) -> int:
+    """1 where a context that is no bucket computes a shared prefill."""
+    if config.prefill == "exact" or len(config.bases) == 1:
+        return 0
+    return int((config.prefill_base or shape.native_base) not in config.bases)
+
+
+def _array_bytes(config: EngineConfig, shape: MemoryShape) -> int:
+    """Our own arrays: logits and a copy, exponentials and results of the merge, a sampler's candidates."""
+    buckets, slots = len(config.bases), config.slots
+    return 4 * shape.vocabulary * (2 * slots * buckets + buckets + 2 + 4 * slots)
+
+
+def _device_share(config: EngineConfig, shape: MemoryShape) -> float:
+    """The part of the layers, the output counted as one, that goes to devices."""
+    if config.gpu_layers == 0 or not supports_offload():
+        return 0.0
+    layers = shape.layers + 1
+    return 1.0 if config.gpu_layers < 0 else min(config.gpu_layers, layers) / layers
+
+
+def _padded(cells: int) -> int:
+    return -(-cells // CONTEXT_STEP) * CONTEXT_STEP
+
+
+def _largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number of 0..limit for which `fits` holds; it holds for 0 and, once it fails, for no larger one."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _cgroup_room() -> list[int]:
+    """What each limit on the memory of this process's control groups leaves; nothing outside Linux."""
+    folders = [_CGROUPS, _CGROUPS / "memory"]
+    try:
+        names = [line.rpartition(":")[2].strip("/") for line in _OWN_CGROUP.read_text().splitlines()]
+    except OSError:
+        names = []
+    for name in filter(None, names):
+        for root in (_CGROUPS, _CGROUPS / "memory"):
+            folder = root / name
+            folders += [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+    rooms = []
+    for folder in dict.fromkeys(folders):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            try:
+                limit = int((folder / limit_name).read_text())
+                used = int((folder / used_name).read_text())
+            except (OSError, ValueError):
+                continue  # no limit, or another version of control groups
+            if limit < _UNLIMITED:
+                rooms.append(max(0, limit - max(0, used - _reclaimable(folder))))
+    return rooms
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of files in memory that the system drops when memory is short; mapped weights are among them."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

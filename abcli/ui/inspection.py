@@ -1,0 +1,177 @@
+"""A model's inspection, the cost of its buckets and the checks of a file, as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from abcli.engine.memory import Prediction, Room, gibibytes
+from abcli.models.inspection import Inspection, Rope, Template, Tokenizer, TypeShare
+from abcli.models.verification import Check
+from abcli.ui.terminal import one_line, printable
+
+_ROTATIONS = {
+    "pairs": "neighbouring pairs (NORM)",
+    "halves": "halves of a head (NEOX)",
+    "sections": "positions of several parts (M-RoPE)",
+    "none": "none",
+    "unknown": "unknown to abcli; llama.cpp decides",
+}
+_ITEMS = {
+    "weights": "weights",
+    "caches": "keys and values",
+    "compute": "compute buffers",
+    "outputs": "llama.cpp's outputs",
+    "logits": "merging and sampling",
+    "transfer": "sharing a prefill",
+    "working": "graphs and scratch",
+    "tokenizer": "tokenizer",
+}
+_MARKS = {"ok": "ok", "failed": "FAILED", "skipped": "skipped"}
+_MAX_TEXT = 60
+
+
+def inspection_text(found: Inspection) -> str:
+    """A line per property, then a table of the types of tensors."""
+    rows = [
+        ("model", _shown(found.name) if found.name else "-"),
+        ("architecture", found.architecture),
+        ("parameters", f"{count_text(found.parameters)} at {found.bits_per_weight:.2f} bits per weight"),
+        ("layers", f"{found.layers} of {found.embedding_length} dimensions"),
+        ("heads", f"{_span(found.heads)}, {_span(found.kv_heads)} of keys and values, {_lengths(found)}"),
+        ("feed forward", _span(found.feed_forward)),
+        ("trained context", f"{found.trained_context:,} tokens"),
+        ("rope", _rope(found.rope)),
+        ("tokenizer", _tokenizer(found.tokenizer)),
+        ("chat template", _template(found.template)),
+    ]
+    if found.experts:
+        rows.insert(6, ("experts", f"{found.experts_used} of {found.experts}"))
+    if found.window is not None:
+        which = f"{found.window.layers} of {found.layers} layers see" if found.window.layers else "some layers see"
+        rows.insert(-2, ("sliding window", f"{which} the last {found.window.tokens:,} tokens"))
+    if found.licence:
+        rows.insert(1, ("licence", _shown(found.licence)))
+    rows += [
+        (
+            "file" if len(found.parts) == 1 else f"part {number}",
+            f"{_shown(part.path.name)}, {gibibytes(part.size_bytes)}",
+        )
+        for number, part in enumerate(found.parts, 1)
+    ]
+    return _rows(rows) + "\n" + _type_table(found.types)
+
+
+def cost_text(prediction: Prediction, room: Room) -> str:
+    """What a set-up needs and whether there is room for it."""
+    config = prediction.config
+    buckets = len(config.bases)
+    title = f"{buckets} {'bucket' if buckets == 1 else 'buckets'}, context of {config.context_size:,} tokens"
+    if config.slots > 1:
+        title += f" for each of {config.slots} slots"
+    rows = [(_ITEMS[item.name], gibibytes(item.total)) for item in prediction.items if item.total]
+    extra = prediction.contexts - buckets
+    rows[1] = (rows[1][0], f"{rows[1][1]} ({_caches(prediction, extra)})")
+    rows.append(("in all", gibibytes(prediction.total)))
+    if prediction.resident < prediction.total:
+        rows.append(("", f"{gibibytes(prediction.resident)} while prompts are computed once for all buckets"))
+    rows.append(("free", gibibytes(room.host) + (f", {gibibytes(room.device)} on devices" if room.device else "")))
+    if prediction.device:
+        rows.append(("on devices", gibibytes(prediction.device)))
+    longest = prediction.longest_context(room)
+    rows.append(("longest context", f"{longest:,} tokens" if longest else "none fits"))
+    advice = prediction.advice(room)
+    if advice:
+        rows.append(("does not fit", advice))
+    return f"{title}, caches of {config.cache_type_k} and {config.cache_type_v}\n" + _rows(rows)
+
+
+def check_line(check: Check) -> str:
+    """One line for the outcome of a check, two if there is something to do."""
+    line = f"{_MARKS[check.status]:8}{check.name}: {_shown(check.detail, 2000)}"
+    return f"{line}\n{'':8}hint: {_shown(check.hint, 2000)}" if check.hint else line
+
+
+def count_text(count: int) -> str:
+    """A number of parameters for people, e.g. "134.5 M"."""
+    number, unit = float(count), ""
+    for larger in ("k", "M", "G", "T"):
+        if number < 999.95:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.1f} {unit}" if unit else str(count)
+
+
+def _caches(prediction: Prediction, extra: int) -> str:
+    per_token = prediction.kv_bytes_per_token
+    text = f"{per_token / 1024:.1f} KiB per token and bucket"
+    if prediction.fused or extra <= 0:
+        return text
+    return f"{text}; one context more, to compute prompts"
+
+
+def _lengths(found: Inspection) -> str:
+    if found.key_length == found.value_length:
+        return f"{found.key_length} numbers each"
+    return f"{found.key_length} numbers a key, {found.value_length} a value"
+
+
+def _rope(rope: Rope) -> str:
+    if rope.rotation == "none":
+        return _ROTATIONS["none"]
+    parts = [_ROTATIONS[rope.rotation], f"base {rope.base:g}"]
+    if rope.window_base is not None:
+        parts.append(f"base {rope.window_base:g} in layers with a window")
+    parts.append(f"{rope.dimensions} dimensions")
+    if rope.scaling != "none":
+        factor = f" by {rope.factor:g}" if rope.factor is not None else ""
+        origin = f" from {rope.original_context:,} tokens" if rope.original_context is not None else ""
+        parts.append(f"{rope.scaling} scaling{factor}{origin}")
+    if rope.factors:
+        parts.append(f"factors in {', '.join(rope.factors)}")
+    return ", ".join(parts)
+
+
+def _tokenizer(tokenizer: Tokenizer) -> str:
+    special = ", ".join(
+        f"{token.role} {token.token} {_shown(token.text) if token.text is not None else '(outside)'}"
+        for token in tokenizer.special
+    )
+    kind = f"{_shown(tokenizer.model)} ({_shown(tokenizer.splitting)}), {tokenizer.tokens:,} tokens"
+    return f"{kind}; {special}" if special else kind
+
+
+def _template(template: Template | None) -> str:
+    if template is None:
+        return "none"
+    known = [name for name, there in (("tools", template.tools), ("thinking", template.thinking)) if there]
+    parts = [f"{template.characters:,} characters", f"mentions {' and '.join(known)}" if known else ""]
+    parts.append(f"others: {', '.join(_shown(name) for name in template.others)}" if template.others else "")
+    return ", ".join(filter(None, parts))
+
+
+def _type_table(types: Iterable[TypeShare]) -> str:
+    lines = [f"{'TYPE':8}{'TENSORS':>9}{'SIZE':>12}{'SHARE':>8}{'BITS':>7}"]
+    lines += [
+        f"{share.type_name:8}{share.tensors:>9,}{gibibytes(share.size_bytes):>12}{share.share:>8.1%}"
+        f"{share.bits_per_weight:>7.2f}"
+        for share in types
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"{name:22}{text}\n" for name, text in rows)
+
+
+def _span(counts: tuple[int, ...]) -> str:
+    """The one number of all layers, or the smallest and the largest."""
+    if not counts:
+        return "0"
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _shown(text: str, limit: int = _MAX_TEXT) -> str:
+    """Text of a stranger's file on one line, without what a terminal would obey."""
+    clean = printable(one_line(text))
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."

@@ -1,0 +1,69 @@
+"""`abcli inspect`: text, JSON, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from abcli.engine import memory
+from tests.cli.conftest import Command
+from tests.support.tiny_gguf import write_tiny_model
+
+
+def test_json_tells_the_model_and_the_cost(tiny_model: Path, abcli: Command) -> None:
+    outcome = abcli("inspect", tiny_model, "--json", "--buckets", 3, "-c", 1000, "-ctk", "q8_0")
+    assert (outcome.code, outcome.errors) == (0, b"")
+    found = json.loads(outcome.output)
+    assert (found["architecture"], found["layers"], found["path"]) == ("llama", 2, str(tiny_model))
+    assert found["parts"] == [{"path": str(tiny_model), "size_bytes": tiny_model.stat().st_size, "tensors": 21}]
+    cost = found["memory"]
+    # Two layers of 2 heads of 16 numbers: a block of q8_0 (34 bytes) and 32 numbers of f16.
+    assert cost["kv_bytes_per_token"] == 2 * (34 + 64)
+    assert cost["contexts"] == 3
+    assert cost["parts"]["caches"] == 3 * 1024 * cost["kv_bytes_per_token"]
+    assert cost["total"] == sum(cost["parts"].values())
+    assert cost["fits"]
+    assert cost["advice"] is None
+
+
+def test_text_shows_what_is_asked_about(tiny_model: Path, abcli: Command) -> None:
+    text = abcli("inspect", tiny_model, "-c", 0).text
+    for words in ("neighbouring pairs (NORM)", "context of 4,096 tokens", "keys and values", "in all", "f32"):
+        assert words in text
+    assert "does not fit" not in text
+
+
+def test_a_set_up_that_does_not_fit_says_what_would(
+    tiny_model: Path, abcli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 12 * 2**20)
+    found = json.loads(abcli("inspect", tiny_model, "--json", "-ngl", 0, "-c", 100_000).output)["memory"]
+    assert not found["fits"]
+    assert "--force" in found["advice"]
+    assert "does not fit" in abcli("inspect", tiny_model, "-ngl", 0, "-c", 100_000).text
+
+
+@pytest.mark.parametrize(
+    "flags", [("--buckets", 0), ("--buckets", 17), ("-c", -1), ("--slots", 0), ("-ub", 0), ("-ngl", -2), ("-c", 2**31)]
+)
+def test_impossible_numbers(tiny_model: Path, abcli: Command, flags: tuple[str, int]) -> None:
+    outcome = abcli("inspect", tiny_model, *flags)
+    assert outcome.code == 2
+    assert "impossible" in outcome.problem()[0]
+
+
+def test_a_file_that_is_no_model(tmp_path: Path, abcli: Command) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    outcome = abcli("inspect", path)
+    assert outcome.code == 1
+    assert str(path) in outcome.problem()[0]
+
+
+def test_names_in_a_file_cannot_steer_the_terminal(tmp_path: Path, abcli: Command) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", metadata={"general.name": "a\x1b[31m\nmodel"})
+    text = abcli("inspect", path).text
+    assert "\x1b" not in text
+    assert "a[31m model" in text

@@ -1,0 +1,222 @@
+"""Predicted memory against llama.cpp's own numbers, and the advice for set-ups that do not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abcli.config import EngineConfig
+from abcli.engine import memory
+from abcli.engine.contexts import ContextsEngine
+from abcli.engine.fused import FusedEngine
+from abcli.engine.memory import CONTEXT_STEP, Prediction, Room, available_memory, check, gibibytes, predict
+from abcli.errors import OutOfMemoryError
+from abcli.models.check import check_file
+from abcli.native.library import echo_log
+from abcli.native.model import Model
+from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
+
+BASES = (10000.0, 15000.0, 20000.0)
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """What llama.cpp logs during the test."""
+    lines: list[str] = []
+    echo_log(lines.append)
+    yield lines
+    echo_log(None)
+
+
+def sizes(log: list[str], kind: str) -> list[float]:
+    """MiB of each buffer of one kind in llama.cpp's log."""
+    return [float(size) for size in re.findall(rf"{kind} buffer size = +([\d.]+) MiB", "".join(log))]
+
+
+def buffers(log: list[str], kind: str) -> float:
+    """MiB of all buffers of one kind in llama.cpp's log."""
+    return sum(sizes(log, kind))
+
+
+def measured(config: EngineConfig, log: list[str]) -> tuple[Prediction, dict[str, float]]:
+    """The prediction and llama.cpp's own sizes in MiB of the engine of `config`."""
+    header = check_file(config.model)
+    with Model(config.model, 0) as model, ContextsEngine(model, config, header=header):
+        found = {"caches": buffers(log, "KV") + buffers(log, "RS"), "outputs": buffers(log, "output")}
+        found |= {"compute": buffers(log, "compute")}
+    return predict(config, header), found
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"embedding": 128, "heads": 4, "kv_heads": 2, "feed_forward": 384},
+    "wide": {"embedding": 256, "heads": 4, "kv_heads": 4, "feed_forward": 1024, "layers": 3},
+    "narrow network": {"embedding": 256, "heads": 8, "kv_heads": 1, "feed_forward": 128},
+    "qwen2": {"architecture": "qwen2", "embedding": 128, "heads": 2, "kv_heads": 1, "feed_forward": 512},
+    "gemma3": {"architecture": "gemma3", "embedding": 128, "heads": 2, "kv_heads": 1, "layers": 7},
+    "stablelm": {"architecture": "stablelm", "embedding": 256, "heads": 4, "kv_heads": 4, "layers": 4},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_predictions_are_llama_cpps_numbers(tmp_path: Path, log: list[str], name: str, slots: int) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", **SHAPES[name])
+    config = EngineConfig(path, BASES[:2], context_size=1000, slots=slots, gpu_layers=0, prefill="exact")
+    prediction, found = measured(config, log)
+    assert prediction.contexts == 2
+    predicted = {part: prediction.item(part).host / 2**20 for part in found}
+    # The log has two digits after the point.
+    assert predicted["caches"] == pytest.approx(found["caches"], abs=0.02)
+    assert predicted["outputs"] == pytest.approx(found["outputs"], abs=0.02)
+    # An upper bound, and where the layers are ordinary ones a close one.
+    assert 0.99 * found["compute"] - 0.03 <= predicted["compute"] <= 1.25 * found["compute"]
+    assert sum(predicted.values()) == pytest.approx(sum(found.values()), rel=0.1)
+
+
+def test_one_context_for_all_buckets(tmp_path: Path, log: list[str]) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", **SHAPES["wide"])
+    config = EngineConfig(path, BASES, context_size=1000, slots=2, gpu_layers=0, prefill="exact", engine="fused")
+    prediction = predict(config, check_file(path))
+    with Model(path, 0) as model, FusedEngine(model, config):
+        pass
+    # The smaller one, which finds out what follows the base, has gone.
+    largest = {kind: max(sizes(log, kind)) for kind in ("KV", "compute", "output")}
+    for part, kind in (("caches", "KV"), ("compute", "compute"), ("outputs", "output")):
+        assert prediction.item(part).host / 2**20 == pytest.approx(largest[kind], rel=0.1, abs=0.02)
+
+
+def test_the_engine_that_is_still_to_be_chosen_may_be_the_larger_one(config: EngineConfig) -> None:
+    header = check_file(config.model)
+    totals = [predict(replace(config, engine=kind), header).total for kind in ("contexts", "fused", "auto")]
+    assert totals[2] == max(totals[:2])
+    assert totals[0] != totals[1]
+
+
+@pytest.mark.parametrize("types", [("f32", "f16"), ("q8_0", "q8_0"), ("f16", "q4_0")])
+def test_caches_of_other_types(tmp_path: Path, log: list[str], types: tuple[Any, Any]) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", **SHAPES["wide"])
+    config = EngineConfig(
+        path, BASES[:1], context_size=2048, gpu_layers=0, cache_type_k=types[0], cache_type_v=types[1]
+    )
+    prediction, found = measured(config, log)
+    assert prediction.item("caches").host / 2**20 == pytest.approx(found["caches"], abs=0.01)
+    assert prediction.item("compute").host / 2**20 >= 0.98 * found["compute"]
+
+
+def test_attention_that_is_no_flash_attention(tmp_path: Path, log: list[str]) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", **SHAPES["wide"])
+    config = EngineConfig(path, BASES[:1], context_size=2048, gpu_layers=0, flash_attention="off")
+    prediction, found = measured(config, log)
+    assert prediction.item("compute").host / 2**20 == pytest.approx(found["compute"], rel=0.1)
+
+
+def test_a_recurrent_state(tmp_path: Path, log: list[str]) -> None:
+    path = write_tiny_mamba(tmp_path / "m.gguf", embedding=128)
+    prediction, found = measured(EngineConfig(path, BASES[:1], context_size=512, slots=2, gpu_layers=0), log)
+    assert prediction.item("caches").host / 2**20 == pytest.approx(found["caches"], abs=0.02)
+    assert prediction.kv_bytes_per_token == 0
+
+
+@pytest.fixture
+def config(tiny_model: Path) -> EngineConfig:
+    """A set-up of three buckets of the tiny model, which shares nothing."""
+    return EngineConfig(tiny_model, BASES, context_size=4096, gpu_layers=0, prefill="exact")
+
+
+def test_a_prefill_base_that_is_no_bucket_is_one_context_more(config: EngineConfig) -> None:
+    header = check_file(config.model)
+    shared = replace(config, prefill="shared")
+    assert predict(shared, header).contexts == 3
+    assert predict(replace(shared, prefill_base=12345.0), header).contexts == 4
+    assert predict(replace(config, prefill_base=12345.0), header).contexts == 3
+    assert predict(replace(shared, prefill_base=12345.0, bases=BASES[:1]), header).contexts == 1
+
+
+def test_one_context_for_all_buckets_pads_each_sequence(config: EngineConfig) -> None:
+    header = check_file(config.model)
+    fused = predict(replace(config, context_size=300, slots=2, engine="fused"), header)
+    assert (fused.contexts, fused.cells) == (1, 512 * 6)
+    assert fused.item("caches").total == 512 * 6 * fused.kv_bytes_per_token
+
+
+@settings(max_examples=60, deadline=None)
+@given(room=st.integers(0, 2**31), context=st.integers(1, 100_000), buckets=st.integers(1, 3))
+def test_what_is_advised_fits_and_a_step_more_does_not(tiny_model: Path, room: int, context: int, buckets: int) -> None:
+    header = check_file(tiny_model)
+    config = EngineConfig(tiny_model, BASES[:buckets], context_size=context, gpu_layers=0, prefill="exact")
+    prediction, free = predict(config, header), Room(room)
+
+    def fits(**changes: Any) -> bool:
+        return predict(replace(config, **changes), header).fits(free)
+
+    longest, most = prediction.longest_context(free), prediction.most_buckets(free)
+    assert longest % CONTEXT_STEP == 0
+    assert not longest or fits(context_size=longest)
+    assert not fits(context_size=longest + CONTEXT_STEP)
+    assert not most or fits(bases=BASES[:most])
+    assert (most == buckets) == prediction.fits(free) == (prediction.advice(free) == "")
+
+
+def test_a_set_up_that_does_not_fit_is_refused_with_what_would(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = check_file(config.model)
+    needed = predict(config, header).host
+    monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
+    with pytest.raises(OutOfMemoryError) as caught:
+        check(config, header)
+    assert "3 buckets of 4,096 tokens need" in caught.value.message
+    assert "--buckets 2" in caught.value.hint
+    assert "-ctk q8_0 -ctv q8_0" not in caught.value.hint  # its heads have 16 numbers, half a block
+    assert check(config, header, force=True).total == needed
+    monkeypatch.setattr(memory, "available_memory", lambda: needed)
+    assert check(config, header).total == needed
+
+
+def test_nothing_to_advise(config: EngineConfig) -> None:
+    assert "smaller model" in predict(config, check_file(config.model)).advice(Room(0))
+
+
+def test_layers_on_a_device(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = check_file(config.model)
+    monkeypatch.setattr(memory, "supports_offload", lambda: True)
+    host, half, full = (predict(replace(config, gpu_layers=layers), header) for layers in (0, 1, -1))
+    assert host.device == 0
+    assert 0 < half.item("caches").device < full.item("caches").device == full.item("caches").total
+    assert (
+        full.item("weights").host
+        == header.tensors[[t.name for t in header.tensors].index("token_embd.weight")].size_bytes
+    )
+    assert not full.fits(Room(full.host, full.device - 1))
+    assert full.fits(Room(full.host, full.device))
+
+
+def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = tmp_path / "user" / "app"
+    group.mkdir(parents=True)
+    own = tmp_path / "self"
+    own.write_text("0::/user/app\n")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUP", own)
+    assert available_memory() > 10_000
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("5000\n")
+    (group.parent / "memory.max").write_text("9000\n")
+    (group.parent / "memory.current").write_text("6000\n")
+    (group.parent / "memory.stat").write_text("anon 4000\ninactive_file 2000\n")
+    assert available_memory() == 5000
+    (group / "memory.max").write_text("100\n")
+    assert available_memory() == 0
+
+
+def test_sizes_for_people() -> None:
+    assert [gibibytes(size) for size in (0, 2**20, 20 * 2**20, 3 * 2**29, 2**44)] == [
+        *("0.0 MiB", "1.0 MiB", "20 MiB", "1.5 GiB", "16,384 GiB")
+    ]
