@@ -58,6 +58,7 @@ class EngineConfig:
     `prefill_base` is the RoPE base under which a shared prefill computes; None is the model's native base.
     `prompt_cache` is the directory that keeps the state of long prompts, None for none. `engine` decodes all buckets in
     one batch ("fused"), each in a context of its own ("contexts"), or as measured to be faster ("auto").
+    `force` loads also what is predicted not to fit into memory.
     """
 
     model: Path
@@ -75,6 +76,7 @@ class EngineConfig:
     prefill_base: float | None = None
     prompt_cache: Path | None = None
     engine: EngineChoice = "contexts"
+    force: bool = False
 
 
 @dataclass(frozen=True)

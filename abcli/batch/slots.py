@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from abcli.batch.prefixes import ReuseRule
 from abcli.config import EngineConfig
-from abcli.engine.opening import available_memory
+from abcli.engine.memory import available_memory
 from abcli.engine.protocol import Engine
 from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.errors import OutOfMemoryError, UsageError

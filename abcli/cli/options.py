@@ -16,6 +16,7 @@ from abcli.config import (
     MAX_BUCKETS,
     BucketConfig,
     CacheType,
+    EngineChoice,
     EngineConfig,
     FlashAttention,
     GenerationConfig,
@@ -86,6 +87,14 @@ class ModelOptions:
         float | None,
         flag("RoPE base that computes a shared prefill.", "--prefill-base", show_default="the model's own"),
     ] = None
+    engine: Annotated[
+        EngineChoice,
+        flag(
+            "contexts: one per bucket; fused: all buckets in one batch; auto: the faster here, by measuring.",
+            "--engine",
+        ),
+    ] = _ENGINE.engine
+    force: Annotated[bool, flag("Load even what is predicted not to fit into memory.", "--force")] = False
     prompt_cache: Annotated[
         bool, flag("Keep the state of long prompts on disk (also --prompt-cache=DIR).", "--prompt-cache")
     ] = False
@@ -140,6 +149,8 @@ class ModelOptions:
             cache_type_v=self.cache_type_v,
             prefill=self.prefill or _ENGINE.prefill,
             prefill_base=self.prefill_base,
+            engine=self.engine,
+            force=self.force,
             prompt_cache=self.prompt_cache_dir or (prompt_cache_directory() if self.prompt_cache else None),
         )
 

@@ -87,6 +87,7 @@ def engine_config(
         ("--ctx-size", options.ctx_size != DEFAULT_CONTEXT, "the context is made as long as the questions: --length"),
         ("--prefill", options.prefill is not None, prefill),
         ("--prefill-base", options.prefill_base is not None, prefill_base),
+        ("--engine", options.engine != "contexts", "every base has a context of its own here"),
         (
             "--prompt-cache",
             options.prompt_cache or options.prompt_cache_dir is not None,

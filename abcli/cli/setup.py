@@ -49,6 +49,7 @@ def ready(terminal: Terminal, config: EngineConfig, buckets: BucketConfig, *, ve
         if verbose:
             bases = ", ".join(f"{base:g}" for base in engine.bases)
             terminal.note(f"{model.description}; bases {bases}; merge {buckets.merge}; {engine.prefill_note}")
+            terminal.note(f"engine {opened.engine_choice.kind}: {opened.engine_choice.reason}")
         if config.prefill == "shared" and len(engine.bases) > 1 and not engine.prefill_note.startswith("shared"):
             terminal.warn(f"--prefill shared is not possible: {engine.prefill_note}")
         make_sampler = partial(SamplerChain, model, context_size=engine.context_size)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cached_property
 from math import log
 from pathlib import Path
@@ -17,19 +17,20 @@ from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
 from abcli.engine.rope_parameters import rope_parameters
 from abcli.engine.shared import NotShareableError, SharedPrefill
-from abcli.engine.stored import MIN_GAIN, StoredPrompts
+from abcli.engine.slots import MIN_SHARED_TOKENS, SlotEngine
+from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
-from abcli.errors import CancelledError, ContextFullError
+from abcli.errors import CancelledError
 from abcli.models.fingerprint import fingerprint
 from abcli.models.header import Header, read_header
 from abcli.native.context import BatchPart, Context
-from abcli.native.library import CancelFlag, version
+from abcli.native.ggml import aligned_bytes
+from abcli.native.library import version
 from abcli.native.model import Model
-from abcli.native.owner import Owner
+from abcli.native.state import parse_state
 from abcli.rope.frequencies import RopeParameters
 
-# Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
-MIN_SHARED_TOKENS = 24
+__all__ = ["MIN_SHARED_TOKENS", "ContextsEngine"]
 
 
 class _Known:
@@ -49,7 +50,7 @@ class _Known:
         return rope_parameters(self.header, neox=self._model.rotation == "halves", context_size=self._cells)
 
 
-class ContextsEngine(Owner):
+class ContextsEngine(SlotEngine):
     """Implements `Engine`. The contexts share the weights; each has its own cache, buffers and RoPE base."""
 
     def __init__(
@@ -66,18 +67,9 @@ class ContextsEngine(Owner):
 
         Raises NativeError if a context cannot be made.
         """
-        self._slot_cells = config.context_size
-        self._cancel = CancelFlag()
-        self._cancellable = False
+        super().__init__(config, model.vocabulary_size)
         self._cores = config.threads or available_cores()
         self.plan: WorkerPlan = plan_workers(len(config.bases), self._cores)
-        self._bases = tuple(config.bases)
-        self._tokens: list[list[int]] = [[] for _ in range(config.slots)]
-        self._logits: NDArray[np.float32] = np.empty(
-            (config.slots, len(config.bases), model.vocabulary_size), np.float32
-        )
-        self._least_shared = 2 if config.prefill == "shared" else MIN_SHARED_TOKENS
-        self.computed_tokens = 0
         known = _Known(model, config, header)
         with ExitStack() as stack:
 
@@ -96,97 +88,24 @@ class ContextsEngine(Owner):
             if model.sliding_window > 0 and (self._shared is not None or config.prompt_cache is not None):
                 # A state leaves out what the window has passed, so no piece may be longer than the window.
                 self._piece = min(self._piece, model.sliding_window)
-            self._stored: StoredPrompts | None = None
+            self._sharing = self._shared is not None
             if config.prompt_cache is not None:
                 self._stored = self._open_stored(
                     model, config, known, config.prompt_cache, warn or (lambda _line: None)
                 )
             self._stack = stack.pop_all()
 
-    @property
-    def bases(self) -> tuple[float, ...]:
-        """The RoPE base of each bucket."""
-        return self._bases
-
-    @property
-    def vocabulary_size(self) -> int:
-        """The number of logits per bucket."""
-        return int(self._logits.shape[2])
-
-    @property
-    def slots(self) -> int:
-        """The number of slots."""
-        return len(self._tokens)
-
-    @property
-    def context_size(self) -> int:
-        """The number of tokens each slot can hold."""
-        return self._slot_cells
-
-    def tokens(self, slot: int) -> Sequence[int]:
-        """The tokens `slot` holds, oldest first."""
-        return self._tokens[slot]
-
-    def prefill(self, slot: int, tokens: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
-        """See `Engine.prefill`. The tokens are computed in pieces of at most `ubatch_size`."""
-        if not tokens:
-            raise ValueError("prefill needs at least one token")
-        start = len(self._tokens[slot])
-        self._check_room(start + len(tokens))
-        with self._computing({slot: start}):
-            tokens = self._restore(slot, tokens)
-            self.computed_tokens = len(tokens)
-            if self._shared is not None and len(tokens) >= self._least_shared:
-                self._prefill_shared(self._shared, slot, tokens, on_progress)
-            else:
-                self._prefill_exact(slot, tokens, on_progress)
-        self._tokens[slot].extend(tokens)
-        if self._stored is not None and len(tokens) > MIN_GAIN:
-            self._stored.store(slot, self._tokens[slot][:-1])
-        logits: NDArray[np.float32] = self._logits[slot]
-        return logits
-
-    def step(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
-        """See `Engine.step`. Each bucket computes all slots in one batch."""
-        if not tokens:
-            raise ValueError("a step needs at least one slot")
-        lengths = {slot: len(self._tokens[slot]) for slot in tokens}
-        self._check_room(max(lengths.values()) + 1)
+    def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
+        """Each bucket computes all slots in one batch."""
         slots = list(tokens)
-        with self._computing(lengths):
-            for first in range(0, len(slots), self._step_limit):
-                group = slots[first : first + self._step_limit]
-                parts = [BatchPart(slot, lengths[slot], (tokens[slot],), output=True) for slot in group]
-                self._decode(parts, group)
-        for slot, token in tokens.items():
-            self._tokens[slot].append(token)
-        logits: NDArray[np.float32] = self._logits[slots]
-        return logits
+        for first in range(0, len(slots), self._step_limit):
+            group = slots[first : first + self._step_limit]
+            parts = [BatchPart(slot, lengths[slot], (tokens[slot],), output=True) for slot in group]
+            self._decode(parts, group)
 
-    def truncate(self, slot: int, length: int) -> int:
-        """See `Engine.truncate`."""
-        held = self._tokens[slot]
-        if length >= len(held):
-            return len(held)
-        kept = self._truncate_contexts(slot, max(0, length))
-        del held[kept:]
-        return kept
-
-    def copy(self, source: int, target: int) -> None:
-        """See `Engine.copy`."""
-        if source != target:
-            for context in self._all_contexts:
-                context.copy(source, target)
-            self._tokens[target] = list(self._tokens[source])
-
-    def cancel(self) -> None:
-        """See `Engine.cancel`."""
-        if self._cancellable:
-            self._cancel.set()
-
-    def _check_room(self, needed: int) -> None:
-        if needed > self._slot_cells:
-            raise ContextFullError(needed, self._slot_cells)
+    def _copy_cells(self, source: int, target: int) -> None:
+        for context in self._all_contexts:
+            context.copy(source, target)
 
     def _decode(self, parts: Sequence[BatchPart], slots: Sequence[int]) -> None:
         """Compute `parts` in every bucket; the logits of part i go to row `slots[i]`."""
@@ -201,21 +120,6 @@ class ContextsEngine(Owner):
 
         self._run_all(job, len(self._contexts))
 
-    def _restore(self, slot: int, tokens: Sequence[int]) -> Sequence[int]:
-        """Take from the disk what it holds of the slot's tokens followed by `tokens`; what is left to compute."""
-        if self._stored is None or len(tokens) <= MIN_GAIN:
-            return tokens
-        held = self._tokens[slot]
-        wanted = [*held, *tokens]
-        # At least one token is computed: its logits are needed.
-        done = self._stored.restore(slot, wanted[:-1], len(held), lambda: self._empty(slot))
-        self._tokens[slot] = wanted[:done]
-        return wanted[done:]
-
-    def _empty(self, slot: int) -> None:
-        self._truncate_contexts(slot, 0)
-        self._tokens[slot] = []
-
     def _prefill_exact(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
         """Every bucket computes every token."""
         start = len(self._tokens[slot])
@@ -226,10 +130,11 @@ class ContextsEngine(Owner):
             if on_progress is not None:
                 on_progress(done, len(tokens))
 
-    def _prefill_shared(
-        self, shared: SharedPrefill, slot: int, tokens: Sequence[int], on_progress: Progress | None
-    ) -> None:
+    def _prefill_shared(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
         """The leader computes all tokens but the last, the others take them over; all compute the last."""
+        shared = self._shared
+        if shared is None:
+            raise RuntimeError("this engine cannot share a prefill")
         start, total = len(self._tokens[slot]), len(tokens)
         self._let_leader_catch_up(shared, slot, start)
         others = [context for context in self._contexts if context is not self._leader]
@@ -299,41 +204,45 @@ class ContextsEngine(Owner):
             model_name=model.path.name,
         )
         cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
-        return StoredPrompts(cache, self._leader, others, self._shared, self._piece)
+        return StoredPrompts(cache, _LeaderCells(self._leader, others, self._shared), self._piece)
 
-    def _run_all(self, job: Callable[[int], None], count: int) -> None:
-        """Run job(0) ... job(count - 1) on the pool; wait for all of them, then raise the first error."""
-        futures = [self._pool.submit(job, index) for index in range(count)]
-        try:
-            wait(futures)
-        except BaseException:
-            # A signal handler raised: nobody may touch the contexts before their workers have stopped.
-            self._cancel.set()
-            wait(futures)
-            raise
-        for future in futures:
-            future.result()
-
-    @contextmanager
-    def _computing(self, lengths: Mapping[int, int]) -> Iterator[None]:
-        """Allow `cancel` while the block runs; if it fails, put the slots back to `lengths`."""
-        self._cancel.clear()
-        self._cancellable = True
-        try:
-            yield
-        except BaseException:
-            for slot, length in lengths.items():
-                # Reading from the disk may have emptied the slot first.
-                del self._tokens[slot][self._truncate_contexts(slot, min(length, len(self._tokens[slot]))) :]
-            raise
-        finally:
-            self._cancellable = False
-            self._cancel.clear()
-
-    def _truncate_contexts(self, slot: int, length: int) -> int:
+    def _truncate_cells(self, slot: int, length: int) -> int:
         # Every context is asked: a generator would stop at the first refusal and leave the others longer.
         if all([context.truncate(slot, length) for context in self._all_contexts]):  # noqa: C419
             return length
         for context in self._all_contexts:
             context.truncate(slot, 0)
         return 0
+
+
+class _LeaderCells:
+    """What the leader holds, as bytes; the other contexts take it with their keys turned."""
+
+    def __init__(self, leader: Context, others: Sequence[Context], shared: SharedPrefill | None) -> None:
+        """Without `others`, `shared` is not needed."""
+        self._leader = leader
+        self._others = others
+        self._shared = shared
+
+    def read(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
+        """See `Cells.read`."""
+        self._leader.take_range(slot, start, end)
+        try:
+            data = aligned_bytes(self._leader.spare_state_size())
+            self._leader.read_spare(data)
+        finally:
+            self._leader.drop_spare()
+        return data
+
+    def append(self, slot: int, _start: int, _tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """See `Cells.append`."""
+        parse_state(data)
+        self._leader.write_spare(data)
+        self._leader.append_spare(slot)
+        if self._shared is not None and self._others:
+            self._shared.give(data, self._leader, self._others, slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See `Cells.truncate`."""
+        for context in (self._leader, *self._others):
+            context.truncate(slot, length)

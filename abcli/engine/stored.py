@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from abcli.engine.prompt_cache import Piece, PromptCache
-from abcli.engine.shared import SharedPrefill
-from abcli.native.context import Context
-from abcli.native.ggml import aligned_bytes
-from abcli.native.state import StateError, parse_state
+from abcli.native.state import StateError
 
 # What is read must save at least this many tokens, and what is written have cost as many.
 MIN_GAIN = 128
 
 
-class StoredPrompts:
-    """Fills slots from a `PromptCache` and fills the cache from slots, by way of the leader's state."""
+class Cells(Protocol):
+    """An engine's slots as bytes; one state stands for all buckets."""
 
-    def __init__(
-        self,
-        cache: PromptCache,
-        leader: Context,
-        others: Sequence[Context],
-        shared: SharedPrefill | None,
-        piece: int,
-    ) -> None:
-        """`shared` turns the leader's keys for the `others`; without others it is not needed."""
+    def read(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
+        """The state of the slot's tokens start to end (uint8 [n]). Raises NativeError."""
+
+    def append(self, slot: int, start: int, tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Append `tokens`, whose state is `data`, to a slot that holds `start` tokens.
+
+        Raises StateError for bytes of another form, NativeError; the caller then truncates.
+        """
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget what follows the first `length` tokens of the slot."""
+
+
+class StoredPrompts:
+    """Fills slots from a `PromptCache` and fills the cache from slots."""
+
+    def __init__(self, cache: PromptCache, cells: Cells, piece: int) -> None:
+        """The state is written in pieces of at most `piece` tokens."""
         self._cache = cache
-        self._leader = leader
-        self._others = others
-        self._shared = shared
+        self._cells = cells
         self._piece = piece
 
     def restore(self, slot: int, tokens: Sequence[int], held: int, empty: Callable[[], None]) -> int:
@@ -45,30 +53,26 @@ class StoredPrompts:
         done = 0
         for piece in self._cache.read(entry):
             try:
-                parse_state(piece.data)
+                self._cells.append(slot, done, self._piece_tokens(tokens, piece), piece.data)
             except StateError:
+                self._cells.truncate(slot, done)
                 break
-            self._leader.write_spare(piece.data)
-            self._leader.append_spare(slot)
-            if self._shared is not None and self._others:
-                self._shared.give(piece.data, self._leader, self._others, slot)
             done = min(piece.end, entry.common)
             if piece.end > done:
-                for context in (self._leader, *self._others):
-                    context.truncate(slot, done)
+                self._cells.truncate(slot, done)
         return done
 
     def store(self, slot: int, tokens: Sequence[int]) -> None:
-        """Write the state of `tokens`, which the leader holds in `slot`, to the disk."""
+        """Write the state of `tokens`, which `slot` holds, to the disk."""
         self._cache.write(tokens, self._pieces(slot, len(tokens)))
+
+    @staticmethod
+    def _piece_tokens(tokens: Sequence[int], piece: Piece) -> list[int]:
+        """The tokens of a piece; those beyond the wanted ones, which are soon forgotten, stand as zeros."""
+        known = list(tokens[piece.start : piece.end])
+        return known + [0] * (piece.end - piece.start - len(known))
 
     def _pieces(self, slot: int, length: int) -> Iterator[Piece]:
         for start in range(0, length, self._piece):
             end = min(start + self._piece, length)
-            self._leader.take_range(slot, start, end)
-            try:
-                data = aligned_bytes(self._leader.spare_state_size())
-                self._leader.read_spare(data)
-            finally:
-                self._leader.drop_spare()
-            yield Piece(start, end, data)
+            yield Piece(start, end, self._cells.read(slot, start, end))

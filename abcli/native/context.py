@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -89,39 +90,36 @@ class _Batch:
         return last
 
 
-class Context(Owner):
-    """Owns one `llama_context`. Not thread-safe: one thread at a time may call it."""
+def context_parameters(model: Model, base: float, config: EngineConfig, threads: int, cancel: CancelFlag) -> Any:
+    """`llama_context_params` with all that does not depend on the number of sequences."""
+    parameters = llama.llama_context_default_params()
+    parameters.n_batch = config.batch_size
+    parameters.n_ubatch = config.ubatch_size
+    parameters.n_threads = parameters.n_threads_batch = threads
+    parameters.flash_attn_type = FLASH_ATTENTION_IDS[config.flash_attention]
+    if model.has_rope:
+        parameters.rope_freq_base = base
+    parameters.type_k = CACHE_TYPE_IDS[config.cache_type_k]
+    parameters.type_v = CACHE_TYPE_IDS[config.cache_type_v]
+    parameters.abort_callback = cancel.callback
+    parameters.abort_callback_data = cancel.data
+    return parameters
 
-    def __init__(
-        self, model: Model, base: float, config: EngineConfig, cells: int, threads: int, cancel: CancelFlag
-    ) -> None:
-        """A context under RoPE base `base` whose cache holds `cells` tokens over `config.slots` sequences.
+
+class Sequences(Owner):
+    """Owns one `llama_context`, whatever its sequences are used for. One thread at a time may call it."""
+
+    def __init__(self, model: Model, parameters: Any, cancel: CancelFlag) -> None:
+        """A context made with `parameters` (`llama_context_params`).
 
         Raises NativeError if llama.cpp cannot make it (too little memory, an impossible combination).
         """
         clear_log()
-        parameters = llama.llama_context_default_params()
-        parameters.n_ctx = cells
-        parameters.n_batch = config.batch_size
-        parameters.n_ubatch = config.ubatch_size
-        # One spare sequence beyond the slots carries pieces of a cache from context to context.
-        parameters.n_seq_max = config.slots + 1
-        # Logits are read for one token per slot; the default would reserve room for a whole batch of them.
-        parameters.n_outputs_max = config.slots + 1
-        parameters.n_threads = parameters.n_threads_batch = threads
-        parameters.flash_attn_type = FLASH_ATTENTION_IDS[config.flash_attention]
-        if model.has_rope:
-            parameters.rope_freq_base = base
-        parameters.type_k = CACHE_TYPE_IDS[config.cache_type_k]
-        parameters.type_v = CACHE_TYPE_IDS[config.cache_type_v]
-        parameters.kv_unified = True
-        parameters.abort_callback = cancel.callback
-        parameters.abort_callback_data = cancel.data
         with ExitStack() as stack:
             handle = llama.llama_init_from_model(model.handle, parameters)
             if not handle:
                 raise NativeError(
-                    f"llama.cpp cannot make a context of {cells} tokens: {log_tail() or 'no reason given'}",
+                    f"llama.cpp cannot make a context of {parameters.n_ctx} tokens: {log_tail() or 'no reason given'}",
                     "ask for a shorter context (--ctx-size), fewer buckets or other cache types",
                 )
             stack.callback(llama.llama_free, handle)
@@ -131,8 +129,7 @@ class Context(Owner):
         self._memory = llama.llama_get_memory(handle)
         self._cancel = cancel
         self._row_bytes = model.vocabulary_size * 4
-        self.base = base
-        self.spare: int = config.slots
+        self.base = float(parameters.rope_freq_base)
         self.batch_size: int = llama.llama_n_batch(handle)
         self.ubatch_size: int = llama.llama_n_ubatch(handle)
 
@@ -164,14 +161,40 @@ class Context(Owner):
         """Forget what follows the first `length` tokens; False if the memory cannot drop a part."""
         return bool(llama.llama_memory_seq_rm(self._memory, sequence, length, -1))
 
+    def set_threads(self, threads: int) -> None:
+        """Use `threads` threads from the next decode on."""
+        llama.llama_set_n_threads(self._handle, threads, threads)
+
+    def length(self, sequence: int) -> int:
+        """The number of tokens of `sequence` in the cache."""
+        return int(llama.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
+
+class Context(Sequences):
+    """A `llama_context` with one RoPE base, a sequence for each slot and a spare one in one pool of cells."""
+
+    def __init__(
+        self, model: Model, base: float, config: EngineConfig, cells: int, threads: int, cancel: CancelFlag
+    ) -> None:
+        """A context under RoPE base `base` whose cache holds `cells` tokens over `config.slots` sequences.
+
+        Raises NativeError if llama.cpp cannot make it (too little memory, an impossible combination).
+        """
+        parameters = context_parameters(model, base, config, threads, cancel)
+        parameters.n_ctx = cells
+        # One spare sequence beyond the slots carries pieces of a cache from context to context.
+        parameters.n_seq_max = config.slots + 1
+        # Logits are read for one token per slot; the default would reserve room for a whole batch of them.
+        parameters.n_outputs_max = config.slots + 1
+        parameters.kv_unified = True
+        super().__init__(model, parameters, cancel)
+        self.base = base
+        self.spare: int = config.slots
+
     def copy(self, source: int, target: int) -> None:
         """Make sequence `target` equal to `source`; in a unified cache both then share the cells."""
         llama.llama_memory_seq_rm(self._memory, target, -1, -1)
         llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-
-    def set_threads(self, threads: int) -> None:
-        """Use `threads` threads from the next decode on."""
-        llama.llama_set_n_threads(self._handle, threads, threads)
 
     def take_range(self, sequence: int, start: int, end: int) -> None:
         """Let the spare sequence hold the tokens start to end of `sequence`, sharing their cells."""
@@ -203,7 +226,3 @@ class Context(Owner):
         pointer = data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if llama.llama_state_seq_set_data(self._handle, pointer, len(data), self.spare) != len(data):
             raise NativeError(f"llama.cpp refused {len(data)} bytes of state: {log_tail() or 'no reason given'}")
-
-    def length(self, sequence: int) -> int:
-        """The number of tokens of `sequence` in the cache."""
-        return int(llama.llama_memory_seq_pos_max(self._memory, sequence)) + 1

@@ -2,84 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import NativeError
+from abcli.native import ggml_api as api
+from abcli.native.ggml_api import NUMBER_BYTES
 from abcli.native.owner import Owner
 
-_BACKEND_DEVICE_TYPE_CPU = 0
-# ggml_tensor is about 400 bytes with its bookkeeping; a graph of a few nodes needs little more.
-_BYTES_PER_TENSOR = 1024
 _GRAPH_BYTES = 1 << 18
-# ggml divides the angle by this: where two bases turn a pair equally fast it must not turn at all.
-_NO_ROTATION = 1e30
-_MODE_NORMAL = 0
-_MODE_NEOX = 2
-# ggml.h; the bindings do not name it.
-GGML_TYPE_BF16 = 30
-_NUMBER_BYTES = {llama.GGML_TYPE_F32: 4, llama.GGML_TYPE_F16: 2, GGML_TYPE_BF16: 2}
-TURNABLE_TYPES = frozenset(_NUMBER_BYTES)
-
-
-class _InitParameters(ctypes.Structure):
-    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
-
-
-def _function(name: str, restype: Any, *argtypes: Any) -> Any:
-    # The handle of libllama also finds what libllama itself is linked to; other copies have other globals.
-    function = getattr(llama._lib, name)
-    function.restype = restype
-    function.argtypes = list(argtypes)
-    return function
-
-
-_pointer, _size, _int, _int64, _float = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int64,
-    ctypes.c_float,
-)
-
-# struct ggml_context * ggml_init(struct ggml_init_params params);
-_init = _function("ggml_init", _pointer, _InitParameters)
-# void ggml_free(struct ggml_context * ctx);
-_free = _function("ggml_free", None, _pointer)
-# struct ggml_tensor * ggml_new_tensor_1d(struct ggml_context * ctx, enum ggml_type type, int64_t ne0);
-_new_1d = _function("ggml_new_tensor_1d", _pointer, _pointer, _int, _int64)
-# struct ggml_tensor * ggml_view_4d(ctx, a, ne0, ne1, ne2, ne3, nb1, nb2, nb3, offset);
-_view_4d = _function("ggml_view_4d", _pointer, _pointer, _pointer, *[_int64] * 4, *[_size] * 3, _size)
-# struct ggml_tensor * ggml_rope_ext_inplace(ctx, a, b, c, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
-#     ext_factor, attn_factor, beta_fast, beta_slow);
-_rope_inplace = _function("ggml_rope_ext_inplace", _pointer, *[_pointer] * 4, *[_int] * 3, *[_float] * 6)
-# struct ggml_cgraph * ggml_new_graph(struct ggml_context * ctx);
-_new_graph = _function("ggml_new_graph", _pointer, _pointer)
-# void ggml_build_forward_expand(struct ggml_cgraph * cgraph, struct ggml_tensor * tensor);
-_expand = _function("ggml_build_forward_expand", None, _pointer, _pointer)
-# ggml_backend_buffer_t ggml_backend_cpu_buffer_from_ptr(void * ptr, size_t size);
-_buffer_from = _function("ggml_backend_cpu_buffer_from_ptr", _pointer, _pointer, _size)
-# void ggml_backend_buffer_free(ggml_backend_buffer_t buffer);
-_buffer_free = _function("ggml_backend_buffer_free", None, _pointer)
-# enum ggml_status ggml_backend_tensor_alloc(ggml_backend_buffer_t buffer, struct ggml_tensor * tensor, void * addr);
-_place = _function("ggml_backend_tensor_alloc", _int, _pointer, _pointer, _pointer)
-# enum ggml_status ggml_backend_view_init(struct ggml_tensor * tensor);
-_view_init = _function("ggml_backend_view_init", _int, _pointer)
-# ggml_backend_t ggml_backend_init_by_type(enum ggml_backend_dev_type type, const char * params);
-_backend_by_type = _function("ggml_backend_init_by_type", _pointer, _int, ctypes.c_char_p)
-# void ggml_backend_free(ggml_backend_t backend);
-_backend_free = _function("ggml_backend_free", None, _pointer)
-# enum ggml_status ggml_backend_graph_compute(ggml_backend_t backend, struct ggml_cgraph * cgraph);
-_compute = _function("ggml_backend_graph_compute", _int, _pointer, _pointer)
-# void ggml_backend_cpu_set_n_threads(ggml_backend_t backend_cpu, int n_threads);
-_set_threads = _function("ggml_backend_cpu_set_n_threads", None, _pointer, _int)
+GGML_TYPE_BF16 = api.GGML_TYPE_BF16
+TURNABLE_TYPES = frozenset(NUMBER_BYTES)
 
 
 @dataclass(frozen=True)
@@ -101,12 +39,12 @@ class KeyBlock:
     @property
     def row_bytes(self) -> int:
         """The size of one key of one layer in bytes."""
-        return self.heads * self.width * _NUMBER_BYTES[self.type_id]
+        return self.heads * self.width * NUMBER_BYTES[self.type_id]
 
 
 def number_bytes(type_id: int) -> int:
     """The size of one number of a turnable ggml type."""
-    return _NUMBER_BYTES[type_id]
+    return NUMBER_BYTES[type_id]
 
 
 def as_float32(data: NDArray[np.uint8], type_id: int) -> NDArray[np.float32]:
@@ -129,12 +67,12 @@ class KeyRotator(Owner):
 
     def __init__(self, threads: int = 1) -> None:
         """Raises NativeError if ggml has no CPU backend."""
-        backend = _backend_by_type(_BACKEND_DEVICE_TYPE_CPU, None)
+        backend = api.backend_by_type(api.BACKEND_DEVICE_TYPE_CPU, None)
         if not backend:
             raise NativeError("ggml has no CPU backend", "rebuild llama-cpp-python (make setup)")
         self._stack = ExitStack()
-        self._stack.callback(_backend_free, backend)
-        _set_threads(backend, threads)
+        self._stack.callback(api.backend_free, backend)
+        api.set_threads(backend, threads)
         self._backend = backend
 
     def rotate(
@@ -202,23 +140,25 @@ class KeyRotator(Owner):
         factors = aligned_bytes(4 * len(deltas)).view(np.float32)
         with np.errstate(divide="ignore", over="ignore"):
             inverse = (1.0 / deltas).astype(np.float32)
-        factors[:] = np.where(np.isfinite(inverse), inverse, np.float32(_NO_ROTATION))
+        factors[:] = np.where(np.isfinite(inverse), inverse, np.float32(api.NO_ROTATION))
         places = aligned_bytes(4 * len(positions)).view(np.int32)
         places[:] = positions
         with ExitStack() as stack:
-            context = _init(_InitParameters(_BYTES_PER_TENSOR * (2 + 3 * len(blocks)) + _GRAPH_BYTES, None, True))
+            context = api.init(
+                api.InitParameters(api.BYTES_PER_TENSOR * (2 + 3 * len(blocks)) + _GRAPH_BYTES, None, True)
+            )
             if not context:
                 raise NativeError("ggml has no memory for a graph", "close other programs")
-            stack.callback(_free, context)
+            stack.callback(api.free, context)
             position_tensor = _place_1d(stack, context, llama.GGML_TYPE_I32, places.ctypes.data, len(places))
             factor_tensor = _place_1d(stack, context, llama.GGML_TYPE_F32, factors.ctypes.data, len(factors))
-            graph = _new_graph(context)
-            mode = _MODE_NEOX if neox else _MODE_NORMAL
-            buffer = _buffer_from(data.ctypes.data, len(data))
-            stack.callback(_buffer_free, buffer)
+            graph = api.new_graph(context)
+            mode = api.MODE_NEOX if neox else api.MODE_NORMAL
+            buffer = api.buffer_from(data.ctypes.data, len(data))
+            stack.callback(api.buffer_free, buffer)
             for block in blocks:
                 keys = _place_keys(context, buffer, data.ctypes.data, block)
-                rotated = _rope_inplace(
+                rotated = api.rope_inplace(
                     context,
                     keys,
                     position_tensor,
@@ -233,17 +173,17 @@ class KeyRotator(Owner):
                     0.0,
                     0.0,
                 )
-                _check(_view_init(rotated))
-                _expand(graph, rotated)
-            _check(_compute(self._backend, graph))
+                api.check(api.view_init(rotated))
+                api.expand(graph, rotated)
+            api.check(api.compute(self._backend, graph))
 
 
 def _place_1d(stack: ExitStack, context: int, type_id: int, address: int, length: int) -> int:
     """A vector over memory of ours."""
-    tensor = _new_1d(context, type_id, length)
-    buffer = _buffer_from(address, 4 * length)
-    stack.callback(_buffer_free, buffer)
-    _check(_place(buffer, tensor, address))
+    tensor = api.new_1d(context, type_id, length)
+    buffer = api.buffer_from(address, 4 * length)
+    stack.callback(api.buffer_free, buffer)
+    api.check(api.place(buffer, tensor, address))
     return int(tensor)
 
 
@@ -251,19 +191,14 @@ def _place_keys(context: int, buffer: int, address: int, block: KeyBlock) -> int
     """A view [width, heads, cells, layers] of the keys; layers lie `stride` bytes apart."""
     number = block.row_bytes // (block.heads * block.width)
     extent = (block.layers - 1) * block.stride + block.cells * block.row_bytes
-    vector = _new_1d(context, block.type_id, extent // number)
-    _check(_place(buffer, vector, address + block.offset))
-    view = _view_4d(
+    vector = api.new_1d(context, block.type_id, extent // number)
+    api.check(api.place(buffer, vector, address + block.offset))
+    view = api.view_4d(
         context,
         vector,
         *(block.width, block.heads, block.cells, block.layers),
         *(block.width * number, block.row_bytes, block.stride),
         0,
     )
-    _check(_view_init(view))
+    api.check(api.view_init(view))
     return int(view)
-
-
-def _check(status: int) -> None:
-    if status != 0:
-        raise NativeError(f"ggml failed with status {status}", "report it with the model and the command line")

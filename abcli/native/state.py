@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from abcli.errors import AbcliError
 
 # llama_context::state_seq_get_data (llama-context.cpp): changes when the layout does.
-_MAGIC = 0xAF143CD8
+MAGIC = 0xAF143CD8
 _MAX_LAYERS = 4096
 _MAX_ROW_BYTES = 1 << 24
 _CELL = np.dtype([("position", "<i4"), ("count", "<u4"), ("sequence", "<i4")])
@@ -52,8 +52,8 @@ def parse_state(data: NDArray[np.uint8]) -> tuple[CacheKeys, ...]:
     """
     reader = _Reader(data)
     magic = reader.unsigned(4)
-    if magic != _MAGIC:
-        raise StateError(f"state bytes begin with {magic:#x}, not {_MAGIC:#x}")
+    if magic != MAGIC:
+        raise StateError(f"state bytes begin with {magic:#x}, not {MAGIC:#x}")
     reader.unsigned(4)
     caches = []
     while reader.left:

@@ -1,0 +1,263 @@
+"""The engine of one context: every bucket of every slot in one batch, so that the weights are read once per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from math import log
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
+from abcli.engine.prompt_cache import CacheKey, PromptCache
+from abcli.engine.protocol import Progress
+from abcli.engine.slots import SlotEngine
+from abcli.engine.stored import StoredPrompts
+from abcli.engine.workers import available_cores
+from abcli.errors import CancelledError, UnsupportedModelError
+from abcli.models.fingerprint import fingerprint
+from abcli.models.header import Header, read_header
+from abcli.native.fused import FusedContext, SlotPart
+from abcli.native.library import version
+from abcli.native.model import Model
+
+_HINT = "use --engine contexts with this model"
+# What names the rank of compressed keys and values in a GGUF header.
+_MLA_KEY = "attention.kv_lora_rank"
+_EXPERTS_KEY = "expert_count"
+
+
+class FusedEngine(SlotEngine):
+    """Implements `Engine` with one context whose rows are turned to each bucket's base as they are computed."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig,
+        warn: Callable[[str], None] | None = None,
+        header: Header | None = None,
+    ) -> None:
+        """Make the context; the model stays the caller's and must outlive the engine.
+
+        `warn` gets a line for what goes wrong with the prompt cache on disk; `header` is the model's, if it has
+        been read already.
+
+        Raises UnsupportedModelError for a model that it cannot serve, with the reason, and NativeError if the context
+        cannot be made.
+        """
+        super().__init__(config, model.vocabulary_size)
+        header = header or read_header(model.path)
+        check_servable(model, header, config)
+        self._threads = config.threads or available_cores()
+        self._all = range(len(config.bases))
+        with ExitStack() as stack:
+            self._pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="abcli-fused"))
+            leader = _leader_base(model, config)
+            self._leader, self._context, self.prefill_note = self._open(model, config, header, leader)
+            stack.callback(self._context.close)
+            self._sharing = self.prefill_note.startswith("shared")
+            self._piece = min(self._context.batch_size, self._context.ubatch_size)
+            if config.prompt_cache is not None:
+                warn = warn or (lambda _line: None)
+                self._stored = self._open_stored(model, config, header, config.prompt_cache, warn)
+            self._stack = stack.pop_all()
+
+    def _open(self, model: Model, config: EngineConfig, header: Header, base: float) -> tuple[int, FusedContext, str]:
+        """The leader's column, the context, and how prompts are computed, and why."""
+        bases = config.bases
+        note = _sharing_obstacle(config, header)
+        extra = None if note or base in bases else base
+        if base not in bases and extra is None:
+            base = bases[0]
+        context = FusedContext(model, bases, config, base, self._threads, self._cancel, extra)
+        leader = len(bases) if extra is not None else bases.index(base)
+        if note:
+            return leader, context, note
+        with ExitStack() as stack:
+            stack.push(context)
+            obstacle = context.prove_sharing(leader)
+            if not obstacle:
+                stack.pop_all()
+                return (
+                    leader,
+                    context,
+                    f"shared prefill at base {base:g}; {context.turning_layers} layers follow the base",
+                )
+            note = f"exact prefill: {obstacle}"
+            if extra is None:
+                stack.pop_all()
+                return leader, context, note
+        return 0, FusedContext(model, bases, config, bases[0], self._threads, self._cancel), note
+
+    def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
+        """Neighbouring slots go into one batch."""
+        limit = max(1, self._piece // len(self._bases))
+        for slots in _runs(sorted(tokens), limit):
+            parts = [SlotPart(slot, lengths[slot], (tokens[slot],)) for slot in slots]
+            self._compute(parts, self._all, [self._logits[slot] for slot in slots])
+
+    def _prefill_exact(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
+        """Every bucket computes every token."""
+        start, total = len(self._tokens[slot]), len(tokens)
+        size = max(1, self._piece // len(self._bases))
+        for offset in range(0, total, size):
+            piece = tokens[offset : offset + size]
+            done = offset + len(piece)
+            self._compute([SlotPart(slot, start + offset, piece)], self._all, self._rows(slot, done == total))
+            if on_progress is not None:
+                on_progress(done, total)
+
+    def _prefill_shared(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
+        """The leader computes all tokens but the last, the others take them over; all compute the last."""
+        start, total = len(self._tokens[slot]), len(tokens)
+        self._let_leader_catch_up(slot, start)
+        others = [column for column in range(len(self._context.bases)) if column != self._leader]
+        for offset in range(0, total - 1, self._piece):
+            piece = tokens[offset : min(offset + self._piece, total - 1)]
+            part = SlotPart(slot, start + offset, piece)
+            self._compute([part], [self._leader], None, careful=True)
+            self._run(lambda part=part: self._context.share(slot, self._leader, others, part.position, part.tokens))  # type: ignore[misc]
+            if on_progress is not None:
+                on_progress(offset + len(piece), total)
+        # Careful: it proves that the others' cells lie where the keys were put.
+        self._compute([SlotPart(slot, start + total - 1, tokens[-1:])], self._all, self._rows(slot, True), careful=True)
+        if on_progress is not None:
+            on_progress(total, total)
+
+    def _let_leader_catch_up(self, slot: int, length: int) -> None:
+        """A leader that is no bucket takes over from the nearest bucket what was decoded without it."""
+        bases, leader = self._context.bases, self._leader
+        nearest = min(self._all, key=lambda column: abs(log(bases[column] / bases[leader])))
+        held = self._context.length(self._context.sequence(slot, leader))
+        for start in range(held, length, self._piece):
+            tokens = self._tokens[slot][start : min(start + self._piece, length)]
+            self._run(lambda start=start, tokens=tokens: self._context.share(slot, nearest, [leader], start, tokens))  # type: ignore[misc]
+
+    def _rows(self, slot: int, wanted: bool) -> list[NDArray[np.float32]] | None:
+        return [self._logits[slot]] if wanted else None
+
+    def _compute(
+        self,
+        parts: Sequence[SlotPart],
+        columns: Sequence[int],
+        logits: Sequence[NDArray[np.float32]] | None,
+        *,
+        careful: bool = False,
+    ) -> None:
+        self._run(lambda: self._context.compute(parts, columns, logits, careful=careful))
+
+    def _run(self, job: Callable[[], None]) -> None:
+        """Run `job` on the engine's own thread, unless a cancellation came before."""
+
+        def guarded(_index: int) -> None:
+            if self._cancel.is_set():
+                raise CancelledError
+            job()
+
+        self._run_all(guarded, 1)
+
+    def _truncate_cells(self, slot: int, length: int) -> int:
+        sequences = [self._context.sequence(slot, column) for column in range(len(self._context.bases))]
+        # Every sequence is asked: a generator would stop at the first refusal and leave the others longer.
+        if all([self._context.truncate(sequence, length) for sequence in sequences]):  # noqa: C419
+            return length
+        for sequence in sequences:
+            self._context.truncate(sequence, 0)
+        return 0
+
+    def _copy_cells(self, source: int, target: int) -> None:
+        self._context.copy_slot(source, target)
+
+    def _open_stored(
+        self, model: Model, config: EngineConfig, header: Header, directory: Path, warn: Callable[[str], None]
+    ) -> StoredPrompts | None:
+        """The prompts on the disk that fit this engine, if its caches can be filled from there at all."""
+        if len(self._bases) > 1 and not self._sharing:
+            warn(f"--prompt-cache needs a shared prefill or a single bucket: {self.prefill_note}")
+            return None
+        key = CacheKey(
+            model=fingerprint(header),
+            base=self._context.bases[self._leader],
+            scaling=repr([rope.parameters for rope in self._context.observation.ropes]),
+            cache_type_k=config.cache_type_k,
+            cache_type_v=config.cache_type_v,
+            flash_attention=config.flash_attention,
+            build=f"{version()}, all layers in one cache",
+            model_name=model.path.name,
+        )
+        cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
+        return StoredPrompts(cache, _FusedCells(self._context, self._leader), self._piece)
+
+
+class _FusedCells:
+    """What the leader's sequence holds, as bytes; the buckets' take it with their keys turned."""
+
+    def __init__(self, context: FusedContext, leader: int) -> None:
+        self._context = context
+        self._leader = leader
+
+    def read(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
+        """See `Cells.read`."""
+        return self._context.read_cells(slot, self._leader, start, end)
+
+    def append(self, slot: int, start: int, tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """See `Cells.append`."""
+        self._context.write_cells(slot, self._leader, start, tokens, data)
+        others = [column for column in range(len(self._context.bases)) if column != self._leader]
+        self._context.share(slot, self._leader, others, start, tokens)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See `Cells.truncate`."""
+        for column in range(len(self._context.bases)):
+            self._context.truncate(self._context.sequence(slot, column), length)
+
+
+def check_servable(model: Model, header: Header, config: EngineConfig) -> None:
+    """Raise UnsupportedModelError, with the reason, for a model that one batch cannot serve under several bases."""
+    buckets = len(config.bases)
+    if model.is_recurrent:
+        reason = "keeps a recurrent state, of which the buckets of one batch cannot drop a part"
+    elif model.has_rope and model.rotation is None:
+        reason = "has positions of several parts (M-RoPE)"
+    elif header.integer(_MLA_KEY):
+        reason = "keeps compressed keys and values (MLA)"
+    elif buckets > 1 and not model.has_rope:
+        reason = "does not use RoPE, so there is no base to vary"
+    elif buckets > min(config.ubatch_size, config.batch_size):
+        raise UnsupportedModelError(
+            f"{buckets} buckets do not fit into a batch of {min(config.ubatch_size, config.batch_size)} tokens",
+            "ask for larger batches (--batch-size, --ubatch-size) or fewer buckets",
+        )
+    else:
+        return
+    raise UnsupportedModelError(f"{model.path} ({model.architecture}) {reason}", _HINT)
+
+
+def _sharing_obstacle(config: EngineConfig, header: Header) -> str:
+    """Why prompts must be computed in every bucket as far as is known beforehand, as a note; empty if nothing."""
+    if config.prefill == "exact" or len(config.bases) == 1:
+        return "exact prefill"
+    if header.integer(_EXPERTS_KEY):
+        # A graph that is left out leaves the choice of experts undefined, which llama.cpp reads to copy weights.
+        return "exact prefill: the model has experts, and one batch cannot leave them out"
+    return ""
+
+
+def _leader_base(model: Model, config: EngineConfig) -> float:
+    """The base under which a shared prefill computes, and the context itself."""
+    return float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
+
+
+def _runs(slots: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Ascending slots as runs without gaps, at most `limit` long."""
+    run: list[int] = []
+    for slot in slots:
+        if run and (slot != run[-1] + 1 or len(run) == limit):
+            yield run
+            run = []
+        run.append(slot)
+    if run:
+        yield run

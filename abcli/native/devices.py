@@ -1,0 +1,165 @@
+"""ggml backends beside llama.cpp's own, one per device, that compute on tensors which llama.cpp holds there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.errors import NativeError
+from abcli.native import ggml_api as api
+from abcli.native.ggml_api import TensorStruct
+from abcli.native.owner import Owner
+from abcli.rope.frequencies import RopeParameters, angular_frequencies
+
+# ggml wants tensors at such addresses at most (TENSOR_ALIGNMENT and the backends' own).
+_ALIGNMENT = 256
+
+# From one base to another, under the parameters of one kind of RoPE.
+DeltaKey = tuple[RopeParameters, float, float]
+
+
+class DeviceGraph(Owner):
+    """A small graph on one device, kept for being computed again and again."""
+
+    def __init__(self, backend: int, tensors: int, build: Callable[[int], Sequence[int]]) -> None:
+        """`build` makes at most `tensors` tensors in the context that it is given; its results are computed."""
+        size = tensors * api.tensor_overhead() + api.graph_overhead(tensors, False) + 1024
+        context = api.init(api.InitParameters(size, None, True))
+        if not context:
+            raise NativeError("ggml has no memory for a graph", "close other programs")
+        with ExitStack() as stack:
+            stack.callback(api.free, context)
+            graph = api.new_graph_custom(context, tensors, False)
+            self.nodes = 0
+            for result in build(context):
+                api.expand(graph, result)
+                self.nodes += 1
+            self._stack = stack.pop_all()
+        self._backend = backend
+        self._graph = graph
+
+    def compute(self) -> None:
+        """Raises NativeError if the device fails."""
+        # An empty graph aborts the RPC backend.
+        if self.nodes:
+            api.check(api.compute(self._backend, self._graph))
+
+
+class Device(Owner):
+    """A backend for one device, with the positions and angles that rotations there need."""
+
+    def __init__(self, handle: int, capacity: int) -> None:
+        """`capacity` is the largest number of positions. Raises NativeError if the device has no room."""
+        with ExitStack() as stack:
+            backend = api.device_init(handle, None)
+            if not backend:
+                raise NativeError("ggml cannot open a device a second time", "use --engine contexts")
+            stack.callback(api.backend_free, backend)
+            self.is_cpu: bool = api.device_type(handle) == api.BACKEND_DEVICE_TYPE_CPU
+            self.backend: int = backend
+            self._handle = handle
+            self._tensors = stack.enter_context(ExitStack())
+            self._capacity = capacity
+            self._positions = self._vector(llama.GGML_TYPE_I32, capacity)
+            self._lengths: dict[int, int] = {capacity: self._positions}
+            self._deltas: dict[DeltaKey, int] = {}
+            self._stack = stack.pop_all()
+
+    def set_threads(self, threads: int) -> None:
+        """How many threads compute here, if this is the CPU."""
+        if self.is_cpu:
+            api.set_threads(self.backend, threads)
+
+    def set_positions(self, positions: NDArray[np.int32]) -> None:
+        """The positions (int32 [n]) of the rows to be turned next."""
+        api.tensor_set(self._positions, positions.ctypes.data, 0, positions.nbytes)
+
+    def positions(self, count: int) -> int:
+        """A tensor over the first `count` positions."""
+        if count not in self._lengths:
+            whole = TensorStruct.from_address(self._positions)
+            context = self._context(1)
+            tensor = api.new_1d(context, llama.GGML_TYPE_I32, count)
+            api.check(api.place(whole.buffer, tensor, whole.data))
+            self._lengths[count] = tensor
+        return self._lengths[count]
+
+    def inverse_angles(self, key: DeltaKey) -> int:
+        """A tensor f32 [pairs] of 1 / (theta under the new base - theta under the old one), for ggml's RoPE."""
+        if key not in self._deltas:
+            parameters, old, new = key
+            deltas = angular_frequencies(parameters, new) - angular_frequencies(parameters, old)
+            with np.errstate(divide="ignore", over="ignore"):
+                inverse = (1.0 / deltas).astype(np.float32)
+            numbers = np.where(np.isfinite(inverse), inverse, np.float32(api.NO_ROTATION)).astype(np.float32)
+            tensor = self._vector(llama.GGML_TYPE_F32, len(numbers))
+            api.tensor_set(tensor, numbers.ctypes.data, 0, numbers.nbytes)
+            self._deltas[key] = tensor
+        return self._deltas[key]
+
+    def _context(self, tensors: int) -> int:
+        context = api.init(api.InitParameters(tensors * api.tensor_overhead(), None, True))
+        if not context:
+            raise NativeError("ggml has no memory for a tensor", "close other programs")
+        self._tensors.callback(api.free, context)
+        return int(context)
+
+    def _vector(self, type_id: int, count: int) -> int:
+        """A vector of 4-byte numbers in memory of its own on the device."""
+        buffer = api.buffer_alloc(api.device_buffer_type(self._handle), 4 * count + _ALIGNMENT)
+        if not buffer:
+            raise NativeError("the device has no memory for a small table", "use fewer buckets or --engine contexts")
+        self._tensors.callback(api.buffer_free, buffer)
+        tensor = api.new_1d(self._context(1), type_id, count)
+        api.check(api.place(buffer, tensor, api.buffer_base(buffer)))
+        return int(tensor)
+
+
+class Devices(Owner):
+    """The devices that llama.cpp's tensors turn out to lie on, opened when they are first met."""
+
+    def __init__(self, capacity: int) -> None:
+        """`capacity` is the largest number of rows to be turned at once."""
+        self._capacity = capacity
+        self._by_handle: dict[int, Device] = {}
+        self._by_buffer: dict[int, Device] = {}
+        self._positions: NDArray[np.int32] = np.zeros(1, np.int32)
+        self._threads = 1
+        self._stack = ExitStack()
+
+    def of(self, tensor: TensorStruct) -> Device:
+        """The device whose memory holds `tensor`. Raises NativeError if that has none."""
+        buffer = tensor.buffer
+        if not buffer:
+            raise NativeError("llama.cpp computes a rotation that has no memory")
+        kind = api.buffer_type(buffer)
+        if kind not in self._by_buffer:
+            # A GPU's pinned host memory names the GPU, but the CPU computes there.
+            handle = (
+                api.device_by_type(api.BACKEND_DEVICE_TYPE_CPU) if api.buffer_is_host(buffer) else api.type_device(kind)
+            )
+            if not handle:
+                raise NativeError("llama.cpp keeps a rotation in memory of an unknown device")
+            if handle not in self._by_handle:
+                device = self._by_handle[handle] = self._stack.enter_context(Device(handle, self._capacity))
+                device.set_threads(self._threads)
+                device.set_positions(self._positions)
+            self._by_buffer[kind] = self._by_handle[handle]
+        return self._by_buffer[kind]
+
+    @property
+    def opened(self) -> list[Device]:
+        """The devices met so far."""
+        return list(self._by_handle.values())
+
+    def prepare(self, positions: NDArray[np.int32], threads: int) -> None:
+        """Set the positions (int32 [n]) of the rows that come next, on every device, and the CPU's threads."""
+        self._positions = positions
+        self._threads = threads
+        for device in self._by_handle.values():
+            device.set_positions(positions)
+            device.set_threads(threads)

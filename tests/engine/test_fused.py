@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
+from abcli.engine.contexts import ContextsEngine
+from abcli.engine.fused import FusedEngine
+from abcli.engine.protocol import Engine
+from abcli.errors import CancelledError, ContextFullError, NativeError, UnsupportedModelError
+from abcli.generate import Generator
+from abcli.native.devices import DeviceGraph
+from abcli.native.fused import FusedContext
+from abcli.native.model import Model
+from abcli.native.sampler import SamplerChain
+from abcli.native.turning import Turning
+from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
+
+BASES = (5_000.0, 10_000.0, 20_000.0)
+TOKENS = [index * 7 % 250 for index in range(300)]
+# With half-precision caches the order of sums shows; these leave only float32 rounding.
+EXACT: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off"}
+YARN = {
+    "llama.rope.scaling.type": "yarn",
+    "llama.rope.scaling.factor": 4.0,
+    "llama.rope.scaling.original_context_length": 1024,
+}
+LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+# The parameters are what differs from a plain tiny llama.
+MODELS: dict[str, dict[str, Any]] = {
+    "pairs": {},
+    "halves": {"architecture": "qwen2"},
+    "factors": {"rope_factors": [1, 1, 1.5, 2, 4, 8, 8, 8]},
+    "linear": {"metadata": LINEAR},
+    "yarn": {"metadata": YARN},
+    "partial": {"architecture": "stablelm"},
+    "sliding window": {"architecture": "gemma3", "layers": 7},
+}
+
+
+def config(path: Path, **changes: Any) -> EngineConfig:
+    values: dict[str, Any] = {"bases": BASES, "context_size": 512, "threads": 2, **EXACT, **changes}
+    return EngineConfig(path, **values)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> Iterator[Model]:
+    with Model(tiny_model) as model:
+        yield model
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    path = tmp_path_factory.mktemp("fused") / "model.gguf"
+    with Model(write_tiny_model(path, **MODELS[request.param])) as loaded:
+        yield loaded
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def divergence(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(left || right) of each row."""
+    first, second = log_softmax(left), log_softmax(right)
+    return np.asarray((np.exp(first) * (first - second)).sum(axis=-1))
+
+
+def assert_equal(ours: NDArray[np.float32], theirs: NDArray[np.float32], tolerance: float = 1e-7) -> None:
+    """To float32 rounding."""
+    assert divergence(theirs, ours).max() < tolerance
+    np.testing.assert_allclose(ours, theirs, atol=3 * float(np.sqrt(tolerance)))
+
+
+def lengths(engine: FusedEngine, slot: int = 0) -> set[int]:
+    context = engine._context
+    return {context.length(context.sequence(slot, column)) for column in range(len(engine.bases))}
+
+
+@pytest.mark.parametrize("attention", ["on", "off"])
+@pytest.mark.parametrize("prefill", ["exact", "shared"])
+def test_each_bucket_computes_what_a_context_of_its_own_computes(model: Model, prefill: Any, attention: Any) -> None:
+    settings = config(model.path, prefill=prefill, flash_attention=attention, ubatch_size=64)
+    # On a CPU flash attention works with queries in half precision.
+    tolerance = 1e-5 if attention == "on" else 1e-7
+    with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+        assert engine.prefill_note == reference.prefill_note
+        for start, end, stop in ((0, 130, 140), (140, 200, 210)):
+            assert_equal(engine.prefill(0, TOKENS[start:end]), reference.prefill(0, TOKENS[start:end]), tolerance)
+            for token in TOKENS[end:stop]:
+                logits = engine.step({0: token})[0]
+                assert_equal(logits, reference.step({0: token})[0], tolerance)
+        assert divergence(logits[[1, 1]], logits[[0, 2]]).min() > 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_200_positions_agree_with_half_precision_caches(tmp_path: Path, architecture: Any) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
+    half = {"cache_type_k": "f16", "cache_type_v": "f16", "flash_attention": "auto", "prefill": "exact"}
+    worst = np.zeros(len(BASES))
+    with Model(path) as model:
+        settings = config(path, **half)
+        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+            for token in TOKENS[:200]:
+                found = divergence(reference.step({0: token})[0], engine.step({0: token})[0])
+                worst = np.maximum(worst, found)
+    assert worst.max() < 1e-4
+
+
+def test_quantised_caches_are_computed_exactly_and_say_so(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "wide.gguf", embedding=128)
+    quantised = {"cache_type_k": "q8_0", "cache_type_v": "q8_0", "flash_attention": "on", "prefill": "auto"}
+    with Model(path) as model:
+        settings = config(path, **quantised)
+        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+            assert engine.prefill_note.startswith("exact prefill: keys that are neither f32 nor f16")
+            found = divergence(reference.prefill(0, TOKENS[:100]), engine.prefill(0, TOKENS[:100]))
+            assert found.max() < 1e-2
+            assert divergence(reference.step({0: 5})[0], engine.step({0: 5})[0]).max() < 1e-2
+
+
+def test_greedy_texts_are_the_same(tiny: Model) -> None:
+    generation = GenerationConfig(SamplingConfig(temperature=0.0), max_tokens=60, ignore_eos=True)
+    answers = []
+    kinds: list[Callable[[Model, EngineConfig], Engine]] = [ContextsEngine, FusedEngine]
+    for kind in kinds:
+        with (
+            kind(tiny, config(tiny.path)) as engine,
+            Generator(engine, tiny, lambda chosen: SamplerChain(tiny, chosen)) as generator,
+        ):
+            answers.append([piece.answer for piece in generator.stream(0, TOKENS[:40], generation)][-1].tokens)
+    assert answers[0] == answers[1]
+
+
+def test_a_real_model_agrees_within_the_noise_of_llama_cpps_own_batches(real_model: Path) -> None:
+    text = "The history of the lighthouse begins with fires that were lit on hills, for the sailors to steer by. "
+    found, noise = [], []
+    with Model(real_model) as model:
+        bases = tuple(float(np.float32(model.native_base * factor)) for factor in (0.5, 1.0, 2.0))
+        tokens = model.tokenize(6 * text, add_special=True, parse_special=False)
+        settings = EngineConfig(real_model, bases, context_size=256, slots=2, prefill="exact")
+        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+            reference.prefill(0, tokens[:80])
+            engine.prefill(0, tokens[:80])
+            for end in range(81, 87):
+                wanted = reference.step({0: tokens[end - 1]})[0].copy()
+                found.append(divergence(wanted, engine.step({0: tokens[end - 1]})[0]))
+                reference.truncate(1, 0)
+                noise.append(divergence(wanted, reference.prefill(1, tokens[:end])))
+    assert 1e-5 < np.mean(noise) < 0.05
+    assert np.mean(found) < 3 * np.mean(noise)
+
+
+def test_several_slots_with_gaps_go_in_any_order(tiny: Model) -> None:
+    settings = config(tiny.path, slots=5, prefill="exact")
+    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+        for slot in range(5):
+            assert_equal(
+                engine.prefill(slot, TOKENS[slot : 20 + 3 * slot]),
+                reference.prefill(slot, TOKENS[slot : 20 + 3 * slot]),
+            )
+        for step in ({4: 1, 0: 2, 1: 3}, {2: 9}, {0: 5, 1: 6, 2: 7, 3: 8, 4: 9}, {3: 1, 1: 2}):
+            assert_equal(engine.step(step), reference.step(step))
+
+
+def test_more_sequences_than_a_batch_takes_are_computed_in_turns(tiny: Model) -> None:
+    settings = config(tiny.path, slots=5, prefill="exact", ubatch_size=8, batch_size=8)
+    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+        for slot in range(5):
+            assert_equal(engine.prefill(slot, TOKENS[: 9 + slot]), reference.prefill(slot, TOKENS[: 9 + slot]))
+        step = dict.fromkeys(range(5), 7)
+        assert_equal(engine.step(step), reference.step(step))
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_whatever_happens_to_the_slots_both_engines_agree(tiny: Model, data: st.DataObject) -> None:
+    chosen = config(tiny.path, slots=2, prefill="exact", context_size=128)
+    with ContextsEngine(tiny, chosen) as reference, FusedEngine(tiny, chosen) as engine:
+        for _ in range(data.draw(st.integers(3, 12))):
+            slot = data.draw(st.integers(0, 1))
+            tokens = data.draw(st.lists(st.integers(0, 299), min_size=1, max_size=20))
+            held = len(reference.tokens(slot))
+            match data.draw(st.sampled_from(["prefill", "step", "truncate", "copy"])):
+                case "prefill" if held + len(tokens) <= 128:
+                    assert_equal(engine.prefill(slot, tokens), reference.prefill(slot, tokens))
+                case "step" if held < 128:
+                    assert_equal(engine.step({slot: tokens[0]}), reference.step({slot: tokens[0]}))
+                case "truncate":
+                    length = data.draw(st.integers(0, 128))
+                    assert engine.truncate(slot, length) == reference.truncate(slot, length)
+                case "copy":
+                    engine.copy(slot, 1 - slot)
+                    reference.copy(slot, 1 - slot)
+            assert [list(engine.tokens(slot)) for slot in range(2)] == [
+                list(reference.tokens(slot)) for slot in range(2)
+            ]
+
+
+def test_a_base_that_is_no_bucket_can_prefill(tiny: Model) -> None:
+    settings = config(tiny.path, bases=(5_000.0, 20_000.0), prefill_base=9_000.0, prefill="shared", slots=2)
+    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+        assert engine.prefill_note == reference.prefill_note
+        for slot in (1, 0):
+            assert_equal(engine.prefill(slot, TOKENS[:100]), reference.prefill(slot, TOKENS[:100]))
+        assert_equal(engine.step({0: 3, 1: 4}), reference.step({0: 3, 1: 4}))
+        # The leader takes over from the nearest bucket what was decoded without it.
+        assert_equal(engine.prefill(0, TOKENS[100:200]), reference.prefill(0, TOKENS[100:200]))
+        engine.truncate(0, 50)
+        reference.truncate(0, 50)
+        assert_equal(engine.prefill(0, TOKENS[:60]), reference.prefill(0, TOKENS[:60]))
+        engine.copy(0, 1)
+        reference.copy(0, 1)
+        assert_equal(engine.prefill(1, TOKENS[:60]), reference.prefill(1, TOKENS[:60]))
+
+
+def test_equal_and_single_buckets_are_served(tiny: Model) -> None:
+    for bases in ((10_000.0,), (20_000.0,), (10_000.0, 10_000.0), (20_000.0, 20_000.0)):
+        settings = config(tiny.path, bases=bases, prefill="auto")
+        with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+            assert_equal(engine.prefill(0, TOKENS[:50]), reference.prefill(0, TOKENS[:50]))
+            assert_equal(engine.step({0: 3}), reference.step({0: 3}))
+
+
+def test_a_single_bucket_of_a_model_without_rope_is_served(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "gpt2.gguf", architecture="gpt2")
+    settings = config(path, bases=(10_000.0,))
+    with Model(path) as model, ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+        assert_equal(engine.prefill(0, TOKENS[:50]), reference.prefill(0, TOKENS[:50]))
+        assert_equal(engine.step({0: 3}), reference.step({0: 3}))
+
+
+def test_buckets_at_the_contexts_base_interrupt_nothing(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    original = DeviceGraph.compute
+
+    def counting(self: DeviceGraph) -> None:
+        computed.append(self.nodes)
+        original(self)
+
+    monkeypatch.setattr(DeviceGraph, "compute", counting)
+    with FusedEngine(tiny, config(tiny.path, bases=(10_000.0, 10_000.0), prefill="exact")) as engine:
+        engine.prefill(0, TOKENS[:20])
+        engine.step({0: 1})
+    assert computed == []
+    with FusedEngine(tiny, config(tiny.path, prefill="exact")) as engine:
+        computed.clear()
+        engine.step({0: 1})
+    # Queries and keys of both buckets with another base, once for each of the two layers.
+    assert computed == [4, 4]
+
+
+def test_a_graph_is_learned_once_and_then_reused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned = []
+    original = Turning._learn_rope
+
+    def counting(self: Turning, tensor: int) -> bool:
+        learned.append(tensor)
+        return original(self, tensor)
+
+    monkeypatch.setattr(Turning, "_learn_rope", counting)
+    with FusedEngine(tiny, config(tiny.path, prefill="exact")) as engine:
+        for token in range(100):
+            engine.step({0: token})
+    assert len(learned) <= 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"), [("exact", [20, 40, 60, 80, 100]), ("shared", [60, 99, 100])], ids=["exact", "shared"]
+)
+def test_prefill_reports_progress(tiny: Model, mode: Any, wanted: list[int]) -> None:
+    seen: list[tuple[int, int]] = []
+    with FusedEngine(tiny, config(tiny.path, prefill=mode, ubatch_size=60)) as engine:
+        engine.prefill(0, TOKENS[:100], lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 100) for done in wanted]
+
+
+@pytest.mark.parametrize("prefill", ["exact", "shared"])
+def test_cancelling_restores_every_sequence(tiny: Model, prefill: Any) -> None:
+    with FusedEngine(tiny, config(tiny.path, prefill=prefill, ubatch_size=32)) as engine:
+        engine.prefill(0, TOKENS[:40])
+
+        def progress(done: int, _total: int) -> None:
+            if done >= 64:
+                engine.cancel()
+
+        with pytest.raises(CancelledError):
+            engine.prefill(0, TOKENS, progress)
+        assert lengths(engine) == {40}
+        assert list(engine.tokens(0)) == TOKENS[:40]
+        after = engine.step({0: 9}).copy()
+        engine.truncate(0, 40)
+        np.testing.assert_array_equal(engine.step({0: 9}), after)
+
+
+def test_cancelling_from_another_thread_interrupts_a_graph(real_model: Path) -> None:
+    with Model(real_model) as model:
+        settings = config(real_model, bases=(5e4, 1e5), context_size=2048, prefill="exact", flash_attention="auto")
+        with FusedEngine(model, settings) as engine:
+            engine.cancel()
+            engine.prefill(0, [1, 2, 3])
+            timer = threading.Timer(0.05, engine.cancel)
+            timer.start()
+            with pytest.raises(CancelledError):
+                engine.prefill(0, list(range(100, 1900)))
+            timer.join()
+            assert list(engine.tokens(0)) == [1, 2, 3]
+            assert lengths(engine) == {3}
+
+
+def test_an_exception_of_a_signal_handler_leaves_the_slot_as_it_was(tiny: Model) -> None:
+    with FusedEngine(tiny, config(tiny.path, prefill="exact", ubatch_size=8)) as engine:
+        engine.prefill(0, TOKENS[:10])
+
+        def interrupt(done: int, _total: int) -> None:
+            if done > 20:
+                signal.raise_signal(signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            engine.prefill(0, TOKENS[:100], interrupt)
+        assert lengths(engine) == {10}
+        engine.step({0: 1})
+
+
+@pytest.mark.parametrize("method", ["ask", "done", "_graph", "finish"])
+def test_a_failing_callback_is_an_error_and_never_a_wrong_token(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    with FusedEngine(tiny, config(tiny.path)) as engine, ContextsEngine(tiny, config(tiny.path)) as reference:
+        for each in (engine, reference):
+            each.prefill(0, TOKENS[:40])
+        calls = 0
+        original = getattr(Turning, method)
+
+        def failing(self: Turning, *arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= (1 if method == "finish" else 2):
+                raise ZeroDivisionError("out of order") if method != "finish" else NativeError("out of order")
+            return original(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Turning, method, failing)
+            # A graph that is not known, so that everything is called.
+            engine._context._turning.forget()
+            with pytest.raises(NativeError, match="out of order"):
+                engine.step({0: 4})
+        assert list(engine.tokens(0)) == TOKENS[:40]
+        assert lengths(engine) == {40}
+        assert_equal(engine.step({0: 4}), reference.step({0: 4}))
+
+
+def test_a_failure_while_sharing_restores_every_sequence(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FusedEngine(tiny, config(tiny.path, prefill="shared", ubatch_size=32)) as engine:
+        engine.prefill(0, TOKENS[:40])
+        calls = 0
+        original = FusedContext.share
+
+        def failing(self: FusedContext, *arguments: Any) -> None:
+            nonlocal calls
+            calls += 1
+            original(self, *arguments)
+            if calls == 2:
+                raise NativeError("out of order")
+
+        monkeypatch.setattr(FusedContext, "share", failing)
+        with pytest.raises(NativeError):
+            engine.prefill(0, TOKENS)
+        assert lengths(engine) == {40}
+
+
+def test_a_full_slot_refuses_before_llama_cpp_does(tiny: Model) -> None:
+    with FusedEngine(tiny, config(tiny.path, context_size=300)) as engine:
+        engine.prefill(0, TOKENS)
+        for call in (lambda: engine.step({0: 1}), lambda: engine.prefill(0, [1])):
+            with pytest.raises(ContextFullError):
+                call()
+        assert list(engine.tokens(0)) == TOKENS
+
+
+def test_a_context_can_be_filled_to_the_last_cell(tiny: Model) -> None:
+    settings = config(tiny.path, context_size=256, ubatch_size=100)
+    with FusedEngine(tiny, settings) as engine, ContextsEngine(tiny, settings) as reference:
+        assert_equal(engine.prefill(0, TOKENS[:255]), reference.prefill(0, TOKENS[:255]))
+        assert_equal(engine.step({0: 1}), reference.step({0: 1}))
+        engine.truncate(0, 200)
+        reference.truncate(0, 200)
+        assert_equal(engine.prefill(0, TOKENS[:56]), reference.prefill(0, TOKENS[:56]))
+
+
+def test_models_that_cannot_be_fused_are_refused_with_the_reason(tmp_path: Path) -> None:
+    cases = {
+        "M-RoPE": write_tiny_model(tmp_path / "mrope.gguf", architecture="qwen2vl"),
+        "recurrent": write_tiny_mamba(tmp_path / "mamba.gguf"),
+        "RoPE": write_tiny_model(tmp_path / "gpt2.gguf", architecture="gpt2"),
+        "MLA": write_tiny_model(tmp_path / "mla.gguf", metadata={"llama.attention.kv_lora_rank": 16}),
+    }
+    for reason, path in cases.items():
+        with Model(path) as model, pytest.raises(UnsupportedModelError, match=reason):
+            FusedEngine(model, config(path))
+
+
+def test_impossible_sizes_are_refused(tiny: Model) -> None:
+    with pytest.raises(UnsupportedModelError, match="batch of 2 tokens"):
+        FusedEngine(tiny, config(tiny.path, ubatch_size=2))
+    with pytest.raises(UnsupportedModelError, match="300 sequences"):
+        FusedEngine(tiny, config(tiny.path, slots=100, context_size=8))
+    # llama.cpp refuses a quantised value cache without flash attention.
+    with pytest.raises(NativeError):
+        FusedEngine(tiny, config(tiny.path, flash_attention="off", cache_type_v="q8_0"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("attention", ["on", "off"])
+def test_stored_prompts_are_read_instead_of_computed(tmp_path: Path, architecture: Any, attention: Any) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
+    settings = config(path, prompt_cache=tmp_path / "cache", ubatch_size=64, flash_attention=attention)
+    results, warnings = [], []
+    with Model(path) as model:
+        for _ in range(2):
+            with FusedEngine(model, settings, warnings.append) as engine:
+                results.append((engine.prefill(0, TOKENS).copy(), engine.computed_tokens, engine.step({0: 3}).copy()))
+        with FusedEngine(model, settings, warnings.append) as engine:
+            engine.prefill(0, [*TOKENS[:200], *range(100, 140)])
+            assert engine.computed_tokens == 40
+            assert lengths(engine) == {240}
+    assert (results[0][1], results[1][1], warnings) == (300, 1, [])
+    for ours, theirs in ((results[0][0], results[1][0]), (results[0][2], results[1][2])):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_prompt_cache_that_cannot_be_used_says_so(tiny: Model, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    with FusedEngine(tiny, config(tiny.path, prompt_cache=tmp_path, prefill="exact"), warnings.append):
+        assert warnings == ["--prompt-cache needs a shared prefill or a single bucket: exact prefill"]
+
+
+def test_two_engines_do_not_disturb_each_other(tiny: Model, tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "other.gguf", architecture="qwen2", seed=7)
+    with Model(path) as other:
+        alone = []
+        for model in (tiny, other):
+            with FusedEngine(model, config(model.path)) as engine:
+                engine.prefill(0, TOKENS[:50])
+                alone.append([engine.step({0: token}).copy() for token in TOKENS[:20]])
+        with FusedEngine(tiny, config(tiny.path)) as first, FusedEngine(other, config(path)) as second:
+            together: list[list[Any]] = [[], []]
+
+            def work(index: int, engine: FusedEngine) -> None:
+                engine.prefill(0, TOKENS[:50])
+                together[index] += [engine.step({0: token}).copy() for token in TOKENS[:20]]
+
+            threads = [threading.Thread(target=work, args=pair) for pair in enumerate((first, second))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_thousands_of_steps_and_engines_leave_memory_flat(tiny: Model) -> None:
+    process = psutil.Process()
+
+    def steps(engine: FusedEngine, count: int) -> None:
+        for index in range(count):
+            if len(engine.tokens(0)) == engine.context_size:
+                engine.truncate(0, 100)
+            engine.step({0: index % 250})
+            if index % 50 == 0:
+                engine.truncate(0, 90)
+                engine.prefill(0, TOKENS[: 10 + index % 40])
+        gc.collect()
+
+    with FusedEngine(tiny, config(tiny.path)) as engine:
+        steps(engine, 800)
+        before = process.memory_info().rss
+        steps(engine, 3000)
+        assert process.memory_info().rss - before < 4 << 20
+    for _ in range(5):
+        FusedEngine(tiny, config(tiny.path)).close()
+    gc.collect()
+    before = process.memory_info().rss
+    for _ in range(20):
+        with FusedEngine(tiny, config(tiny.path)) as engine:
+            engine.prefill(0, TOKENS[:50])
+    gc.collect()
+    assert process.memory_info().rss - before < 8 << 20
+
+
+def test_closing_twice_is_harmless(tiny: Model) -> None:
+    engine = FusedEngine(tiny, config(tiny.path))
+    engine.close()
+    engine.close()
