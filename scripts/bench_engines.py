@@ -50,11 +50,12 @@ class Arrangement:
 
 def raw(model: Model, config: EngineConfig, sequences: int, prompt: list[int], stack: ExitStack) -> Callable[[], None]:
     """One batch of `sequences` sequences per token: llama.cpp's own calls, one base, no callback."""
-    parameters = context_parameters(model, model.native_base, config, config.threads, CancelFlag())
+    cancel = CancelFlag()  # one and the same: the context keeps it, and llama.cpp reads it
+    parameters = context_parameters(model, model.native_base, config, config.threads, cancel)
     parameters.n_ctx = config.context_size * sequences
     parameters.n_seq_max = parameters.n_outputs_max = sequences
     parameters.kv_unified = False
-    context = stack.enter_context(Sequences(model, parameters, CancelFlag()))
+    context = stack.enter_context(Sequences(model, parameters, cancel))
     rows = np.empty((sequences, model.vocabulary_size), np.float32)
     length = 0
 
