@@ -96,7 +96,6 @@ def surprised(rows: Floats, entropies: Floats, far: Floats, answer: Answer) -> F
     return mixed(rows, np.exp(4 * distances))
 
 
-NONE = slice(0, 0)
 RULES: dict[str, Rule] = {
     "mean": lambda rows, h, far, a: equal(rows),
     "confidence": lambda rows, h, far, a: mixed(rows, confidences(rows)),
