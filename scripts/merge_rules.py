@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from abcli.calibrate.run import GRID
 from abcli.calibrate.selection import fitted
 from abcli.calibrate.table import Table, make_table
-from abcli.config import BucketConfig, EngineConfig, evaluations_directory
+from abcli.config import BucketConfig, EngineConfig, MergeRule, evaluations_directory
 from abcli.evals.runner import TASKS, EvaluationSettings, make_questions
 from abcli.evals.subject import Subject
-from abcli.merge import pool_plausible
+from abcli.merge import merge_kept, pool_plausible
 from abcli.rope.bases import choose_bases
 
 Floats = NDArray[np.float64]
@@ -64,6 +64,11 @@ def normalised(values: Floats, rest: float) -> Floats:
     return values - np.logaddexp(log_sum(values), rest)
 
 
+def built_in(name: MergeRule, weights: Sequence[float] = ()) -> Rule:
+    """A rule that abcli has."""
+    return lambda rows, entropies, far, answer: merge_kept(rows, entropies, name, weights)
+
+
 def confidences(rows: Floats) -> Floats:
     return np.exp(rows.max(axis=1))
 
@@ -97,14 +102,14 @@ def surprised(rows: Floats, entropies: Floats, far: Floats, answer: Answer) -> F
 
 
 RULES: dict[str, Rule] = {
-    "mean": lambda rows, h, far, a: equal(rows),
-    "confidence": lambda rows, h, far, a: mixed(rows, confidences(rows)),
+    "mean": built_in("mean"),
+    "confidence": built_in("confidence"),
     "exp(4 confidence)": lambda rows, h, far, a: mixed(rows, np.exp(4 * confidences(rows))),
     "exp(12 confidence)": lambda rows, h, far, a: mixed(rows, np.exp(12 * confidences(rows))),
-    "entropy": lambda rows, h, far, a: mixed(rows, np.exp(h.min() - h)),
+    "entropy": built_in("entropy"),
     "entropy, cubed": lambda rows, h, far, a: mixed(rows, np.exp(3 * (h.min() - h))),
-    "max": lambda rows, h, far, a: rows[confidences(rows).argmax()],
-    "product": lambda rows, h, far, a: normalised(rows.mean(axis=0), np.log(others(rows)).mean()),
+    "max": built_in("max"),
+    "product": built_in("product"),
     "likeliest in any bucket": lambda rows, h, far, a: normalised(rows.max(axis=0), np.log(others(rows)).max()),
     "surprise": surprised,
     "confidence over the answer": lambda rows, h, far, a: mixed(rows, np.exp(a.confidence + rows.max(axis=1))),
@@ -137,17 +142,6 @@ def judge(table: Table, columns: Sequence[int], far: Sequence[int], rule: Rule) 
         answer.so_far = answer.so_far + rows[:, gold]
         answer.confidence = answer.confidence + rows.max(axis=1)
     return table.per_question(token_losses), right
-
-
-def pooled(weights: Sequence[float]) -> Rule:
-    def merge(rows: Floats, entropies: Floats, far: Floats, answer: Answer) -> Floats:
-        means = equal(rows)
-        plausible = np.flatnonzero(means >= means.max() + np.log(0.01))
-        result = means.copy()
-        result[plausible] = pool_plausible(rows[:, plausible], means[plausible], np.array(weights))
-        return result
-
-    return merge
 
 
 def with_error(values: Floats, groups: NDArray[np.intp]) -> str:
@@ -224,7 +218,7 @@ def main() -> None:
     rows += [(name, *judge(found.test, found.spread, far, rule)) for name, rule in RULES.items()]
     for name, columns in (("spread", found.spread), ("spread, ends far out", wide), ("whole grid", found.grid)):
         weights = fitted(found.fit, tuple(columns), "pool").weights
-        rows.append((f"pool, {name}", *judge(found.test, columns, far, pooled(weights))))
+        rows.append((f"pool, {name}", *judge(found.test, columns, far, built_in("pool", weights))))
     singles = [judge(found.test, [column], far, alone)[1] for column in range(len(found.test.bases))]
     print(f"\n{chosen.task} {chosen.length}: {len(found.groups)} questions on {found.groups.max() + 1} contexts")
     report = []

@@ -19,6 +19,7 @@ from abcli.cli.options import BucketOptions
 from abcli.config import MAX_BUCKETS, BucketConfig
 from abcli.engine.rope_parameters import rope_parameters
 from abcli.errors import UnsupportedModelError, UsageError
+from abcli.models.architectures import rotation
 from abcli.models.check import check_file
 from abcli.models.header import Header
 from abcli.models.locate import locate_model
@@ -45,11 +46,6 @@ _DEFAULT_CANDIDATES = 201
 
 # 512 MiB of float64: room for 16 buckets over 4 million tokens, or 200 candidates over 330,000.
 _MAX_VALUES = 2**26
-# Architectures for which llama.cpp builds no RoPE (llama_model_rope_type), whatever keys their files carry.
-_ROPELESS = {
-    *("gpt2", "gptj", "mpt", "refact", "bloom", "jais", "mamba", "mamba2", "jamba", "kimi-linear"),
-    *("rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7", "nemotron_h", "nemotron_h_moe"),
-}
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ def compute(header: Header, context: int, buckets: BucketConfig, search: Search 
     """
     parameters = rope_parameters(header, neox=False, context_size=context)
     pairs = parameters.dimensions // 2
-    if header.architecture in _ROPELESS or pairs < 1:
+    if rotation(header) == "none" or pairs < 1:
         raise UnsupportedModelError(
             f"{header.path} ({header.architecture}) does not use RoPE", "only models with rotary positions have waves"
         )
