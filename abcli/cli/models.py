@@ -71,7 +71,7 @@ def known(*, as_json: AsJson = False) -> None:
     rows = [
         (
             model.name,
-            ("" if model.sha256 else "~") + decimal(model.size),
+            decimal(model.size),
             f"{model.context:,}",
             model.licence,
             model.hub.repository if model.hub is not None else "-",

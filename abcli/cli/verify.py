@@ -58,7 +58,8 @@ def verify(
 def _checks(verification: Verification, digest: str | None, terminal: Terminal, *, trial: bool) -> Iterator[Check]:
     yield from verification.structure()
     with terminal.working("computing checksums"):
-        checksums = list(verification.checksums(_expected(verification, digest)))
+        known = {entry.sha256: f"the {entry.name} that abcli knows" for entry in known_models().values()}
+        checksums = list(verification.checksums(_expected(verification, digest), known))
     yield from checksums
     with terminal.working("reading the weights"):
         weights = verification.weights()
@@ -71,16 +72,19 @@ def _checks(verification: Verification, digest: str | None, terminal: Terminal, 
 
 
 def _expected(verification: Verification, digest: str | None) -> dict[str, str]:
-    """The SHA-256 that each file should have, as far as it is known: asked for, in the catalogue, or the hub's."""
-    known = {entry.file: entry.sha256 for entry in known_models().values() if entry.sha256 is not None}
+    """The SHA-256 that each file must have, if any is known: the one asked for, the hub's, or the default model's.
+
+    Elsewhere the name of a file says little: several people publish other files under the catalogue's names.
+    """
+    bundled = {entry.file: entry.sha256 for entry in known_models().values() if entry.hub is None}
     expected: dict[str, str] = {}
     for number, path in enumerate(verification.paths()):
         if number == 0 and digest is not None:
             expected[path.name] = digest
-        elif path.name in known:
-            expected[path.name] = known[path.name]
         elif (blob := _blob_digest(path)) is not None:
             expected[path.name] = blob
+        elif path.name in bundled:
+            expected[path.name] = bundled[path.name]
     return expected
 
 

@@ -18,15 +18,15 @@ _NAME = "catalogue.json"
 class KnownModel:
     """One entry; `hub` is where on the hub it is, None for a model that comes another way.
 
-    `size` is in bytes, and only about right where no `sha256` is recorded; `context` in tokens. `file` is the file's
-    name, `licence` an SPDX identifier.
+    `size` is in bytes, `sha256` in lower-case hexadecimal, `context` in tokens. `file` is the file's name, `licence` an
+    SPDX identifier.
     """
 
     name: str
     file: str
     size: int
     licence: str
-    sha256: str | None
+    sha256: str
     context: int
     hub: HubName | None
 
@@ -62,7 +62,7 @@ def _known(entry: dict[str, Any]) -> KnownModel:
         file=str(entry["file"]),
         size=int(entry["size"]),
         licence=str(entry["licence"]),
-        sha256=entry["sha256"],
+        sha256=str(entry["sha256"]),
         context=int(entry["context"]),
         hub=hub,
     )

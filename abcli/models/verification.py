@@ -81,10 +81,21 @@ class Verification:
             yield self.run(name, lambda step=step: step(self._known()), needs_header=True)  # type: ignore[misc]
         self._readable = self._sound
 
-    def checksums(self, expected: Mapping[str, str], on_bytes: Callable[[int], None] | None = None) -> Iterator[Check]:
-        """SHA-256 of each file; `expected` has what it should be, in lower-case hex, by the name of the file."""
+    def checksums(
+        self,
+        expected: Mapping[str, str],
+        known: Mapping[str, str],
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> Iterator[Check]:
+        """SHA-256 of each file; all in lower-case hex.
+
+        `expected` has what it must be by the name of the file; `known` says by digest what a file without that is.
+        """
         for path in self.paths():
-            yield self.run(f"sha-256 of {path.name}", lambda path=path: _checksum(path, expected, on_bytes))  # type: ignore[misc]
+            yield self.run(
+                f"sha-256 of {path.name}",
+                lambda path=path: _checksum(path, expected.get(path.name), known, on_bytes),  # type: ignore[misc]
+            )
 
     def weights(self, on_bytes: Callable[[int], None] | None = None) -> Check:
         """Whether all weights, or the scales of their blocks, are finite numbers."""
@@ -180,11 +191,11 @@ def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-def _checksum(path: Path, expected: Mapping[str, str], on_bytes: Callable[[int], None] | None) -> str:
+def _checksum(path: Path, wanted: str | None, known: Mapping[str, str], on_bytes: Callable[[int], None] | None) -> str:
     check_kind_of_file(path)  # a named pipe would never end
-    found, wanted = file_sha256(path, on_bytes), expected.get(path.name)
+    found = file_sha256(path, on_bytes)
     if wanted is None:
-        return f"{found} (nothing to compare it with)"
+        return f"{found} ({known.get(found, 'nothing to compare it with')})"
     if found != wanted:
         raise ModelFileError(f"{path.name} has the SHA-256 {found} instead of {wanted}", FETCH_AGAIN)
     return f"{found}, as expected"

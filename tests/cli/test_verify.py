@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from abcli.config import DEFAULT_MODEL_FILE
+from abcli.models.catalogue import known_models
 from tests.cli.conftest import Command
 from tests.support.tiny_gguf import write_tiny_model
 
@@ -56,6 +59,27 @@ def test_the_hubs_cache_knows_the_checksum(tmp_path: Path, abcli: Command) -> No
         link.symlink_to(blobs / name)
         status = report(abcli, link, "--no-trial", code=expected)[f"sha-256 of {link.name}"]["status"]
         assert status == ("failed" if expected else "ok")
+
+
+def test_a_file_of_the_catalogue_is_recognised_and_its_name_alone_proves_nothing(
+    tmp_path: Path, abcli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_model(tmp_path / "gemma-3-1b-it-Q4_K_M.gguf")
+    name = f"sha-256 of {path.name}"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # Another publisher's file of that name is as good as any.
+    assert report(abcli, path, "--no-trial")[name]["detail"] == f"{digest} (nothing to compare it with)"
+    known = {
+        entry: replace(model, sha256=digest) for entry, model in known_models().items() if entry == "gemma-3-1b-it"
+    }
+    monkeypatch.setattr("abcli.cli.verify.known_models", lambda: known)
+    assert report(abcli, path, "--no-trial")[name]["detail"] == f"{digest} (the gemma-3-1b-it that abcli knows)"
+
+
+def test_the_default_model_is_known_by_its_name(tmp_path: Path, abcli: Command) -> None:
+    path = write_tiny_model(tmp_path / DEFAULT_MODEL_FILE)
+    wrong = report(abcli, path, "--no-trial", code=1)[f"sha-256 of {path.name}"]
+    assert wrong["status"] == "failed"
 
 
 def test_damage_in_the_weights_is_found(tmp_path: Path, abcli: Command) -> None:
