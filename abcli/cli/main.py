@@ -12,54 +12,28 @@ from typing import Annotated
 import typer
 
 from abcli import __version__
-from abcli.cli.batch import app as batch_app
-from abcli.cli.cache import app as cache_app
-from abcli.cli.calibrate import calibration
-from abcli.cli.chat import chat
-from abcli.cli.eval import evaluation
-from abcli.cli.flags import with_options
-from abcli.cli.inspect import inspect
-from abcli.cli.models import app as models_app
-from abcli.cli.profiles import app as profiles_app
-from abcli.cli.pull import pull
-from abcli.cli.run import run
-from abcli.cli.verify import verify
-from abcli.cli.waves import waves
+from abcli.cli.commands import CommandGroup, add_commands
 from abcli.config import ENV_DEBUG, debug
 from abcli.errors import AbcliError, CancelledError, UsageError
-from abcli.native.library import devices, version
 from abcli.ui.terminal import Terminal
 
 app = typer.Typer(
     name="abcli",
+    cls=CommandGroup,
     help="Local language models whose attention overlooks nothing: Attention Buckets on llama.cpp.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run", help="Answer one prompt and exit.")(with_options(run))
-app.command("chat", help="Talk with a model.")(with_options(chat))
-app.add_typer(batch_app, name="batch", help="Answer a file of prompts: abcli batch [MODEL] INPUT -o OUTPUT.")
-app.command("pull", help="Fetch a model from the hub.")(pull)
-app.add_typer(models_app, name="models", help="Show, remove and name the models on this machine.")
-app.command("inspect", help="Show what a model is and what its buckets would cost, without loading it.")(inspect)
-app.command("verify", help="Check a model file from end to end.")(verify)
-app.add_typer(cache_app, name="cache", help="Show or clear stored prompts.")
-app.add_typer(profiles_app, name="profiles", help="Show, share and choose calibrated bucket sets.")
-app.command("eval", help="Measure on a task whether buckets help a model, and at which depths.")(
-    with_options(evaluation)
-)
-app.command("calibrate", help="Find the bases and the merge rule that are best for a model and a task.")(
-    with_options(calibration)
-)
-app.command("waves", help="Show the attention waveform of each bucket, or search bases that complement each other.")(
-    with_options(waves)
-)
+add_commands(app)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        # llama.cpp takes a while to load, and nothing else here needs it.
+        from abcli.native.library import devices, version
+
         lines = [f"abcli {__version__}", version()]
         lines += [f"device {device.name}: {device.description}" for device in devices()]
         sys.stdout.write("\n".join(lines) + "\n")

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from abcli.errors import AbcliError
-from abcli.generate import Statistics
+
+if TYPE_CHECKING:
+    from abcli.generate import Statistics
 
 _KEPT_CONTROLS = "\n\t"
 # A bar that comes and goes within this time would only flicker.
