@@ -1,22 +1,27 @@
 """Feeds mutated model files to every reader of headers and counts what comes of it.
 
-    python scripts/fuzz_headers.py [--count 100000] [--seed 0] [--keep DIR]
+    python scripts/fuzz_headers.py [--count 100000] [--seed 0] [--load] [--keep DIR]
 
 The readers may refuse a file with an error of abcli's and nothing else, within a second of processor time and within
-512 MiB of memory beyond what the process has at the start. Exit status 1, with the file kept in --keep, otherwise.
+512 MiB of memory beyond what the process has at the start. With --load, llama.cpp then loads what they accept, in a
+process of its own, and may refuse it but not crash. Exit status 1, with the file kept in --keep, otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import signal
+import struct
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -32,10 +37,12 @@ from abcli.models.header import read_header
 from abcli.models.inspection import inspect
 from abcli.models.verification import Verification
 from abcli.models.weights import scan_weights
+from abcli.native import trial
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 SECONDS = 1.0
 MEMORY_BYTES = 512 * 2**20
+LOAD_SECONDS = 20
 INTERESTING = (
     0,
     1,
@@ -57,12 +64,30 @@ INTERESTING = (
 )
 
 
+# Sizes of the metadata's value types (ggml/docs/gguf.md); strings and arrays are 8 and 9.
+SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
 class HangError(Exception):
     """A reader took too long."""
 
 
-def seeds(folder: Path) -> list[tuple[bytes, int]]:
-    """Small models of every architecture that the tests know, each with the size of its header."""
+class CrashError(Exception):
+    """llama.cpp crashed on a file that the readers accept."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """A sound file, the size of its header, and the places of its numbers: values, counts, shapes, offsets."""
+
+    data: bytes
+    header_size: int
+    fields: tuple[tuple[int, int], ...]
+    """(position, bytes) of each."""
+
+
+def seeds(folder: Path) -> list[Seed]:
+    """Small models of every architecture that the tests know."""
     small = {"embedding": 32, "heads": 2, "feed_forward": 32, "layers": 2}
     files = []
     for architecture in ("llama", "qwen2", "qwen2vl", "gemma3", "stablelm", "gpt2", "bloom"):
@@ -76,11 +101,56 @@ def seeds(folder: Path) -> list[tuple[bytes, int]]:
     files.append(write_tiny_model(folder / "q8.gguf", tokenizer="llama", dtype="q8_0", **small))  # type: ignore[arg-type]
     factors = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "general.alignment": 64}
     files.append(write_tiny_model(folder / "yarn.gguf", rope_factors=[1.0] * 8, metadata=factors, **small))  # type: ignore[arg-type]
-    return [(path.read_bytes(), read_header(path).data_offset) for path in files]
+    return [seed_of(path) for path in files]
 
 
-def mutate(source: random.Random, data: bytes, other: bytes, header_size: int) -> tuple[str, bytes]:
-    """The name of a mutation and `data` after one to four of it, mostly within its first `header_size` bytes."""
+def seed_of(path: Path) -> Seed:
+    """The sound file `path`, taken apart."""
+    data = path.read_bytes()
+    return Seed(data, read_header(path).data_offset, tuple(_fields(data)))
+
+
+def _fields(data: bytes) -> list[tuple[int, int]]:
+    """The numbers in a sound header; of the items of an array the first three."""
+    found: list[tuple[int, int]] = []
+    at = 0
+
+    def number(size: int) -> int:
+        nonlocal at
+        found.append((at, size))
+        at += size
+        return int.from_bytes(data[at - size : at], "little")
+
+    def string() -> None:
+        nonlocal at
+        length = number(8)
+        found.extend((at + place, 1) for place in range(min(3, length)))
+        at += length
+
+    at = 4
+    number(4)
+    tensors, keys = number(8), number(8)
+    for _ in range(keys):
+        string()
+        kind, count = number(4), 1
+        if kind == 9:
+            kind, count = number(4), number(8)
+        for item in range(count):
+            string() if kind == 8 else number(SCALAR_BYTES[kind])
+            if item >= 3:
+                del found[-1]
+    for _ in range(tensors):
+        string()
+        for _ in range(number(4)):
+            number(8)
+        number(4)
+        number(8)
+    return found
+
+
+def mutate(source: random.Random, seed: Seed, other: bytes) -> tuple[str, bytes]:
+    """The name of a mutation and the file after one to four of it, mostly within its header."""
+    header_size = seed.header_size
     kinds: dict[str, Callable[[bytearray, int], None]] = {
         "bits": lambda out, at: out.__setitem__(at, out[at] ^ 1 << source.randrange(8)),
         "bytes": lambda out, at: out.__setitem__(at, source.randrange(256)),
@@ -90,9 +160,11 @@ def mutate(source: random.Random, data: bytes, other: bytes, header_size: int) -
         "removal": lambda out, at: out.__delitem__(slice(at, at + source.randrange(1, 64))),
         "repetition": lambda out, at: out.__setitem__(slice(at, at), out[at : at + source.randrange(1, 256)]),
         "patch": lambda out, at: _patch(source, out, at, other),
+        "field": lambda out, _at: _field(source, out, seed.fields),
     }
-    name = source.choice(list(kinds))
-    out = bytearray(data)
+    # A changed field gets past the first checks more often than others.
+    name = source.choice([*kinds, "field"])
+    out = bytearray(seed.data)
     for _ in range(source.choice((1, 1, 2, 4))):
         if out:
             limit = min(len(out), header_size if source.random() < 0.95 else len(out))
@@ -110,6 +182,35 @@ def _number(source: random.Random, out: bytearray, at: int) -> None:
 def _patch(source: random.Random, out: bytearray, at: int, other: bytes) -> None:
     begin, size = source.randrange(len(other)), source.randrange(1, 128)
     out[at : at + size] = other[begin : begin + size]
+
+
+def _field(source: random.Random, out: bytearray, fields: tuple[tuple[int, int], ...]) -> None:
+    at, size = source.choice(fields)
+    old = int.from_bytes(out[at : at + size], "little")
+    values = (*INTERESTING, old + 1, old - 1, 2 * old, old // 2, source.getrandbits(8 * size))
+    out[at : at + size] = (source.choice(values) % 2 ** (8 * size)).to_bytes(size, "little")
+    if source.random() < 0.1 and size == 4:
+        out[at : at + 4] = struct.pack("<f", source.choice((0.0, -1.0, 1e-30, 1e30, float("nan"), float("inf"))))
+
+
+def load(path: Path) -> str:
+    """Let llama.cpp load `path` as a trial does, in a forked process. Raises CrashError with what it wrote."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write_end, 1)
+        os.dup2(write_end, 2)
+        signal.alarm(LOAD_SECONDS)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        os.environ["GGML_NO_BACKTRACE"] = "1"
+        trial.main([str(path)])
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        output = pipe.read().decode(errors="replace")
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        raise CrashError(f"{signal.Signals(-status).name} {' '.join(output.split())[-150:]}")
+    return "loaded" if status == 0 else "refused by llama.cpp"
 
 
 def read_all(path: Path) -> str:
@@ -133,6 +234,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"))
+    parser.add_argument("--load", action="store_true", help="load what is accepted with llama.cpp, too")
     arguments = parser.parse_args()
 
     def hang(_signal: int, _frame: FrameType | None) -> None:
@@ -142,18 +244,24 @@ def main() -> int:
     counts: Counter[str] = Counter()
     problems: Counter[str] = Counter()
     source = random.Random(arguments.seed)
+    slowest, before = 0.0, _peak_bytes()
     with tempfile.TemporaryDirectory() as name:
         files = seeds(Path(name))
         limit = psutil.Process().memory_info().vms + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         path = Path(name) / "mutated.gguf"
         for number in range(arguments.count):
-            (seed, header_size), (other, _) = source.choice(files), source.choice(files)
-            kind, data = mutate(source, seed, other, header_size)
+            kind, data = mutate(source, source.choice(files), source.choice(files).data)
             path.write_bytes(data)
             signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+            begin = time.process_time()
             try:
-                counts[f"{kind}: {read_all(path)}"] += 1
+                outcome = read_all(path)
+                slowest = max(slowest, time.process_time() - begin)
+                if arguments.load and outcome == "accepted":
+                    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+                    outcome = load(path)
+                counts[f"{kind}: {outcome}"] += 1
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
@@ -166,8 +274,16 @@ def main() -> int:
         print(f"{count:8} {line}")
     for line, count in problems.most_common():
         print(f"{count:8} PROBLEM {line}")
-    print(json.dumps({"count": arguments.count, "seed": arguments.seed, "problems": sum(problems.values()), **counts}))
+    summary = {"count": arguments.count, "seed": arguments.seed, "problems": sum(problems.values())}
+    summary |= {"slowest_seconds": round(slowest, 3), "peak_growth_mib": round((_peak_bytes() - before) / 2**20, 1)}
+    print(json.dumps(summary | counts))
     return 1 if problems else 0
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process has had resident so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from abcli.errors import ModelFileError, UnsupportedModelError
+from abcli.models.architectures import rotation
 from abcli.models.cursor import FETCH_AGAIN, ArrayValue
 from abcli.models.header import MAX_LAYERS, Header, TensorInfo, shape_text
 
@@ -278,6 +279,8 @@ def _check_heads(header: Header) -> None:
     rotated = header.integer("rope.dimension_count")
     if rotated % 2 or rotated > header.key_length:
         raise _bad(header, "rope.dimension_count", f"is {rotated} for heads of {header.key_length} dimensions")
+    if rotation(header) == "sections":
+        _check_sections(header)
 
 
 def _check_head_lengths(header: Header) -> None:
@@ -289,6 +292,17 @@ def _check_head_lengths(header: Header) -> None:
     rotated = header.integer("rope.dimension_count", key_length)
     if header.architecture in ALL_ROTATED and rotated != key_length:
         raise _bad(header, "rope.dimension_count", f"is {rotated} for heads of {key_length} dimensions")
+
+
+def _check_sections(header: Header) -> None:
+    """The parts that a head is divided into for M-RoPE: ggml divides by their sum and asserts that they fit."""
+    key = "rope.dimension_sections"
+    value = header.get(key)
+    if not isinstance(value, ArrayValue) or value.element_type not in ("i32", "u32") or not 3 <= value.count <= 4:
+        raise _bad(header, key, f"is {_text(value)}, not 3 or 4 whole numbers")
+    sections = value.numbers().astype(np.int64)
+    if sections.min() < 0 or not sections[:3].any() or sections.sum() > header.key_length:
+        raise _bad(header, key, f"is {sections.tolist()} for heads of {header.key_length} dimensions")
 
 
 def _check_experts(header: Header) -> None:

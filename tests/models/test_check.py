@@ -184,6 +184,27 @@ def test_bad_values_are_named(tmp_path: Path, case: str) -> None:
     assert words in refused(write_tiny_model(tmp_path / "m.gguf", metadata=metadata))
 
 
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ([4, 32, 0, 0], "is [4, 32, 0, 0] for heads of 16"),
+        ([0, 0, 0, 0], "is [0, 0, 0, 0]"),
+        ([0, 0, 0, 4], "is [0, 0, 0, 4]"),
+        ([8, -4, 4, 0], "is [8, -4, 4, 0]"),
+        ([2**31 - 1, 2**31 - 1, 4, 0], "for heads of 16 dimensions"),
+        ([4, 4], "is an array of i32, not 3 or 4"),
+        ([4.0, 4.0, 0.0, 0.0], "is an array of f32"),
+        (4, "is 4, not 3 or 4"),
+        (None, "is None, not 3 or 4"),
+    ],
+)
+def test_the_sections_of_a_head_must_fit(tmp_path: Path, sections: Any, words: str) -> None:
+    path = tmp_path / "m.gguf"
+    check_file(write_tiny_model(path, architecture="qwen2vl"))
+    write_tiny_model(path, architecture="qwen2vl", metadata={"qwen2vl.rope.dimension_sections": sections})
+    assert words in refused(path)
+
+
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "no tokenizer": ({"tokenizer.ggml.model": None}, "has no tokenizer"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "has no tokenizer"),

@@ -24,7 +24,7 @@ from abcli.models.header import TENSOR_TYPES
 from abcli.models.inspection import inspect
 from abcli.models.verification import Verification, file_sha256
 from abcli.models.weights import scan_weights
-from scripts.fuzz_headers import mutate
+from scripts.fuzz_headers import mutate, seed_of
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 
@@ -192,9 +192,9 @@ def test_mutated_headers_lead_to_errors_of_ours_at_most(tmp_path_factory: pytest
         path = folder / f"{name}.gguf"
         if not path.exists():
             write_tiny_model(path, architecture=name, embedding=32, heads=2, kv_heads=1, feed_forward=32)  # type: ignore[arg-type]
-        sources.append(path.read_bytes())
+        sources.append(seed_of(path))
     source = random.Random(seed)
-    _, data = mutate(source, source.choice(sources), source.choice(sources), 12_000)
+    _, data = mutate(source, source.choice(sources), source.choice(sources).data)
     path = folder / "mutated.gguf"
     path.write_bytes(data)
     list(Verification(path).structure())
