@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,6 +65,7 @@ INTERESTING = (
 )
 
 
+EXPERTS = {"llama.expert_count": 4, "llama.expert_used_count": 2}
 # Sizes of the metadata's value types (ggml/docs/gguf.md); strings and arrays are 8 and 9.
 SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
@@ -99,9 +101,23 @@ def seeds(folder: Path) -> list[Seed]:
         )
     files.append(write_tiny_mamba(folder / "mamba.gguf", embedding=32))
     files.append(write_tiny_model(folder / "q8.gguf", tokenizer="llama", dtype="q8_0", **small))  # type: ignore[arg-type]
+    files.append(write_tiny_model(folder / "experts.gguf", metadata=EXPERTS, tensors=_experts(), **small))  # type: ignore[arg-type]
     factors = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "general.alignment": 64}
     files.append(write_tiny_model(folder / "yarn.gguf", rope_factors=[1.0] * 8, metadata=factors, **small))  # type: ignore[arg-type]
     return [seed_of(path) for path in files]
+
+
+def _experts() -> dict[str, np.ndarray | None]:
+    """The tensors of two layers of four experts instead of one dense network, 32 numbers wide throughout."""
+    random_numbers = np.random.default_rng(0)
+    tensors: dict[str, np.ndarray | None] = {}
+    for layer in range(2):
+        start = f"blk.{layer}.ffn_"
+        tensors[f"{start}gate_inp.weight"] = random_numbers.standard_normal((4, 32), np.float32)
+        for name in ("gate", "up", "down"):
+            tensors[f"{start}{name}.weight"] = None
+            tensors[f"{start}{name}_exps.weight"] = random_numbers.standard_normal((4, 32, 32), np.float32)
+    return tensors
 
 
 def seed_of(path: Path) -> Seed:

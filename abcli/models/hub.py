@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from abcli.errors import DownloadError
 from abcli.models.cache import cache_directory, cached_file, repository_folder
 from abcli.models.names import HubName, choose_files
-from abcli.models.transfer import no_hub, receive, reporting
+from abcli.models.transfer import http_errors, no_answer_because, no_hub, receive, reporting, status_of
 
 _CHUNK = 1 << 20
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -71,9 +71,9 @@ class Watcher(Protocol):
 def fetch(name: HubName, watcher: Watcher) -> Path:
     """Make sure that the cache holds what `name` means on the hub now; the file, or the first part.
 
-    In offline mode (HF_HUB_OFFLINE) nothing is asked, and what is in the cache has to do. Raises DownloadError,
-    ModelFileError if the repository has no such file, and UsageError for an impossible name. What an interrupted
-    download has brought stays for the next.
+    In offline mode (HF_HUB_OFFLINE) nothing is asked, and what is in the cache has to do; so it has, with a note, where
+    no answer comes. Raises DownloadError, ModelFileError if the repository has no such file, and UsageError for an
+    impossible name. What an interrupted download has brought stays for the next.
     """
     with reporting(name.repository):
         from huggingface_hub import constants, logging
@@ -83,7 +83,16 @@ def fetch(name: HubName, watcher: Watcher) -> Path:
         if not any(os.environ.get(key) for key in ("HF_DEBUG", "HF_HUB_VERBOSITY")):
             # What goes wrong is told once, by the exception.
             logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        download = look_up(name)
+        try:
+            download = look_up(name)
+        except http_errors() as error:
+            here = cached_file(name) if status_of(error) is None else None
+            if here is None:
+                raise
+            watcher.note(
+                f"{constants.ENDPOINT} does not answer ({no_answer_because(error)}): taking what is in the cache"
+            )
+            return here
         if download.missing:
             _require_space(download)
             watcher.begin(download)

@@ -94,11 +94,11 @@ def http_errors() -> tuple[type[Exception], ...]:
 
 
 def _may_pass(error: Exception) -> bool:
-    status = _status(error)
+    status = status_of(error)
     return status is None or status in _PASSING
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status of an error, None for one without an answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
@@ -128,7 +128,7 @@ def _translated(error: Exception, repository: str) -> DownloadError:
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
     page = f"https://huggingface.co/{repository}"
-    status = _status(error)
+    status = status_of(error)
     if isinstance(error, errors.GatedRepoError):
         reason = f"{repository} is gated: its owner asks you to accept terms first"
         hint = f"accept them at {page}; then {_LOGIN}"
@@ -147,7 +147,7 @@ def _translated(error: Exception, repository: str) -> DownloadError:
         return no_hub()
     if isinstance(error, UnicodeError) or "LocalProtocolError" in type(error).__name__:
         return DownloadError("your token for the hub holds characters that cannot be sent", _LOGIN)
-    reason = _reason(error)
+    reason = no_answer_because(error)
     return DownloadError(f"cannot fetch {repository} from {constants.ENDPOINT}: {reason}", _NETWORK)
 
 
@@ -174,7 +174,7 @@ def _has_token() -> bool:
     return get_token() is not None
 
 
-def _reason(error: Exception) -> str:
+def no_answer_because(error: Exception) -> str:
     """In a few words why there was no answer; nothing that could quote a header."""
     number_text = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
     kind = type(error).__name__

@@ -283,10 +283,21 @@ def test_no_network(hub: HubStandIn, cache: Path, commit: str, monkeypatch: pyte
     # Port 9 is that of the discard service, which nobody runs.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert cached_file(NAME) == path
+    log = Log()
+    assert fetch(NAME, log) == path
+    assert log.downloads == []
+    assert log.notes == ["http://127.0.0.1:9 does not answer (no connection): taking what is in the cache"]
     with pytest.raises(DownloadError) as caught:
         fetch(HubName("user/other-GGUF"), Log())
     assert "no connection" in caught.value.message
     assert "127.0.0.1:9" in caught.value.message
+
+
+def test_a_hub_in_trouble_is_no_reason_for_an_old_version(hub: HubStandIn, cache: Path, commit: str) -> None:
+    fetch(NAME, Log())
+    hub.api_status = 503
+    with pytest.raises(DownloadError, match="503"):
+        fetch(NAME, Log())
 
 
 def test_offline_mode_asks_nothing(hub: HubStandIn, cache: Path, commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
