@@ -166,7 +166,7 @@ class CalibrationOptions:
 
 def calibration(
     model_word: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="GGUF file; default: the default model.")
+        str | None, typer.Argument(metavar="MODEL", help="GGUF file or name; default: the default model.")
     ] = None,
     *,
     calibration_options: CalibrationOptions,

@@ -109,7 +109,7 @@ class QuestionOptions:
 def evaluation(
     task: Annotated[str | None, typer.Argument(metavar="TASK", help="needle, kv, qa or tools.")] = None,
     model_word: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="GGUF file; default: the default model.")
+        str | None, typer.Argument(metavar="MODEL", help="GGUF file or name; default: the default model.")
     ] = None,
     *,
     source: Annotated[

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from abcli.cli.flags import flag
+from abcli.cli.model_name import ModelNameOptions
 from abcli.config import (
     DEFAULT_BUCKETS,
     DEFAULT_CONTEXT,
@@ -37,8 +38,11 @@ _MAX_SLOTS = 255
 
 
 def inspect(
-    model: Annotated[str | None, typer.Argument(help="GGUF file or name; default: the default model.")] = None,
+    model_word: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="GGUF file or name; default: the default model.")
+    ] = None,
     *,
+    name_options: ModelNameOptions,
     buckets: Annotated[int, flag(f"Buckets to count for, 1 to {MAX_BUCKETS}.", "--buckets", "-k")] = DEFAULT_BUCKETS,
     ctx_size: Annotated[int, flag("Tokens of context; 0: the trained length.", "--ctx-size", "-c")] = DEFAULT_CONTEXT,
     cache_type_k: Annotated[CacheType, flag("Type of the key cache.", "--cache-type-k", "-ctk")] = _ENGINE.cache_type_k,
@@ -65,7 +69,7 @@ def inspect(
     ):
         if not least <= value <= most:
             raise UsageError(f"{name} {value} is impossible", f"choose {least} to {most}")
-    path = locate_model(model)
+    path = locate_model(name_options.name(model_word))
     header = check_file(path)
     bases = choose_bases(BucketConfig(count=buckets), header.native_base)
     config = EngineConfig(

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 from abcli.chat.files import read_text_file
 from abcli.cli.flags import flag
+from abcli.cli.model_name import ModelNameOptions
 from abcli.config import (
     DEFAULT_BUCKETS,
     DEFAULT_CONTEXT,
@@ -29,7 +30,6 @@ from abcli.config import (
 from abcli.errors import PromptError, UsageError
 from abcli.merge import check_pool_weights
 from abcli.models.locate import locate_model
-from abcli.models.names import SCHEME, names_hub
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import parse_numbers
 from abcli.ui.download import fetch_shown
@@ -44,19 +44,9 @@ _PLAIN_CACHE_TYPES = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(ModelNameOptions):
     """Which model, and how llama.cpp runs it."""
 
-    panel: ClassVar[str] = "Model"
-
-    model: Annotated[
-        str | None,
-        flag("GGUF file, user/repository[:quant], alias or known name; default: the default model.", "--model", "-m"),
-    ] = None
-    hf_repo: Annotated[
-        str | None,
-        flag("Model of the hub; fetched if it is not here.", "--hf-repo", "-hf", metavar="USER/REPOSITORY[:QUANT]"),
-    ] = None
     ctx_size: Annotated[int, flag("Tokens the context holds; 0: the trained length.", "--ctx-size", "-c")] = (
         DEFAULT_CONTEXT
     )
@@ -107,22 +97,13 @@ class ModelOptions:
     ] = None
     verbose: Annotated[bool, flag("Show llama.cpp's log and what is decided.", "--verbose", "-v")] = False
 
-    def __post_init__(self) -> None:
-        """Let `model` say which model is meant, whichever flag named it. Raises UsageError for two."""
-        if self.hf_repo is None:
-            return
-        if self.model is not None:
-            raise UsageError(f"two models: {self.model} and {self.hf_repo}", "drop --model or --hf-repo")
-        object.__setattr__(self, "model", self.hf_repo if names_hub(self.hf_repo) else f"{SCHEME}{self.hf_repo}")
-
     def engine_config(self, positional: str | None) -> EngineConfig:
         """The engine's settings; `positional` is the model given without a flag.
 
         A model of the hub that is not here is fetched. Raises UsageError for impossible numbers or two models,
         ModelFileError if the model is nowhere, DownloadError if it cannot be fetched.
         """
-        if positional is not None and self.model is not None:
-            raise UsageError(f"two models: {positional} and {self.model}", "drop --model or the argument")
+        model = self.name(positional)
         for name, value, least in (
             ("--ctx-size", self.ctx_size, 0),
             ("--batch-size", self.batch_size, 1),
@@ -137,7 +118,7 @@ class ModelOptions:
                 f"--cache-type-v {self.cache_type_v} needs flash attention", "drop --flash-attn off, or take f16"
             )
         return EngineConfig(
-            model=locate_model(positional or self.model, partial(fetch_shown, Terminal())),
+            model=locate_model(model, partial(fetch_shown, Terminal())),
             bases=(),
             context_size=self.ctx_size,
             batch_size=self.batch_size,

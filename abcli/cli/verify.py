@@ -13,6 +13,7 @@ import typer
 
 from abcli.chat.sandbox import CompiledTemplate
 from abcli.cli.flags import flag
+from abcli.cli.model_name import ModelNameOptions
 from abcli.errors import UsageError
 from abcli.models.catalogue import known_models
 from abcli.models.locate import locate_model
@@ -27,8 +28,11 @@ _BLOBS = "blobs"
 
 
 def verify(
-    model: Annotated[str | None, typer.Argument(help="GGUF file or name; default: the default model.")] = None,
+    model_word: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="GGUF file or name; default: the default model.")
+    ] = None,
     *,
+    name_options: ModelNameOptions,
     sha256: Annotated[
         str | None,
         flag("What the file's SHA-256 should be; of a split model the first part's.", "--sha256", metavar="HEX"),
@@ -40,7 +44,7 @@ def verify(
     digest = sha256.strip().lower() if sha256 is not None else None
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise UsageError(f"--sha256 {sha256} is no SHA-256", "give 64 hexadecimal digits")
-    path = locate_model(model)
+    path = locate_model(name_options.name(model_word))
     terminal = Terminal()
     verification = Verification(path)
     checks: list[Check] = []

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from abcli.cli.flags import flag
+from abcli.cli.model_name import ModelNameOptions
 from abcli.cli.options import BucketOptions
 from abcli.config import MAX_BUCKETS, BucketConfig
 from abcli.engine.rope_parameters import rope_parameters
@@ -124,9 +125,11 @@ class Result:
 
 
 def waves(
-    model: Annotated[str | None, typer.Argument(help="GGUF file; default: the default model.")] = None,
+    model_word: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="GGUF file or name; default: the default model.")
+    ] = None,
     *,
-    model_flag: Annotated[str | None, typer.Option("--model", "-m", help="The same as MODEL.")] = None,
+    name_options: ModelNameOptions,
     ctx_size: Annotated[
         int, typer.Option("--ctx-size", "-c", help="Distances to look at, in tokens; 0: the trained length.")
     ] = 0,
@@ -140,8 +143,7 @@ def waves(
     bucket_options: BucketOptions,
 ) -> None:
     """Show the waves of a model's buckets; of the file only the header is read."""
-    if model is not None and model_flag is not None:
-        raise UsageError(f"two models: {model} and {model_flag}", "drop --model or the argument")
+    model = name_options.name(model_word)
     search = search_options.config()
     buckets = _buckets(bucket_options, searching=search is not None)
     images: list[tuple[Path, ImageFormat]] = []
@@ -152,7 +154,7 @@ def waves(
         require_matplotlib("--svg")
         images.append((svg, "svg"))
     terminal = Terminal()
-    header = check_file(locate_model(model if model is not None else model_flag))
+    header = check_file(locate_model(model))
     with terminal.working("computing waves"):
         result = compute(header, _context_size(ctx_size, header), buckets, search)
         for path, image_format in images:

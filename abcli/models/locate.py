@@ -10,7 +10,7 @@ from abcli.config import DEFAULT_MODEL_FILE, home
 from abcli.errors import ModelFileError
 from abcli.models.aliases import aliases
 from abcli.models.catalogue import KnownModel, known_models
-from abcli.models.names import HubName, is_quant, names_hub, parse_hub_name
+from abcli.models.names import HubName, is_quant, names_hub, normal_quant, parse_hub_name
 
 DEFAULT_NAME = "default"
 
@@ -70,8 +70,7 @@ def _without_alias(name: str) -> LocalName | HubName | BundledName:
         if is_file(name) or name.startswith(("/", ".", "~")):
             return LocalName(Path(name).expanduser())
         if "/" not in name:
-            known = _known(name)
-            return LocalName(Path(name)) if known is None else known.hub or BundledName(known.file)
+            return _from_catalogue(name) or LocalName(Path(name))
         if Path(name.partition("/")[0]).is_dir():
             return LocalName(Path(name))
     found = parse_hub_name(name)
@@ -111,6 +110,17 @@ def _from_hub(name: HubName, fetch: Fetch | None) -> Path:
     return fetch(name)
 
 
+def _from_catalogue(name: str) -> HubName | BundledName | None:
+    """A model of the catalogue, or another quant of its repository, as in "gemma-3-1b-it:Q8_0"."""
+    if (known := _known(name)) is not None:
+        return known.hub or BundledName(known.file)
+    start, _, quant = name.partition(":")
+    known = _known(start)
+    if known is None or known.hub is None or not is_quant(quant):
+        return None
+    return HubName(known.hub.repository, normal_quant(quant))
+
+
 def _known(name: str) -> KnownModel | None:
     return known_models().get(name.lower())
 
@@ -125,7 +135,7 @@ def looks_like_model(word: str) -> bool:
         return True
     if any(letter.isspace() for letter in word):
         return False
-    if names_hub(word) or word in aliases() or _known(word) is not None:
+    if names_hub(word) or word in aliases() or _from_catalogue(word) is not None:
         return True
     found = parse_hub_name(word) if "://" not in word else None
     # "yes/no" is a question.
