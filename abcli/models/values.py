@@ -279,7 +279,11 @@ def _check_heads(header: Header) -> None:
     rotated = header.integer("rope.dimension_count")
     if rotated % 2 or rotated > header.key_length:
         raise _bad(header, "rope.dimension_count", f"is {rotated} for heads of {header.key_length} dimensions")
-    if rotation(header) == "sections":
+    kind = rotation(header)
+    if rotated == 0 and header.get("rope.dimension_count") is not None and kind not in ("none", "unknown"):
+        # llama.cpp would go round for ever.
+        raise _bad(header, "rope.dimension_count", "is 0")
+    if kind == "sections":
         _check_sections(header)
 
 

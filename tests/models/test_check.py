@@ -205,6 +205,13 @@ def test_the_sections_of_a_head_must_fit(tmp_path: Path, sections: Any, words: s
     assert words in refused(path)
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "stablelm", "qwen2vl"])
+def test_a_rotation_of_nothing_never_ends(tmp_path: Path, architecture: Any) -> None:
+    metadata = {f"{architecture}.rope.dimension_count": 0}
+    path = write_tiny_model(tmp_path / "m.gguf", architecture=architecture, metadata=metadata)
+    assert "rope.dimension_count is 0" in refused(path)
+
+
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "no tokenizer": ({"tokenizer.ggml.model": None}, "has no tokenizer"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "has no tokenizer"),
