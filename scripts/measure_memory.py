@@ -1,10 +1,11 @@
 """Predicted against measured memory of set-ups: llama.cpp's own buffer sizes, and what the process has resident.
 
-    python scripts/measure_memory.py MODEL... [--buckets 1,6] [--contexts 512,4096] [--cache-types f16,q8_0] [--fused]
+    python scripts/measure_memory.py MODEL... [--buckets 1,6] [--contexts 512,4096] [--cache-types f16,q8_0]
+                                     [--slots 1] [--prefill exact] [--fused]
 
-Each set-up runs in a process of its own, which reads 600 tokens and decodes two. Prints a table and, as the last
-line, the same as JSON. Weights that llama.cpp repacks are in memory twice, as its copy and as pages of the file that
-the system can drop; `resident` counts them once.
+Each set-up runs in a process of its own, which reads 600 tokens in each slot and decodes two. Prints a table and, as
+the last line, the same as JSON. Weights that llama.cpp repacks are in memory twice, as its copy and as pages of the
+file that the system can drop; `resident` counts them once.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="512,4096")
     parser.add_argument("--cache-types", default="f16")
     parser.add_argument("--prefill", default="exact", help="exact, where every buffer is used to the full, or shared")
+    parser.add_argument("--slots", type=int, default=1, help="prompts at the same time")
     parser.add_argument("--fused", action="store_true", help="the engine of one context")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -57,6 +59,7 @@ def main() -> None:
     for model, count, context, cache in product(arguments.models, buckets, contexts, arguments.cache_types.split(",")):
         command = [sys.executable, __file__, str(model), "--child", "--buckets", str(count)]
         command += ["--contexts", str(context), "--cache-types", cache, "--prefill", arguments.prefill]
+        command += ["--slots", str(arguments.slots)]
         command += [*(["--fused"] if arguments.fused else [])]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -77,7 +80,7 @@ def measure(path: Path, buckets: int, context: int, arguments: argparse.Namespac
     before = _memory(process)
     bases = choose_bases(BucketConfig(count=buckets), header.native_base)
     config = EngineConfig(path, bases, context_size=context, cache_type_k=cache, cache_type_v=cache)
-    config = replace(config, prefill=arguments.prefill, engine="fused" if fused else "contexts")
+    config = replace(config, slots=arguments.slots, prefill=arguments.prefill, engine="fused" if fused else "contexts")
     prediction = predict(config, header)
     make: Any = FusedEngine if fused else ContextsEngine
     with Model(path) as model, make(model, config, header=header) as engine:
@@ -85,9 +88,10 @@ def measure(path: Path, buckets: int, context: int, arguments: argparse.Namespac
         loaded = _logged("".join(log), prediction.contexts)
         count = min(PROMPT_TOKENS, context - 2)
         # Different tokens: the embeddings are read row by row.
-        engine.prefill(0, [token * 37 % model.vocabulary_size for token in range(count)])
+        for slot in range(config.slots):
+            engine.prefill(slot, [(slot + token * 37) % model.vocabulary_size for token in range(count)])
         for token in range(2):
-            engine.step({0: token})
+            engine.step(dict.fromkeys(range(config.slots), token))
         after = _memory(process)
     # Pages of the file that were read to be repacked are not needed any more.
     resident = after[0] - before[0] + max(0, after[1] - before[1] - loaded["copied"])
@@ -97,6 +101,7 @@ def measure(path: Path, buckets: int, context: int, arguments: argparse.Namespac
         "buckets": buckets,
         "context": context,
         "cache": cache,
+        "slots": config.slots,
         "prefill": arguments.prefill,
         "fused": fused,
         "predicted": predicted,

@@ -54,6 +54,8 @@ _WINDOW_PERIODS = {
     "plamo3": 8,
     "smallthinker": 4,
 }
+# The base of layers with a window, where the file has none.
+WINDOW_BASES = {"gemma3": 10000.0, "gemma3n": 10000.0}
 _FULL_LAYER_FIRST = ("smallthinker",)
 # Files of these carry a window that llama.cpp does not use.
 _IGNORED_WINDOW = ("phi3",)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from abcli.models.architectures import Rotation, rotation, window_layers
+from abcli.models.architectures import WINDOW_BASES, Rotation, rotation, window_layers
 from abcli.models.check import split_paths
 from abcli.models.cursor import ArrayValue
 from abcli.models.header import Header, TensorInfo, read_header
@@ -16,6 +17,7 @@ from abcli.models.header import Header, TensorInfo, read_header
 # Signs in a template's source that it knows tools, or a model's thoughts apart from its answer.
 _TOOLS = re.compile(r"\b(?:tools|tool_calls|available_tools)\b")
 _THINKING = re.compile(r"enable_thinking|reasoning_content|<think>|<\|channel\|>|\bthinking\b")
+_LAYER = re.compile(r"^blk\.\d+\.")
 _TEMPLATE_PREFIX = "tokenizer.chat_template."
 _MAX_TOKEN_TEXT = 40
 _MAX_NAME = 200
@@ -40,10 +42,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class Window:
-    """Layers that see only the last `tokens`; `layers` is their number, None where only llama.cpp knows it."""
+    """Layers that see only the last `tokens`; `layers`: which, from 0; None where only llama.cpp knows them."""
 
     tokens: int
-    layers: int | None
+    layers: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,15 @@ class TypeShare:
 
 
 @dataclass(frozen=True)
+class TensorKind:
+    """The tensors of one name in all layers: how many there are of each type."""
+
+    name: str
+    types: dict[str, int]
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class Part:
     """One file of a model."""
 
@@ -119,6 +130,7 @@ class Inspection:
     tokenizer: Tokenizer
     template: Template | None
     types: tuple[TypeShare, ...]
+    tensor_kinds: tuple[TensorKind, ...]
     bits_per_weight: float
     parts: tuple[Part, ...]
 
@@ -152,6 +164,7 @@ def inspect(header: Header) -> Inspection:
         tokenizer=_tokenizer(header),
         template=_template(header),
         types=types,
+        tensor_kinds=tensor_kinds(tensors),
         bits_per_weight=8 * sum(share.size_bytes for share in types) / elements if elements else 0.0,
         parts=tuple(Part(part.path, part.file_size, len(part.tensors)) for part in headers),
     )
@@ -169,6 +182,22 @@ def type_shares(tensors: Iterable[TensorInfo]) -> tuple[TypeShare, ...]:
         size = sum(tensor.size_bytes for tensor in group)
         shares.append(TypeShare(name, len(group), elements, size, size / total, 8 * size / elements))
     return tuple(sorted(shares, key=lambda share: (-share.size_bytes, share.type_name)))
+
+
+def tensor_kinds(tensors: Iterable[TensorInfo]) -> tuple[TensorKind, ...]:
+    """The tensors by what they are called in every layer, as in "attn_q.weight"; the largest first."""
+    groups: dict[str, list[TensorInfo]] = {}
+    for tensor in tensors:
+        groups.setdefault(_LAYER.sub("", tensor.name), []).append(tensor)
+    kinds = [
+        TensorKind(
+            name,
+            dict(Counter(tensor.type_name for tensor in group).most_common()),
+            sum(tensor.size_bytes for tensor in group),
+        )
+        for name, group in groups.items()
+    ]
+    return tuple(sorted(kinds, key=lambda kind: (-kind.size_bytes, kind.name)))
 
 
 def special_tokens(header: Header) -> tuple[SpecialToken, ...]:
@@ -191,11 +220,11 @@ def special_tokens(header: Header) -> tuple[SpecialToken, ...]:
 
 def _rope(header: Header, tensors: Iterable[TensorInfo]) -> Rope:
     factor = header.get("rope.scaling.factor", header.get("rope.scale_linear"))
-    window_base = header.get("rope.freq_base_swa")
+    window_base = header.get("rope.freq_base_swa", WINDOW_BASES.get(header.architecture))
     original = header.integer("rope.scaling.original_context_length")
     names = sorted({tensor.name for tensor in tensors if "rope_freqs" in tensor.name or "rope_factors" in tensor.name})
     # Long models repeat the tensor in every layer.
-    short = tuple(dict.fromkeys(re.sub(r"^blk\.\d+\.", "", name) for name in names))
+    short = tuple(dict.fromkeys(_LAYER.sub("", name) for name in names))
     scaling = header.get("rope.scaling.type", "linear" if isinstance(factor, float) and factor else "none")
     return Rope(
         rotation=rotation(header),
@@ -213,7 +242,8 @@ def _window(header: Header) -> Window | None:
     layers = window_layers(header)
     if layers is not None and not any(layers):
         return None
-    return Window(header.integer("attention.sliding_window"), None if layers is None else sum(layers))
+    numbers = None if layers is None else tuple(number for number, windowed in enumerate(layers) if windowed)
+    return Window(header.integer("attention.sliding_window"), numbers)
 
 
 def _tokenizer(header: Header) -> Tokenizer:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from abcli.engine.memory import Prediction, Room, gibibytes
-from abcli.models.inspection import Inspection, Rope, Template, Tokenizer, TypeShare
+from abcli.models.inspection import Inspection, Rope, Template, TensorKind, Tokenizer, TypeShare
 from abcli.models.verification import Check
 from abcli.ui.terminal import one_line, printable
 
@@ -28,6 +28,8 @@ _ITEMS = {
 }
 _MARKS = {"ok": "ok", "failed": "FAILED", "skipped": "skipped"}
 _MAX_TEXT = 60
+_MAX_KINDS = 30
+_MAX_RANGES = 8
 
 
 def inspection_text(found: Inspection) -> str:
@@ -47,8 +49,10 @@ def inspection_text(found: Inspection) -> str:
     if found.experts:
         rows.insert(6, ("experts", f"{found.experts_used} of {found.experts}"))
     if found.window is not None:
-        which = f"{found.window.layers} of {found.layers} layers see" if found.window.layers else "some layers see"
-        rows.insert(-2, ("sliding window", f"{which} the last {found.window.tokens:,} tokens"))
+        which, numbers = "some layers", found.window.layers
+        if numbers is not None:
+            which = f"{len(numbers)} of {found.layers} layers ({_ranges(numbers)})"
+        rows.insert(-2, ("sliding window", f"{which} see the last {found.window.tokens:,} tokens"))
     if found.licence:
         rows.insert(1, ("licence", _shown(found.licence)))
     rows += [
@@ -58,7 +62,7 @@ def inspection_text(found: Inspection) -> str:
         )
         for number, part in enumerate(found.parts, 1)
     ]
-    return _rows(rows) + "\n" + _type_table(found.types)
+    return _rows(rows) + "\n" + _type_table(found.types) + "\n" + _kind_table(found.tensor_kinds)
 
 
 def cost_text(prediction: Prediction, room: Room) -> str:
@@ -157,6 +161,29 @@ def _type_table(types: Iterable[TypeShare]) -> str:
         for share in types
     ]
     return "\n".join(lines) + "\n"
+
+
+def _kind_table(kinds: Sequence[TensorKind]) -> str:
+    """The types of the tensors of each name, the largest first; a stranger's file may have any number of names."""
+    lines = [f"{'TENSOR':30}{'SIZE':>12}  TYPES"]
+    for kind in kinds[:_MAX_KINDS]:
+        types = ", ".join(f"{count:,} {name}" for name, count in kind.types.items())
+        lines.append(f"{_shown(kind.name, 29):30}{gibibytes(kind.size_bytes):>12}  {types}")
+    if len(kinds) > _MAX_KINDS:
+        lines.append(f"and {len(kinds) - _MAX_KINDS:,} more names")
+    return "\n".join(lines) + "\n"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few characters: "0-4, 6-10, ..."."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number, number])
+    shown = [f"{low}-{high}" if low < high else str(low) for low, high in runs[:_MAX_RANGES]]
+    return ", ".join(shown) + (", ..." if len(runs) > _MAX_RANGES else "")
 
 
 def _rows(rows: Iterable[tuple[str, str]]) -> str:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+import struct
+import time
 from pathlib import Path
 
 import pytest
 
 from abcli.engine import memory
+from abcli.models.header import read_header
 from tests.cli.conftest import Command
 from tests.support.tiny_gguf import write_tiny_model
 
@@ -67,3 +73,43 @@ def test_names_in_a_file_cannot_steer_the_terminal(tmp_path: Path, abcli: Comman
     text = abcli("inspect", path).text
     assert "\x1b" not in text
     assert "a[31m model" in text
+
+
+def test_the_text_says_which_layers_have_a_window_and_which_tensors_which_type(tmp_path: Path, abcli: Command) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", architecture="gemma3", layers=7, dtype="q8_0")
+    text = abcli("inspect", path).text
+    assert "6 of 7 layers (0-4, 6) see the last 64 tokens" in text
+    assert "base 10000 in layers with a window" in text
+    assert re.search(r"^attn_k\.weight .* 7 q8_0$", text, re.MULTILINE)
+
+
+def test_a_huge_model_is_inspected_in_about_a_second(tmp_path: Path, abcli: Command) -> None:
+    """A vocabulary of 262,144 tokens, 4,000 tensors and, in a sparse file, 70 GB."""
+    tokens = [b"token %06d" % number for number in range(262_144)]
+    metadata = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * len(tokens),
+        "llama.vocab_size": len(tokens),
+    }
+    small = write_tiny_model(tmp_path / "m.gguf", vocabulary_size=320, metadata=metadata)
+    data, header = small.read_bytes(), read_header(small)
+    listing = data.index(struct.pack("<Q", len(header.tensors[0].name)) + header.tensors[0].name.encode())
+    entries, offset = b"", 0
+    shapes = {"token_embd.weight": (64, len(tokens))}
+    names = [tensor.name for tensor in header.tensors]
+    for name, shape in [(tensor.name, shapes.get(tensor.name, tensor.shape)) for tensor in header.tensors] + [
+        (f"extra.{number}.weight", (4096, 1088)) for number in range(4000 - len(names))
+    ]:
+        entries += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", len(shape))
+        entries += struct.pack(f"<{len(shape)}QIQ", *shape, 0, offset)
+        offset += -(-math.prod(shape) * 4 // 32) * 32
+    head = data[:8] + struct.pack("<Q", 4000) + data[16:listing] + entries
+    small.write_bytes(head)
+    os.truncate(small, -(-len(head) // 32) * 32 + offset)
+    assert small.stat().st_size > 70e9
+    begin = time.process_time()
+    outcome = abcli("inspect", small, "--json")
+    # The promise is one second on an idle machine; the rest is for a busy one.
+    assert time.process_time() - begin < 2.0
+    assert outcome.code == 0
+    assert json.loads(outcome.text)["tokenizer"]["tokens"] == 262_144

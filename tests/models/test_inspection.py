@@ -56,6 +56,10 @@ def test_everything_in_a_header_is_told(tmp_path: Path) -> None:
     assert found.template is not None
     assert (found.template.tools, found.template.thinking) == (True, True)
     assert found.window is None
+    kinds = {kind.name: kind for kind in found.tensor_kinds}
+    assert kinds["attn_q.weight"].types == {"q8_0": 3}
+    assert kinds["output_norm.weight"].types == {"f32": 1}
+    assert sum(kind.size_bytes for kind in kinds.values()) == sum(share.size_bytes for share in found.types)
     reference = gguf.GGUFReader(path)
     assert found.parameters == sum(int(tensor.n_elements) for tensor in reference.tensors)
     for share in found.types:
@@ -91,9 +95,10 @@ def test_no_architecture_has_two_rotations() -> None:
 def test_windows_come_from_the_file_or_the_architecture(tmp_path: Path) -> None:
     known = check_file(write_tiny_model(tmp_path / "a.gguf", architecture="gemma3", layers=7))
     assert window_layers(known) == (True,) * 5 + (False, True)
-    found = inspect(known).window
-    assert found is not None
-    assert (found.tokens, found.layers) == (64, 6)
+    found = inspect(known)
+    assert found.window is not None
+    assert (found.window.tokens, found.window.layers) == (64, (0, 1, 2, 3, 4, 6))
+    assert (found.rope.base, found.rope.window_base) == (10000.0, 10000.0)
     key = "gemma3.attention.sliding_window_pattern"
     period = check_file(write_tiny_model(tmp_path / "b.gguf", architecture="gemma3", layers=4, metadata={key: 2}))
     assert window_layers(period) == (True, False, True, False)
