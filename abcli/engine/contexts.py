@@ -17,7 +17,7 @@ from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
 from abcli.engine.rope_parameters import rope_parameters
 from abcli.engine.shared import NotShareableError, SharedPrefill
-from abcli.engine.slots import MIN_SHARED_TOKENS, SlotEngine, fitting
+from abcli.engine.slots import MIN_SHARED_TOKENS, TILED_TOKENS, SlotEngine, fitting
 from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
 from abcli.errors import CancelledError
@@ -131,8 +131,8 @@ class ContextsEngine(SlotEngine):
                 on_progress(done, len(tokens))
 
     def _prefill_exact_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        """As many prompts in a batch as one computation takes."""
-        for slots in fitting(prompts, self._piece):
+        """As many prompts in a batch as may be without changing how llama.cpp computes each."""
+        for slots in fitting(prompts, min(self._piece, TILED_TOKENS - 1)):
             if len(slots) == 1:
                 self._prefill_exact(slots[0], prompts[slots[0]], None)
                 continue
@@ -148,8 +148,8 @@ class ContextsEngine(SlotEngine):
             on_done(offset + len(piece))
 
     def _lead_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        """As many prompts in a batch as one computation takes."""
-        for slots in fitting(prompts, self._piece):
+        """As many prompts in a batch as may be without changing how llama.cpp computes each."""
+        for slots in fitting(prompts, min(self._piece, TILED_TOKENS - 1)):
             if len(slots) == 1:
                 self._lead(slots[0], prompts[slots[0]], lambda _done: None)
                 continue

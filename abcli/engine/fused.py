@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
 from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
-from abcli.engine.slots import SlotEngine
+from abcli.engine.slots import TILED_TOKENS, SlotEngine
 from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import available_cores
 from abcli.errors import CancelledError, UnsupportedModelError
@@ -132,6 +132,7 @@ class FusedEngine(SlotEngine):
             fits = rows <= self._piece and len(self._tokens[slot]) + max(longest, length) <= self._slot_cells
             fits = fits and all(len(self._tokens[other]) + length <= self._slot_cells for other in group)
             near = rows <= longest * len(group) + length + _BATCH_ROWS
+            near = near and (longest < TILED_TOKENS) == (length < TILED_TOKENS)
             if group and not (slot == group[-1] + 1 and fits and near):
                 yield group
                 group, longest = [], 0

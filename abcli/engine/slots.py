@@ -19,6 +19,9 @@ from abcli.native.owner import Owner
 
 # Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
 MIN_SHARED_TOKENS = 24
+# From so many tokens on, llama.cpp's flash attention on CPUs sums in float32, below in float16 (GGML_FA_TILE_Q): which
+# of both a prompt gets must not depend on the prompts beside it.
+TILED_TOKENS = 64
 
 
 class SlotEngine(Owner):

@@ -83,7 +83,7 @@ def test_near_lengths_share_a_batch(tiny_model: Path, monkeypatch: pytest.Monkey
         batches.append(len({part.sequence for part in parts}))
         decode(self, parts, logits)
 
-    for kind, wanted in ((ContextsEngine, [5]), (FusedEngine, [3, 1, 1])):
+    for kind, wanted in ((ContextsEngine, [2, 1, 1, 1]), (FusedEngine, [3, 1, 1])):
         chosen = config(tiny_model, bases=BASES[:1])
         with Model(tiny_model) as model, kind(model, chosen) as engine:  # type: ignore[operator]
             monkeypatch.setattr(Sequences, "decode", counted)
