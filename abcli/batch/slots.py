@@ -19,6 +19,8 @@ ENOUGH_ROWS = 96
 # ... and each slot takes memory, so that few buckets don't get as many slots as that.
 MOST_AUTOMATIC = 32
 LEAST_AUTOMATIC = 8
+# What they take, others on the same machine cannot.
+_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class SlotPlan:
 def plan_slots(wanted: int | None, config: EngineConfig, header: Header, prompts: int | None = None) -> SlotPlan:
     """As many slots as `wanted`; None: as many as are of use for so many buckets and `prompts`, if that is known.
 
-    Those beyond the first take at most half of the memory that the first leaves. `config` has the bases and a context
-    size above 0. Raises UsageError for an impossible number and OutOfMemoryError for one that does not fit, unless
-    `config.force`.
+    Those beyond the first take at most a quarter of the memory that the first leaves. `config` has the bases and a
+    context size above 0. Raises UsageError for an impossible number and OutOfMemoryError for one that does not fit,
+    unless `config.force`.
     """
     free = free_room(config)
     if wanted is None:
@@ -52,7 +54,7 @@ def plan_slots(wanted: int | None, config: EngineConfig, header: Header, prompts
         if prompts is not None:
             useful = min(useful, max(1, prompts))
         one = _needed(1, config, header)
-        room = Room(one.host + (free.host - one.host) // 2, one.device + (free.device - one.device) // 2)
+        room = Room(one.host + (free.host - one.host) // _SHARE, one.device + (free.device - one.device) // _SHARE)
         return _plan(max(1, _most(useful, config, header, room)), config, header, free)
     if not 1 <= wanted <= MOST_SLOTS:
         raise UsageError(f"--slots {wanted} is impossible", f"choose 1 to {MOST_SLOTS}, or auto")

@@ -50,16 +50,16 @@ def test_auto_takes_no_more_than_there_are_prompts(
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 5, 31])
-def test_auto_leaves_half_of_what_one_slot_leaves(
+def test_auto_takes_a_quarter_of_what_one_slot_leaves(
     config: EngineConfig, header: Header, monkeypatch: pytest.MonkeyPatch, wanted: int
 ) -> None:
     one, more = needed(1, config, header), needed(wanted, config, header)
-    give(monkeypatch, Room(one + 2 * (more - one)))
+    give(monkeypatch, Room(one + 4 * (more - one)))
     plan = plan_slots(None, config, header)
     assert plan.slots == wanted
     assert plan.needed.host == more
     if wanted > 1:
-        give(monkeypatch, Room(one + 2 * (more - one) - 2))
+        give(monkeypatch, Room(one + 4 * (more - one) - 4))
         assert plan_slots(None, config, header).slots == wanted - 1
 
 
