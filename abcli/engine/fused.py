@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from math import log
@@ -95,11 +95,20 @@ class FusedEngine(SlotEngine):
         return 0, FusedContext(model, bases, config, bases[0], self._threads, self._cancel), note
 
     def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int], *, careful: bool = False) -> None:
-        """Neighbouring slots go into one batch."""
-        limit = max(1, self._piece // len(self._bases))
-        for slots in _runs(sorted(tokens), limit):
-            parts = [SlotPart(slot, lengths[slot], (tokens[slot],)) for slot in slots]
-            self._compute(parts, self._all, [self._logits[slot] for slot in slots], careful=careful)
+        """Neighbouring slots go into one batch; idle ones between them get a token that is dropped again."""
+        buckets = len(self._bases)
+        idle = {slot: len(held) for slot, held in enumerate(self._tokens) if len(held) < self._slot_cells}
+        for slots in _runs(sorted(tokens), max(1, self._piece // buckets), idle, _BATCH_ROWS // buckets):
+            any_token = tokens[slots[0]]
+            parts = [
+                SlotPart(slot, lengths.get(slot, idle.get(slot, 0)), (tokens.get(slot, any_token),)) for slot in slots
+            ]
+            try:
+                self._compute(parts, self._all, [self._logits[slot] for slot in slots], careful=careful)
+            finally:
+                for slot in slots:
+                    if slot not in tokens:
+                        self._truncate_cells(slot, idle[slot])
 
     def _prefill_exact(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
         """Every bucket computes every token."""
@@ -284,13 +293,15 @@ def _leader_base(model: Model, config: EngineConfig) -> float:
     return float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
 
 
-def _runs(slots: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Ascending slots as runs without gaps, at most `limit` long."""
+def _runs(slots: Sequence[int], limit: int, fillers: Container[int], widest: int) -> Iterator[list[int]]:
+    """Ascending slots as runs without gaps, at most `limit` long; gaps of up to `widest` `fillers` are filled."""
     run: list[int] = []
     for slot in slots:
-        if run and (slot != run[-1] + 1 or len(run) == limit):
+        gap = range(run[-1] + 1, slot) if run else range(0)
+        fits = len(run) + len(gap) < limit
+        if run and not (fits and len(gap) <= widest and all(filler in fillers for filler in gap)):
             yield run
-            run = []
-        run.append(slot)
+            run, gap = [], range(0)
+        run += [*gap, slot]
     if run:
         yield run
