@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from abcli.config import GenerationConfig, MergeRule, SamplingConfig
 from abcli.engine.protocol import Engine, Progress
-from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
+from abcli.errors import AbcliError, CancelledError, ContextFullError, NativeError, PromptError, UsageError
 from abcli.merge import Merger
 
 FinishReason = Literal["stop", "length"]
@@ -202,31 +202,81 @@ class Generator:
         sampler's construction raises. The slot then holds a beginning of the prompt. What goes wrong in sampling
         is the answer's `error`.
         """
+        self._cancelled = False
+        with ExitStack() as stack:
+            running = self._prepare(slot, prompt, config, stack)
+            begin = perf_counter()
+            cached = self._keep_shared(slot, prompt)
+            logits = self._engine.prefill(slot, prompt[cached:], self._watched(on_progress))
+            statistics = running.answer.statistics
+            statistics.cached_tokens = len(prompt) - self._engine.computed_tokens
+            statistics.prefill_seconds = perf_counter() - begin
+            return self._begin(running, prompt, logits)
+
+    def start_together(
+        self, requests: Sequence[tuple[int, Sequence[int], GenerationConfig]]
+    ) -> list[Piece | AbcliError]:
+        """Begin several (slot, prompt, settings) as `start` does, their prompts computed together; each one's outcome.
+
+        An outcome is an error where the request's prompt or settings are wrong; nothing runs in its slot then. Raises
+        CancelledError and NativeError. The engine's prompt cache is not asked.
+        """
+        self._cancelled = False
+        with ExitStack() as stack:
+            outcomes: list[_Running | AbcliError] = []
+            for slot, prompt, config in requests:
+                try:
+                    outcomes.append(self._prepare(slot, prompt, config, stack))
+                except NativeError:
+                    raise
+                except AbcliError as error:
+                    outcomes.append(error)
+            begin = perf_counter()
+            left = {}
+            for (slot, prompt, _config), outcome in zip(requests, outcomes, strict=True):
+                if isinstance(outcome, _Running):
+                    cached = self._keep_shared(slot, prompt)
+                    outcome.answer.statistics.cached_tokens = cached
+                    left[slot] = prompt[cached:]
+            logits = dict(zip(left, self._engine.prefill_together(left), strict=True)) if left else {}
+            seconds = perf_counter() - begin
+            pieces: list[Piece | AbcliError] = []
+            for (slot, prompt, _config), outcome in zip(requests, outcomes, strict=True):
+                if isinstance(outcome, AbcliError):
+                    pieces.append(outcome)
+                    continue
+                outcome.answer.statistics.prefill_seconds = seconds
+                pieces.append(self._begin(outcome, prompt, logits[slot]))
+            return pieces
+
+    def _prepare(self, slot: int, prompt: Sequence[int], config: GenerationConfig, stack: ExitStack) -> _Running:
+        """An answer of which nothing is computed yet; `stack` frees its sampler."""
         if not prompt:
             raise PromptError("the prompt is empty", "type some text")
         if len(prompt) > self._engine.context_size:
             raise ContextFullError(len(prompt), self._engine.context_size)
         self.drop(slot)
-        self._cancelled = False
-        with ExitStack() as resources:
-            stream = TextStream(config.stop)
-            sampler = self._make_sampler(config.sampling)
-            resources.callback(sampler.close)
-            begin = perf_counter()
-            shared = common_prefix(self._engine.tokens(slot), prompt)
-            # The logits after the last token are needed, so at least that one is computed again.
-            cached = self._engine.truncate(slot, min(shared, len(prompt) - 1))
-            logits = self._engine.prefill(slot, prompt[cached:], self._watched(on_progress))
-            statistics = Statistics(len(prompt), cached_tokens=len(prompt) - self._engine.computed_tokens)
-            statistics.prefill_seconds = perf_counter() - begin
-            sampler.accept_prompt(prompt)
-            answer = Answer(slot, sampler.seed, statistics)
-            running = _Running(answer, config, sampler, stream, -1, resources)
-            if config.max_tokens == 0:
-                answer.finish_reason = "length"
-                return Piece(answer, "")
-            running.resources = resources.pop_all()
-            self._running[slot] = running
+        stream = TextStream(config.stop)
+        sampler = self._make_sampler(config.sampling)
+        resources = stack.enter_context(ExitStack())
+        resources.callback(sampler.close)
+        answer = Answer(slot, sampler.seed, Statistics(len(prompt)))
+        return _Running(answer, config, sampler, stream, -1, resources)
+
+    def _keep_shared(self, slot: int, prompt: Sequence[int]) -> int:
+        """Leave in the slot what it holds of the prompt; the number of tokens."""
+        shared = common_prefix(self._engine.tokens(slot), prompt)
+        # The logits after the last token are needed, so at least that one is computed again.
+        return self._engine.truncate(slot, min(shared, len(prompt) - 1))
+
+    def _begin(self, running: _Running, prompt: Sequence[int], logits: NDArray[np.float32]) -> Piece:
+        """Sample the first token; an answer that goes on keeps its resources from then on."""
+        running.sampler.accept_prompt(prompt)
+        if running.config.max_tokens == 0:
+            running.answer.finish_reason = "length"
+            return Piece(running.answer, "")
+        running.resources = running.resources.pop_all()
+        self._running[running.answer.slot] = running
         self._sample(running, logits)
         return self._emit(running)
 

@@ -3,7 +3,11 @@
 Prompts: the arrangements answer the same prompts in turn, round after round, in changing order; a speed is new
 tokens per second of the whole time, prompts included. `llama_cpp.Llama` is driven through its `generate`, which
 is the fastest way it has. Document: the time of all questions against one prefill of the document plus the bare
-decoding of the new tokens, with and without the questions' own tokens. The last line is JSON.
+decoding of the new tokens; the questions' own tokens are measured beside it. The last line is JSON.
+
+    scripts/bench_batch.py --model SmolLM2-135M-Instruct.Q8_0.gguf
+
+measures what docs/batch.md says: 64 prompts with 1 and 6 buckets and 50 questions, for about a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -29,20 +33,22 @@ from rich.table import Table
 from abcli.batch.jobs import Job
 from abcli.batch.prefixes import ReuseRule
 from abcli.batch.scheduler import Scheduler, StopSwitch
-from abcli.batch.slots import reuse_rule
+from abcli.batch.slots import plan_slots, reuse_rule
 from abcli.config import BucketConfig, EngineConfig, GenerationConfig, SamplingConfig
 from abcli.engine.opening import Opened, open_engine
 from abcli.engine.workers import available_cores
 from abcli.generate import Generator
+from abcli.models.header import read_header
 from abcli.models.locate import locate_model
 from abcli.native.sampler import SamplerChain
+from abcli.rope.bases import choose_bases
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Work:
-    """An engine with its loop, and how prompts may share their beginnings."""
+    """An engine with its loop and slots, and how prompts may share their beginnings."""
 
     opened: Opened
     generator: Generator
@@ -53,15 +59,19 @@ def main() -> None:
     """Measure, print tables, print JSON."""
     options = parse_options()
     path = locate_model(options.model)
-    report: dict[str, Any] = {"model": path.name, "slots": options.slots, "prompts": [], "document": None}
+    report: dict[str, Any] = {"model": path.name, "cores": available_cores(), "prompts": [], "document": None}
     console = Console(file=sys.stderr)
     for buckets in options.buckets:
         seconds = measure_prompts(path, buckets, options)
         new = options.prompts * options.new
-        table = Table("arrangement", "seconds", "new tokens/s", title=f"{options.prompts} prompts, {buckets} buckets")
+        slowest = max(statistics.median(values) for values in seconds.values())
+        table = Table(
+            *("arrangement", "seconds", "new tokens/s", "times the slowest"),
+            title=f"{options.prompts} prompts, {'1 bucket' if buckets == 1 else f'{buckets} buckets'}",
+        )
         for name, values in seconds.items():
             median = statistics.median(values)
-            table.add_row(name, f"{median:.2f}", f"{new / median:.1f}")
+            table.add_row(name, f"{median:.2f}", f"{new / median:.1f}", f"{slowest / median:.2f}")
             report["prompts"].append({"buckets": buckets, "arrangement": name, "seconds": values})
         console.print(table)
     if options.questions:
@@ -81,7 +91,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="GGUF file (default: the default model)")
     parser.add_argument("--text", type=Path, nargs="+", help="text files to take prompts from (default: docs/*.md)")
-    parser.add_argument("--slots", type=int, nargs="+", default=[8])
+    parser.add_argument("--slots", type=int, nargs="+", help="slots to measure (default: what --slots auto takes)")
+    parser.add_argument("--engine", choices=("auto", "contexts", "fused"), default="auto")
     parser.add_argument("--buckets", type=int, nargs="*", default=[1, 6])
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--shortest", type=int, default=200)
@@ -91,7 +102,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--document", type=int, default=2000, help="tokens of the document")
     parser.add_argument("--question", type=int, default=16, help="tokens of a question")
     parser.add_argument("--document-buckets", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="0: one per core")
     return parser.parse_args()
 
@@ -100,7 +111,7 @@ def measure_prompts(path: Path, buckets: int, options: argparse.Namespace) -> di
     """Seconds of every round of every arrangement for prompts that share nothing."""
     size = options.longest + options.new
     with ExitStack() as stack:
-        one = open_work(stack, path, buckets, 1, size, options.threads)
+        one = open_work(stack, path, buckets, 1, size, options.prompts, options)
         tokens = source_tokens(one.opened, options.text)
         chance = random.Random(1)
         prompts = []
@@ -109,11 +120,12 @@ def measure_prompts(path: Path, buckets: int, options: argparse.Namespace) -> di
             start = chance.randrange(len(tokens) - length)
             prompts.append(tokens[start : start + length])
         arrangements: dict[str, Callable[[], float | None]] = {
-            "one after the other": lambda: answer_in_turn(one, prompts, options.new)
+            f"one after the other, {one.opened.engine_choice.kind}": lambda: answer_in_turn(one, prompts, options.new)
         }
-        for slots in options.slots:
-            work = open_work(stack, path, buckets, slots, size, options.threads)
-            arrangements[f"batch, {slots} slots"] = partial(answer_batch, work, prompts, options.new)
+        for slots in options.slots or [None]:
+            work = open_work(stack, path, buckets, slots, size, options.prompts, options)
+            name = f"batch, {work.opened.engine.slots} slots, {work.opened.engine_choice.kind}"
+            arrangements[name] = partial(answer_batch, work, prompts, options.new)
         if buckets == 1:
             cores = options.threads or available_cores()
             llama = Llama(str(path), n_ctx=size, n_threads=cores, n_threads_batch=cores, verbose=False)
@@ -124,10 +136,10 @@ def measure_prompts(path: Path, buckets: int, options: argparse.Namespace) -> di
 
 def measure_document(path: Path, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every round: all questions, one prefill of the document, bare decoding, the questions' tokens."""
-    slots = options.slots[-1]
     with ExitStack() as stack:
         size = options.document + options.question + options.new
-        work = open_work(stack, path, options.document_buckets, slots, size, options.threads)
+        slots = options.slots[-1] if options.slots else None
+        work = open_work(stack, path, options.document_buckets, slots, size, options.questions, options)
         tokens = source_tokens(work.opened, options.text)
         document = (tokens * (options.document // len(tokens) + 1))[: options.document]
         chance = random.Random(2)
@@ -137,7 +149,7 @@ def measure_document(path: Path, options: argparse.Namespace) -> dict[str, list[
             {
                 "all questions": lambda: answer_batch(work, prompts, options.new),
                 "one prefill": lambda: prefill_once(work, document),
-                "bare decoding": lambda: decode_bare(work, prompts[:slots], options.questions, options.new),
+                "bare decoding": lambda: decode_bare(work, prompts[0], options.questions, options.new),
                 "questions' tokens": lambda: prefill_questions(work, document, questions),
             },
             options.rounds,
@@ -162,9 +174,14 @@ def rounds(arrangements: dict[str, Callable[[], float | None]], count: int) -> d
     return seconds
 
 
-def open_work(stack: ExitStack, path: Path, buckets: int, slots: int, size: int, threads: int) -> Work:
-    """A model of its own with `slots` slots of `size` tokens."""
-    config = EngineConfig(path, (), context_size=size, slots=slots, threads=threads)
+def open_work(
+    stack: ExitStack, path: Path, buckets: int, slots: int | None, size: int, answers: int, options: argparse.Namespace
+) -> Work:
+    """A model of its own with `slots` slots of `size` tokens, None for as many as --slots auto takes."""
+    header = read_header(path)
+    bases = choose_bases(BucketConfig(count=buckets), header.native_base)
+    config = EngineConfig(path, bases, context_size=size, threads=options.threads, engine=options.engine)
+    config = replace(config, slots=plan_slots(slots, config, header, answers).slots)
     opened = stack.enter_context(open_engine(config, BucketConfig(count=buckets)))
     make_sampler = partial(SamplerChain, opened.model, context_size=size)
     generator = stack.enter_context(Generator(opened.engine, opened.model, make_sampler))
@@ -222,21 +239,21 @@ def prefill_once(work: Work, document: list[int]) -> None:
     work.opened.engine.prefill(0, document)
 
 
-def decode_bare(work: Work, prompts: Sequence[list[int]], questions: int, new: int) -> float:
+def decode_bare(work: Work, prompt: list[int], questions: int, new: int) -> float:
     """As many tokens as the answers to all questions have, in full slots; merging and sampling left out."""
     engine = work.opened.engine
     empty(work)
-    engine.prefill(0, prompts[0])
+    engine.prefill(0, prompt)
     for slot in range(1, engine.slots):
         engine.copy(0, slot)
-    held = len(prompts[0])
+    held = len(prompt)
     begin = perf_counter()
     left = questions
     while left > 0:
         slots = range(min(left, engine.slots))
         # The first token of an answer comes with the prefill.
         for _ in range(new - 1):
-            engine.step(dict.fromkeys(slots, prompts[0][0]))
+            engine.step(dict.fromkeys(slots, prompt[0]))
         for slot in slots:
             engine.truncate(slot, held)
         left -= len(slots)

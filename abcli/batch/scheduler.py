@@ -15,6 +15,9 @@ from abcli.errors import AbcliError, CancelledError, ContextFullError, NativeErr
 from abcli.generate import Answer, Generator
 
 LOOK_AHEAD = 256
+# Prompts that leave at most so many tokens to compute are computed together; more are no faster that way, and
+# the answers in progress wait meanwhile.
+_TOGETHER = 256
 # How many blocks more than the oldest prompt another must share with a slot to be taken first.
 _WORTH_OVERTAKING = 2
 # Greedy answers that are remembered for prompts that come again.
@@ -74,6 +77,12 @@ class _Waiting:
     """Stands for the prompt and its settings if any two answers would be the same, else empty."""
     begun: int
     """How many prompts had been begun when this one came."""
+
+
+@dataclass(frozen=True)
+class _Starting:
+    item: _Waiting
+    slot: int
 
 
 @dataclass
@@ -214,16 +223,37 @@ class Scheduler:
             self._left_out = True
             self._waiting.clear()
         while self._free and self._waiting and not self._switch.stopping:
-            item = self._take_next()
-            self._begin(item, self._choose_slot(item))
+            self._begin(self._take_group())
+            self._on_step()
 
-    def _take_next(self) -> _Waiting:
-        """The oldest prompt, or one that shares much more with what the slots hold; none is overtaken for long."""
+    def _take_group(self) -> list[_Starting]:
+        """The next prompts to begin together, each with a slot: few tokens in all, and none needs another's state."""
+        group: list[_Starting] = []
+        tokens = 0
+        while self._free and self._waiting:
+            index = self._next_index()
+            item = self._waiting[index]
+            slot, source = self._choose_slot(item), self._held.owner(item.keys)
+            usable = self._usable(item, slot, source)
+            tokens += len(item.tokens) - usable
+            if group and (tokens > _TOGETHER or any(source == other.slot for other in group)):
+                break
+            del self._waiting[index]
+            self._take_over(item, slot, source, usable)
+            self._free.remove(slot)
+            self._held.hold(slot, item.tokens, item.keys)
+            group.append(_Starting(item, slot))
+        return group
+
+    def _next_index(self) -> int:
+        """The place of the oldest prompt, or of one that shares much more with what the slots hold.
+
+        None is overtaken for long.
+        """
         blocks = [self._held.blocks(item.keys) for item in self._waiting]
         best = max(range(len(blocks)), key=lambda index: (blocks[index], -index))
         patient = self._begun - self._waiting[0].begun < 2 * self._look_ahead
-        index = best if patient and blocks[best] >= blocks[0] + _WORTH_OVERTAKING else 0
-        return self._waiting.pop(index)
+        return best if patient and blocks[best] >= blocks[0] + _WORTH_OVERTAKING else 0
 
     def _choose_slot(self, item: _Waiting) -> int:
         """The free slot whose content those that wait would miss least, preferably one that `item` can use."""
@@ -233,36 +263,34 @@ class Scheduler:
         owner = self._held.owner(item.keys)
         return min(self._free, key=lambda slot: (self._held.loss(slot, item.keys, waiting), slot != owner, slot))
 
-    def _begin(self, item: _Waiting, slot: int) -> None:
-        """Compute the prompt, apart from what some slot already holds of it, and the first token."""
+    def _begin(self, group: Sequence[_Starting]) -> None:
+        """Compute the prompts, apart from what their slots already hold of them, and the first tokens."""
         if self._switch.cancelled:
             raise CancelledError
-        self._begun += 1
-        self._prepare(slot, item)
-        self._held.forget(slot)
-        try:
-            piece = self._generator.start(slot, item.tokens, item.job.generation)
-        except _FATAL:
-            raise
-        except AbcliError as error:
-            self._end(item, error)
-            return
-        self._held.hold(slot, item.tokens, item.keys)
-        self.totals.prompt_tokens += piece.answer.statistics.prompt_tokens
-        self.totals.cached_tokens += piece.answer.statistics.cached_tokens
-        self._free.remove(slot)
-        self._running[slot] = _Running(item)
-        self._note(piece.answer)
+        self._begun += len(group)
+        requests = [(start.slot, start.item.tokens, start.item.job.generation) for start in group]
+        for start, outcome in zip(group, self._generator.start_together(requests), strict=True):
+            if isinstance(outcome, AbcliError):
+                self._held.forget(start.slot)
+                self._free.append(start.slot)
+                self._end(start.item, outcome)
+                continue
+            self.totals.prompt_tokens += outcome.answer.statistics.prompt_tokens
+            self.totals.cached_tokens += outcome.answer.statistics.cached_tokens
+            self._running[start.slot] = _Running(start.item)
+            self._note(outcome.answer)
 
-    def _prepare(self, slot: int, item: _Waiting) -> None:
-        """Leave in `slot` what may be reused, taken from the slot that holds the most of the prompt."""
-        usable = self._reuse.usable(self._held.prompt(slot), item.tokens) if self._sharing else 0
-        source = self._held.owner(item.keys)
-        if self._sharing and source is not None and source != slot:
-            there = self._reuse.usable(self._held.prompt(source), item.tokens)
-            if there > usable:
-                self._engine.copy(source, slot)
-                usable = there
+    def _usable(self, item: _Waiting, slot: int, source: int | None) -> int:
+        """How many of the prompt's tokens `slot` may have from what it or `source` holds."""
+        if not self._sharing:
+            return 0
+        held = [self._held.prompt(place) for place in (slot, source) if place is not None]
+        return max(self._reuse.usable(prompt, item.tokens) for prompt in held)
+
+    def _take_over(self, item: _Waiting, slot: int, source: int | None, usable: int) -> None:
+        """Leave in `slot` the `usable` tokens of the prompt, from `source` if it does not hold them itself."""
+        if source is not None and usable > self._reuse.usable(self._held.prompt(slot), item.tokens):
+            self._engine.copy(source, slot)
         # A recurrent model cannot go back to a shared beginning, so there is no use in copying.
         self._sharing = self._engine.truncate(slot, usable) == usable and self._sharing
 

@@ -2,84 +2,90 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from abcli.batch.prefixes import ReuseRule
 from abcli.config import EngineConfig
-from abcli.engine.memory import available_memory
+from abcli.engine.memory import Room, free_room, gibibytes, predict
 from abcli.engine.protocol import Engine
 from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.errors import OutOfMemoryError, UsageError
 from abcli.models.header import Header
-from abcli.native.library import supports_offload
 
-# More slots gain little where two to eight cores compute, and all their caches are read for every token.
-MOST_AUTOMATIC = 8
-MOST_SLOTS = 256
-_MIB = 1 << 20
-_FLOAT_BYTES = 4
-# The engine's logits, llama.cpp's own and the copy that a step returns.
-_LOGITS_COPIES = 3
-# A sampler's candidates (id, logit, probability) and ids.
-_SAMPLER_BYTES = 16
+# llama.cpp's sequences: one for each slot, and a spare one.
+MOST_SLOTS = 255
+# From about so many rows (slots x buckets) on, a token takes hardly less time in a larger batch (docs/batch.md) ...
+ENOUGH_ROWS = 96
+# ... and each slot takes memory, so that few buckets don't get as many slots as that.
+MOST_AUTOMATIC = 32
+LEAST_AUTOMATIC = 8
+# What they take, others on the same machine cannot.
+_SHARE = 4
 
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """A number of slots, with bytes of memory: for one slot, for all of them, and what is free."""
+    """A number of slots, the memory that the whole set-up is predicted to take, and what is free, in bytes."""
 
     slots: int
-    slot_bytes: int
-    available: int
-    on_device: bool
-    """Whether the caches may lie in the memory of a GPU, of which nothing is known here."""
+    needed: Room
+    free: Room
 
     def text(self, context_size: int, buckets: int) -> str:
-        """The plan in one line, e.g. "8 slots of 4,096 tokens for 6 buckets take about 4,392 MiB of 15,000"."""
+        """The plan in one line, e.g. "16 slots of 4,096 tokens for 6 buckets: about 4.3 GiB of 15 GiB free"."""
         slots = "1 slot" if self.slots == 1 else f"{self.slots} slots"
         kind = "1 bucket" if buckets == 1 else f"{buckets} buckets"
-        free = "" if self.on_device else f" of {self.available // _MIB:,} free"
-        needed = -(-self.slots * self.slot_bytes // _MIB)
-        return f"{slots} of {context_size:,} tokens for {kind}: about {needed:,} MiB{free}"
+        memory = f"about {gibibytes(self.needed.host)} of {gibibytes(self.free.host)} free"
+        if self.needed.device:
+            memory += f", {gibibytes(self.needed.device)} of {gibibytes(self.free.device)} on the device"
+        return f"{slots} of {context_size:,} tokens for {kind}: {memory}"
 
 
-def slot_bytes(config: EngineConfig, header: Header) -> int:
-    """The bytes one more slot takes: the keys and values of its context in every bucket, and its logits.
+def plan_slots(wanted: int | None, config: EngineConfig, header: Header, prompts: int | None = None) -> SlotPlan:
+    """As many slots as `wanted`; None: as many as are of use for so many buckets and `prompts`, if that is known.
 
-    `config` has the bases and a context size above 0.
+    Those beyond the first take at most a quarter of the memory that the first leaves. `config` has the bases and a
+    context size above 0. Raises UsageError for an impossible number and OutOfMemoryError for one that does not fit,
+    unless `config.force`.
     """
-    buckets = len(config.bases)
-    contexts = buckets
-    if config.prefill != "exact" and buckets > 1 and (config.prefill_base or header.native_base) not in config.bases:
-        contexts += 1  # the one that prefills for the others
-    cache = header.kv_bytes_per_token(config.cache_type_k, config.cache_type_v) * config.context_size * contexts
-    logits = header.vocabulary_size * (_FLOAT_BYTES * _LOGITS_COPIES * contexts + _SAMPLER_BYTES)
-    return cache + logits
-
-
-def plan_slots(wanted: int | None, config: EngineConfig, header: Header) -> SlotPlan:
-    """As many slots as `wanted`; None: as many as fit into half of the free memory, at most MOST_AUTOMATIC.
-
-    `config` has the bases and a context size above 0. Raises UsageError for an impossible number and
-    OutOfMemoryError for one that does not fit.
-    """
-    each, available = slot_bytes(config, header), available_memory()
-    on_device = config.gpu_layers != 0 and supports_offload()
+    free = free_room(config)
     if wanted is None:
-        fitting = MOST_AUTOMATIC if on_device else available // 2 // each
-        return SlotPlan(max(1, min(MOST_AUTOMATIC, fitting)), each, available, on_device)
+        useful = min(MOST_AUTOMATIC, max(LEAST_AUTOMATIC, ENOUGH_ROWS // len(config.bases)))
+        if prompts is not None:
+            useful = min(useful, max(1, prompts))
+        one = _needed(1, config, header)
+        room = Room(one.host + (free.host - one.host) // _SHARE, one.device + (free.device - one.device) // _SHARE)
+        return _plan(max(1, _most(useful, config, header, room)), config, header, free)
     if not 1 <= wanted <= MOST_SLOTS:
         raise UsageError(f"--slots {wanted} is impossible", f"choose 1 to {MOST_SLOTS}, or auto")
-    plan = SlotPlan(wanted, each, available, on_device)
-    if not on_device and wanted * each > available:
-        fitting = max(1, available // each)
+    plan = _plan(wanted, config, header, free)
+    if not config.force and not _fits(plan.needed, free):
+        fitting = _most(wanted, config, header, free)
         raise OutOfMemoryError(
             plan.text(config.context_size, len(config.bases)) + " is more than there is",
             f"--slots {fitting} would fit; or take a shorter --ctx-size or fewer buckets"
-            if fitting < wanted
+            if fitting
             else "take a shorter --ctx-size or fewer buckets",
         )
     return plan
+
+
+def _plan(slots: int, config: EngineConfig, header: Header, free: Room) -> SlotPlan:
+    return SlotPlan(slots, _needed(slots, config, header), free)
+
+
+def _needed(slots: int, config: EngineConfig, header: Header) -> Room:
+    found = predict(replace(config, slots=slots), header)
+    return Room(found.host, found.device)
+
+
+def _most(limit: int, config: EngineConfig, header: Header, room: Room) -> int:
+    """The most slots up to `limit` that fit into `room`; 0 if not one does."""
+    return next((slots for slots in range(limit, 0, -1) if _fits(_needed(slots, config, header), room)), 0)
+
+
+def _fits(needed: Room, room: Room) -> bool:
+    return needed.host <= room.host and needed.device <= room.device
 
 
 def reuse_rule(config: EngineConfig, engine: Engine) -> ReuseRule:

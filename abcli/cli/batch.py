@@ -142,12 +142,14 @@ def batch(
         bases=choose_bases(buckets, header.native_base),
         context_size=config.context_size or header.trained_context,
     )
-    plan = plan_slots(wanted, config, header)
-    task = _Task(Path(source), source_parts, generation, replace(config, slots=plan.slots), buckets, header)
+    task = _Task(Path(source), source_parts, generation, config, buckets, header)
+    lines = shard_size(_count(task), source_parts.shard)
+    plan = plan_slots(wanted, config, header, lines)
+    task = replace(task, config=replace(config, slots=plan.slots))
     watch, totals = Stopwatch(), Totals()
     with ExitStack() as stack:
         output, reader = _open_ends(stack, task, destination, output_options, model_options.chat_template)
-        progress = Progress(shard_size(_count(task), task.parts.shard))
+        progress = Progress(lines)
         if output.resumed:
             terminal.note(f"continuing {destination}, which has {len(output.done):,} results")
         items = _own_items(reader, output, task.parts.shard, progress)

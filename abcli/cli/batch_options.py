@@ -77,7 +77,7 @@ class OutputOptions:
     fail_fast: Annotated[bool, flag("Stop at the first prompt that fails.", "--fail-fast")] = False
     summary: Annotated[Path | None, flag("Write what was done to this file, as JSON.", "--summary")] = None
     slots: Annotated[
-        str, flag("Prompts decoded together: a number, or auto: what half of the free memory holds.", "--slots")
+        str, flag("Prompts decoded together: a number, or auto: as many as are of use and fit into memory.", "--slots")
     ] = "auto"
 
     def check(self) -> Path:

@@ -17,7 +17,7 @@ from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
 from abcli.engine.rope_parameters import rope_parameters
 from abcli.engine.shared import NotShareableError, SharedPrefill
-from abcli.engine.slots import MIN_SHARED_TOKENS, SlotEngine
+from abcli.engine.slots import MIN_SHARED_TOKENS, TILED_TOKENS, SlotEngine, fitting
 from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
 from abcli.errors import CancelledError
@@ -130,28 +130,50 @@ class ContextsEngine(SlotEngine):
             if on_progress is not None:
                 on_progress(done, len(tokens))
 
-    def _prefill_shared(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
-        """The leader computes all tokens but the last, the others take them over; all compute the last."""
+    def _prefill_exact_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """As many prompts in a batch as may be without changing how llama.cpp computes each."""
+        for slots in fitting(prompts, min(self._piece, TILED_TOKENS - 1)):
+            if len(slots) == 1:
+                self._prefill_exact(slots[0], prompts[slots[0]], None)
+                continue
+            parts = [BatchPart(slot, len(self._tokens[slot]), prompts[slot], output=True) for slot in slots]
+            self._decode(parts, slots)
+
+    def _lead(self, slot: int, tokens: Sequence[int], on_done: Callable[[int], None]) -> None:
+        """The leader computes piece by piece, and the others take each over."""
+        start = len(self._tokens[slot])
+        for offset in range(0, len(tokens), self._piece):
+            piece = tokens[offset : offset + self._piece]
+            self._lead_parts([BatchPart(slot, start + offset, piece, output=False)])
+            on_done(offset + len(piece))
+
+    def _lead_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """As many prompts in a batch as may be without changing how llama.cpp computes each."""
+        for slots in fitting(prompts, min(self._piece, TILED_TOKENS - 1)):
+            if len(slots) == 1:
+                self._lead(slots[0], prompts[slots[0]], lambda _done: None)
+                continue
+            self._lead_parts([BatchPart(slot, len(self._tokens[slot]), prompts[slot], output=False) for slot in slots])
+
+    def _lead_parts(self, parts: Sequence[BatchPart]) -> None:
+        """One batch in the leader, and from there to the others."""
         shared = self._shared
         if shared is None:
             raise RuntimeError("this engine cannot share a prefill")
-        start, total = len(self._tokens[slot]), len(tokens)
-        self._let_leader_catch_up(shared, slot, start)
+        for part in parts:
+            self._let_leader_catch_up(shared, part.sequence, part.position)
         others = [context for context in self._contexts if context is not self._leader]
         self._leader.set_threads(self._cores)
         try:
-            for offset in range(0, total - 1, self._piece):
-                piece = tokens[offset : min(offset + self._piece, total - 1)]
-                part = BatchPart(slot, start + offset, piece, output=False)
-                self._run_all(lambda _index, part=part: self._leader.decode([part], [None]), 1)  # type: ignore[misc]
-                shared.transfer(self._leader, others, slot, part.position, part.position + len(piece))
-                if on_progress is not None:
-                    on_progress(offset + len(piece), total)
+            self._run_all(lambda _index: self._leader.decode(parts, [None] * len(parts)), 1)
         finally:
             self._leader.set_threads(self.plan.threads)
-        self._decode([BatchPart(slot, start + total - 1, tokens[-1:], output=True)], [slot])
-        if on_progress is not None:
-            on_progress(total, total)
+        for part in parts:
+            shared.transfer(self._leader, others, part.sequence, part.position, part.position + len(part.tokens))
+
+    def _finish_shared(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
+        """All buckets compute the last token."""
+        self._step(tokens, lengths)
 
     def _let_leader_catch_up(self, shared: SharedPrefill, slot: int, length: int) -> None:
         """A leader that is no bucket takes over from the nearest bucket what was decoded without it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from math import log
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
 from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
-from abcli.engine.slots import SlotEngine
+from abcli.engine.slots import TILED_TOKENS, SlotEngine
 from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import available_cores
 from abcli.errors import CancelledError, UnsupportedModelError
@@ -28,6 +28,8 @@ _HINT = "use --engine contexts with this model"
 # What names the rank of compressed keys and values in a GGUF header.
 _MLA_KEY = "attention.kv_lora_rank"
 _EXPERTS_KEY = "expert_count"
+# A further batch takes as long as about so many further tokens in the same one (135M, Q8_0, 2 cores: 20).
+_BATCH_ROWS = 16
 
 
 class FusedEngine(SlotEngine):
@@ -92,12 +94,21 @@ class FusedEngine(SlotEngine):
                 return leader, context, note
         return 0, FusedContext(model, bases, config, bases[0], self._threads, self._cancel), note
 
-    def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
-        """Neighbouring slots go into one batch."""
-        limit = max(1, self._piece // len(self._bases))
-        for slots in _runs(sorted(tokens), limit):
-            parts = [SlotPart(slot, lengths[slot], (tokens[slot],)) for slot in slots]
-            self._compute(parts, self._all, [self._logits[slot] for slot in slots])
+    def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int], *, careful: bool = False) -> None:
+        """Neighbouring slots go into one batch; idle ones between them get a token that is dropped again."""
+        buckets = len(self._bases)
+        idle = {slot: len(held) for slot, held in enumerate(self._tokens) if len(held) < self._slot_cells}
+        for slots in _runs(sorted(tokens), max(1, self._piece // buckets), idle, _BATCH_ROWS // buckets):
+            any_token = tokens[slots[0]]
+            parts = [
+                SlotPart(slot, lengths.get(slot, idle.get(slot, 0)), (tokens.get(slot, any_token),)) for slot in slots
+            ]
+            try:
+                self._compute(parts, self._all, [self._logits[slot] for slot in slots], careful=careful)
+            finally:
+                for slot in slots:
+                    if slot not in tokens:
+                        self._truncate_cells(slot, idle[slot])
 
     def _prefill_exact(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
         """Every bucket computes every token."""
@@ -110,22 +121,53 @@ class FusedEngine(SlotEngine):
             if on_progress is not None:
                 on_progress(done, total)
 
-    def _prefill_shared(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
-        """The leader computes all tokens but the last, the others take them over; all compute the last."""
-        start, total = len(self._tokens[slot]), len(tokens)
+    def _prefill_exact_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """Several buckets of one prompt fill a batch; the prompts of a single bucket share one."""
+        for slots in self._groups(prompts) if len(self._bases) == 1 else [[slot] for slot in prompts]:
+            if len(slots) == 1:
+                self._prefill_exact(slots[0], prompts[slots[0]], None)
+                continue
+            parts = [SlotPart(slot, len(self._tokens[slot]), prompts[slot]) for slot in slots]
+            rows = [self._logits[slot, 0] for slot in slots]
+            self._run(lambda parts=parts, rows=rows: self._context.compute_side_by_side(parts, rows))  # type: ignore[misc]
+
+    def _groups(self, prompts: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
+        """Neighbouring slots whose prompts are so near in length that filling them up costs less than more batches."""
+        group: list[int] = []
+        longest = 0
+        for slot in sorted(prompts):
+            length = len(prompts[slot])
+            rows = max(longest, length) * (len(group) + 1)
+            fits = rows <= self._piece and len(self._tokens[slot]) + max(longest, length) <= self._slot_cells
+            fits = fits and all(len(self._tokens[other]) + length <= self._slot_cells for other in group)
+            near = rows <= longest * len(group) + length + _BATCH_ROWS
+            near = near and (longest < TILED_TOKENS) == (length < TILED_TOKENS)
+            if group and not (slot == group[-1] + 1 and fits and near):
+                yield group
+                group, longest = [], 0
+            group.append(slot)
+            longest = max(longest, length)
+        yield group
+
+    def _lead(self, slot: int, tokens: Sequence[int], on_done: Callable[[int], None]) -> None:
+        """The leader computes piece by piece, and the others take each over."""
+        start = len(self._tokens[slot])
         self._let_leader_catch_up(slot, start)
         others = [column for column in range(len(self._context.bases)) if column != self._leader]
-        for offset in range(0, total - 1, self._piece):
-            piece = tokens[offset : min(offset + self._piece, total - 1)]
-            part = SlotPart(slot, start + offset, piece)
+        for offset in range(0, len(tokens), self._piece):
+            part = SlotPart(slot, start + offset, tokens[offset : offset + self._piece])
             self._compute([part], [self._leader], None, careful=True)
             self._run(lambda part=part: self._context.share(slot, self._leader, others, part.position, part.tokens))  # type: ignore[misc]
-            if on_progress is not None:
-                on_progress(offset + len(piece), total)
-        # Careful: it proves that the others' cells lie where the keys were put.
-        self._compute([SlotPart(slot, start + total - 1, tokens[-1:])], self._all, self._rows(slot, True), careful=True)
-        if on_progress is not None:
-            on_progress(total, total)
+            on_done(offset + len(part.tokens))
+
+    def _lead_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """One after the other: the leader's sequences are no neighbours, so that no batch takes several."""
+        for slot, tokens in prompts.items():
+            self._lead(slot, tokens, lambda _done: None)
+
+    def _finish_shared(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
+        """Careful: it proves that the others' cells lie where the keys were put."""
+        self._step(tokens, lengths, careful=True)
 
     def _let_leader_catch_up(self, slot: int, length: int) -> None:
         """A leader that is no bucket takes over from the nearest bucket what was decoded without it."""
@@ -251,13 +293,15 @@ def _leader_base(model: Model, config: EngineConfig) -> float:
     return float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
 
 
-def _runs(slots: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Ascending slots as runs without gaps, at most `limit` long."""
+def _runs(slots: Sequence[int], limit: int, fillers: Container[int], widest: int) -> Iterator[list[int]]:
+    """Ascending slots as runs without gaps, at most `limit` long; gaps of up to `widest` `fillers` are filled."""
     run: list[int] = []
     for slot in slots:
-        if run and (slot != run[-1] + 1 or len(run) == limit):
+        gap = range(run[-1] + 1, slot) if run else range(0)
+        fits = len(run) + len(gap) < limit
+        if run and not (fits and len(gap) <= widest and all(filler in fillers for filler in gap)):
             yield run
-            run = []
-        run.append(slot)
+            run, gap = [], range(0)
+        run += [*gap, slot]
     if run:
         yield run

@@ -104,10 +104,14 @@ def choose(
     """
     if config.engine == "contexts":
         return Choice("contexts", "as asked for")
-    if config.engine == "auto" and len(set(config.bases)) == 1:
+    one = config.engine == "auto" and len(set(config.bases)) == 1
+    if one and (config.slots == 1 or len(config.bases) > 1):
         return Choice("contexts", "there is one bucket")
     try:
         check_servable(model, header, config)
+        if one:
+            # Nothing is turned, so there is nothing to verify.
+            return Choice("fused", "there is one bucket, and each slot has cells of its own to pass over")
         verdict = _verdict(model, config, header, verify or verify_fused)
         if not verdict.sound:
             raise UnsupportedModelError(f"the fused engine refuses itself: {verdict.reason}", "use --engine contexts")

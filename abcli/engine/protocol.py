@@ -54,6 +54,12 @@ class Engine(Protocol):
         Raises ContextFullError if they don't fit, CancelledError after `cancel`, NativeError.
         """
 
+    def prefill_together(self, prompts: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
+        """Append tokens (one or more) to each slot named; logits [len(prompts), buckets, vocab] in the mapping's order.
+
+        Short prompts take less time than one after the other. No prompt cache is asked. Raises as `prefill` does.
+        """
+
     def step(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
         """Append one token to each slot named; logits [len(tokens), buckets, vocab] in the mapping's order.
 

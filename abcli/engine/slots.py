@@ -19,6 +19,9 @@ from abcli.native.owner import Owner
 
 # Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
 MIN_SHARED_TOKENS = 24
+# From so many tokens on, llama.cpp's flash attention on CPUs sums in float32, below in float16 (GGML_FA_TILE_Q): which
+# of both a prompt gets must not depend on the prompts beside it.
+TILED_TOKENS = 64
 
 
 class SlotEngine(Owner):
@@ -75,13 +78,37 @@ class SlotEngine(Owner):
             tokens = self._restore(slot, tokens)
             self.computed_tokens = len(tokens)
             if self._sharing and len(tokens) >= self._least_shared:
-                self._prefill_shared(slot, tokens, on_progress)
+                self._lead(slot, tokens[:-1], lambda done: _report(on_progress, done, len(tokens)))
+                self._finish_shared({slot: tokens[-1]}, {slot: len(self._tokens[slot]) + len(tokens) - 1})
+                _report(on_progress, len(tokens), len(tokens))
             else:
                 self._prefill_exact(slot, tokens, on_progress)
         self._tokens[slot].extend(tokens)
         if self._stored is not None and len(tokens) > MIN_GAIN:
             self._stored.store(slot, self._tokens[slot][:-1])
         logits: NDArray[np.float32] = self._logits[slot]
+        return logits
+
+    def prefill_together(self, prompts: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
+        """See `Engine.prefill_together`."""
+        if not prompts or not all(prompts.values()):
+            raise ValueError("a prefill needs at least one slot, and a token for each")
+        lengths = {slot: len(self._tokens[slot]) for slot in prompts}
+        self._check_room(max(lengths[slot] + len(tokens) for slot, tokens in prompts.items()))
+        shared = {
+            slot: tokens for slot, tokens in prompts.items() if self._sharing and len(tokens) >= self._least_shared
+        }
+        with self._computing(lengths):
+            if exact := {slot: tokens for slot, tokens in prompts.items() if slot not in shared}:
+                self._prefill_exact_together(exact)
+            if shared:
+                self._lead_together({slot: tokens[:-1] for slot, tokens in shared.items()})
+                ends = {slot: lengths[slot] + len(tokens) - 1 for slot, tokens in shared.items()}
+                self._finish_shared({slot: tokens[-1] for slot, tokens in shared.items()}, ends)
+        self.computed_tokens = sum(len(tokens) for tokens in prompts.values())
+        for slot, tokens in prompts.items():
+            self._tokens[slot].extend(tokens)
+        logits: NDArray[np.float32] = self._logits[list(prompts)]
         return logits
 
     def step(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
@@ -122,8 +149,20 @@ class SlotEngine(Owner):
         """Let every bucket compute every token; the last one's logits go to `_logits[slot]`."""
 
     @abstractmethod
-    def _prefill_shared(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
-        """Compute all tokens but the last once for all buckets, the last in every bucket."""
+    def _prefill_exact_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """The same for several slots."""
+
+    @abstractmethod
+    def _lead(self, slot: int, tokens: Sequence[int], on_done: Callable[[int], None]) -> None:
+        """Compute `tokens` once and let every bucket have them; `on_done` is told how many are done."""
+
+    @abstractmethod
+    def _lead_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
+        """The same for several slots."""
+
+    @abstractmethod
+    def _finish_shared(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
+        """Compute a prompt's last token in every bucket, as `_step` does, right after `_lead`."""
 
     @abstractmethod
     def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
@@ -184,3 +223,21 @@ class SlotEngine(Owner):
         finally:
             self._cancellable = False
             self._cancel.clear()
+
+
+def fitting(prompts: Mapping[int, Sequence[int]], limit: int) -> Iterator[list[int]]:
+    """The slots of `prompts` in groups of at most `limit` tokens; a longer prompt is a group of its own."""
+    group: list[int] = []
+    held = 0
+    for slot, tokens in prompts.items():
+        if group and held + len(tokens) > limit:
+            yield group
+            group, held = [], 0
+        group.append(slot)
+        held += len(tokens)
+    yield group
+
+
+def _report(on_progress: Progress | None, done: int, total: int) -> None:
+    if on_progress is not None:
+        on_progress(done, total)

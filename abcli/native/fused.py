@@ -151,6 +151,28 @@ class FusedContext(Sequences):
         if handler is self._turning:
             self._turning.finish()
 
+    def compute_side_by_side(self, parts: Sequence[SlotPart], logits: Sequence[NDArray[np.float32]]) -> None:
+        """Compute `parts` of a context with one bucket as one batch; the logits [vocab] after part i go to `logits[i]`.
+
+        The slots are neighbours in ascending order. llama.cpp computes sequences of equal length together: shorter
+        parts are filled up with tokens that are dropped again, so that every slot needs room for the longest part,
+        and `ubatch_size` for as many of these as there are parts. Raises as `compute` does.
+        """
+        longest = max(len(part.tokens) for part in parts)
+        batch: list[BatchPart] = []
+        rows: list[NDArray[np.float32] | None] = []
+        for part, row in zip(parts, logits, strict=True):
+            sequence, end = self.sequence(part.slot, 0), part.position + len(part.tokens)
+            batch.append(BatchPart(sequence, part.position, part.tokens, output=True))
+            rows.append(row)
+            if missing := longest - len(part.tokens):
+                batch.append(BatchPart(sequence, end, [self._token] * missing, output=False))
+                rows.append(None)
+        self._turning.forget()
+        self._callback.run(Idle(), lambda: self.decode(batch, rows))
+        for part in parts:
+            self.truncate(self.sequence(part.slot, 0), part.position + len(part.tokens))
+
     def reserve(self, slot: int, column: int, position: int, tokens: Sequence[int]) -> None:
         """Give `tokens` cells without computing them; at most `ubatch_size`. Their keys and values are undefined."""
         self._turning.forget()

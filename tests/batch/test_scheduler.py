@@ -152,6 +152,44 @@ def test_a_shared_beginning_is_computed_once() -> None:
     assert bench.copies
 
 
+def test_short_prompts_are_computed_together() -> None:
+    bench = Bench(slots=4)
+    results = bench.run([job(index, f"{'abcdefgh'[index]} 3;") for index in range(8)])
+    assert bench.engine.together == [4, 4]
+    assert {result.index: result.text for result in results} == {
+        index: expected(f"{'abcdefgh'[index]} 3;") for index in range(8)
+    }
+
+
+def test_long_prompts_are_not() -> None:
+    bench = Bench(slots=3)
+    prompts = [f"{letter * length} 1;" for letter, length in zip("abcde", (400, 30, 200, 90, 20), strict=True)]
+    bench.run([job(index, prompt) for index, prompt in enumerate(prompts)])
+    # 400 alone, 30 and 200; what then becomes free is taken at once.
+    assert bench.engine.together == [1, 2, 2]
+
+
+def test_a_prompt_that_shares_with_another_waits_for_it() -> None:
+    document = "".join(chr(97 + index % 23) for index in range(3 * BLOCK))
+    bench = Bench(slots=3)
+    bench.run([job(index, f"{document}{index} 1;") for index in range(3)])
+    assert bench.engine.together == [1, 2]
+    assert bench.engine.computed < len(document) + 20
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_that_fails_in_a_group_leaves_its_slot_to_the_next(place: int) -> None:
+    items = [job(index, f"{'abcd'[index]} 2;") for index in range(4)]
+    items[place] = job(place, "bad 2;", SamplingConfig(top_k=13))
+    bench = Bench(slots=3)
+    results = {result.index: result for result in bench.run(items)}
+    assert "unlucky" in (results[place].error or "")
+    assert [results[index].text for index in range(4) if index != place] == [
+        expected(f"{'abcd'[index]} 2;") for index in range(4) if index != place
+    ]
+    assert bench.engine.together == [2, 1]
+
+
 def test_documents_in_turn_are_computed_about_once_each() -> None:
     documents = [chr(97 + index) * 320 for index in range(10)]
     items = [

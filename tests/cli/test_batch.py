@@ -52,7 +52,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(tiny_model: Path, abcli: Co
     outcome = abcli(*BATCH, tiny_model, prompts, "-o", output, "-n", 5, "--temp", 0, "--summary", summary, "-k", 2)
     plan, told = finished(outcome)
     assert outcome.output == b""
-    assert plan.startswith("8 slots of 4,096 tokens for 2 buckets: about ")
+    assert plan.startswith("3 slots of 4,096 tokens for 2 buckets: about ")
     assert told.startswith("3 answers, 0 errors, 1 of the answers for prompts that came again")
     results = results_of(output)
     assert set(results) == {"1", "3", "4"}
@@ -83,9 +83,10 @@ def test_the_same_command_again_does_nothing_more(tiny_model: Path, abcli: Comma
     assert output.read_bytes() != before
 
 
+@pytest.mark.parametrize("engine", ["contexts", "fused"])
 @pytest.mark.parametrize("buckets", [1, 3])
-def test_slots_change_nothing(tiny_model: Path, abcli: Command, tmp_path: Path, buckets: int) -> None:
-    """Greedy answers, with and without a text that the prompts share."""
+def test_slots_change_nothing(tiny_model: Path, abcli: Command, tmp_path: Path, buckets: int, engine: str) -> None:
+    """Greedy answers of a model in F32, with and without a text that the prompts share."""
     prompts = write_prompts(tmp_path / "prompts.txt", 20)
     shared = tmp_path / "context.txt"
     shared.write_text("all of this comes first. " * 12)
@@ -106,6 +107,8 @@ def test_slots_change_nothing(tiny_model: Path, abcli: Command, tmp_path: Path, 
         512,
         "-s",
         1,
+        "--engine",
+        engine,
     )
     for more in ((), ("--context", shared)):
         one = abcli(*arguments, *more, "--slots", 1)

@@ -175,6 +175,32 @@ def test_several_slots_with_gaps_go_in_any_order(tiny: Model) -> None:
             assert_equal(engine.step(step), reference.step(step))
 
 
+@pytest.mark.parametrize("bases", [BASES, BASES[:1]])
+def test_idle_slots_between_others_keep_what_they_hold(
+    tiny: Model, bases: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tiny.path, slots=7, bases=bases, context_size=64)
+    batches = []
+    compute = FusedContext.compute
+
+    def counted(self: FusedContext, parts: Any, *arguments: Any, **options: Any) -> None:
+        batches.append([part.slot for part in parts])
+        compute(self, parts, *arguments, **options)
+
+    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+        for each in (reference, engine):
+            for slot, length in ((1, 30), (2, 64), (3, 9), (4, 5)):
+                each.prefill(slot, TOKENS[slot : slot + length])
+        monkeypatch.setattr(FusedContext, "compute", counted)
+        # Slot 2 is full and 0 empty.
+        for step in ({0: 1, 4: 2}, {5: 3, 3: 4}, {0: 5, 1: 6, 3: 7}, dict.fromkeys((0, 1, 3, 4, 5, 6), 8)):
+            assert_equal(engine.step(step), reference.step(step))
+        assert batches == [[0], [4], [3, 4, 5], [0, 1], [3], [0, 1], [3, 4, 5, 6]]
+        for slot in range(7):
+            assert list(engine.tokens(slot)) == list(reference.tokens(slot))
+            assert lengths(engine, slot) == {len(engine.tokens(slot))}
+
+
 def test_more_sequences_than_a_batch_takes_are_computed_in_turns(tiny: Model) -> None:
     settings = config(tiny.path, slots=5, prefill="exact", ubatch_size=8, batch_size=8)
     with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:

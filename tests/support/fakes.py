@@ -35,6 +35,7 @@ class FakeEngine:
         self.computed = 0
         self.computed_tokens = 0
         self.step_sizes: list[int] = []
+        self.together: list[int] = []
         self.cancel_after: int | None = None
         self.closed = False
         self._held: list[list[int]] = [[] for _ in range(slots)]
@@ -63,6 +64,17 @@ class FakeEngine:
             raise
         self._held[slot] += tokens
         return self._logits(slot)
+
+    def prefill_together(self, prompts: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
+        before = {slot: list(self._held[slot]) for slot in prompts}
+        self.together.append(len(prompts))
+        try:
+            for slot, tokens in prompts.items():
+                self.prefill(slot, tokens)
+        except BaseException:
+            self._held = [before.get(slot, held) for slot, held in enumerate(self._held)]
+            raise
+        return np.stack([self._logits(slot) for slot in prompts])
 
     def step(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
         for slot in tokens:
