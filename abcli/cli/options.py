@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 from abcli.chat.files import read_text_file
 from abcli.cli.flags import flag
+from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.config import (
     DEFAULT_BUCKETS,
     DEFAULT_CONTEXT,
@@ -57,6 +58,7 @@ class ModelOptions:
         str | None,
         flag("Model of the hub; fetched if it is not here.", "--hf-repo", "-hf", metavar="USER/REPOSITORY[:QUANT]"),
     ] = None
+    lora: LoraFlag = None
     ctx_size: Annotated[int, flag("Tokens the context holds; 0: the trained length.", "--ctx-size", "-c")] = (
         DEFAULT_CONTEXT
     )
@@ -151,6 +153,7 @@ class ModelOptions:
             prefill_base=self.prefill_base,
             engine=self.engine,
             force=self.force,
+            lora=parse_loras(self.lora),
             prompt_cache=self.prompt_cache_dir or (prompt_cache_directory() if self.prompt_cache else None),
         )
 

@@ -21,11 +21,10 @@ from abcli.models.cursor import FETCH_AGAIN
 from abcli.models.header import Header, TensorInfo, read_header
 from abcli.models.inspection import special_tokens
 from abcli.models.values import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
-from abcli.models.weights import scan_weights
+from abcli.models.weights import check_finite
 
 Status = Literal["ok", "failed", "skipped"]
 _READ_BYTES = 4 << 20
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -154,12 +153,7 @@ class Verification:
         return "abcli would load it"
 
     def _weights(self, on_bytes: Callable[[int], None] | None) -> str:
-        scans = [scan_weights(read_header(path), on_bytes) for path in self.paths()]
-        bad = [one for scan in scans for one in scan.bad]
-        if bad:
-            shown = ", ".join(f"{name} ({count:,})" for name, count in bad[:_SHOWN])
-            more = f" and {len(bad) - _SHOWN} more tensors" if len(bad) > _SHOWN else ""
-            raise ModelFileError(f"there are NaN or infinite numbers in {shown}{more}", FETCH_AGAIN)
+        scans = check_finite([read_header(path) for path in self.paths()], on_bytes)
         skipped = sum(scan.skipped for scan in scans)
         note = f"; {skipped:,} bytes of a type without plain scales were left out" if skipped else ""
         return f"{sum(scan.scanned for scan in scans):,} bytes hold finite numbers{note}"

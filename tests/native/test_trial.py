@@ -96,7 +96,7 @@ def test_a_missing_tensor(tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoder_model_is_named(tmp_path: Path) -> None:
-    error = trial._failure(tmp_path, trial.STATUS_UNSUPPORTED, "x\nan encoder\n")
+    error = trial._failure(tmp_path, (), trial.STATUS_UNSUPPORTED, "x\nan encoder\n")
     assert isinstance(error, UnsupportedModelError)
     assert "is an encoder" in error.message
 
