@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,8 @@ import typer
 
 from abcli.chat.sandbox import CompiledTemplate
 from abcli.cli.flags import flag
+from abcli.cli.lora import LoraFlag, parse_loras
+from abcli.config import LoraConfig
 from abcli.errors import UsageError
 from abcli.models.catalogue import known_models
 from abcli.models.locate import locate_model
@@ -29,6 +31,7 @@ _BLOBS = "blobs"
 def verify(
     model: Annotated[str | None, typer.Argument(help="GGUF file or name; default: the default model.")] = None,
     *,
+    lora: LoraFlag = None,
     sha256: Annotated[
         str | None,
         flag("What the file's SHA-256 should be; of a split model the first part's.", "--sha256", metavar="HEX"),
@@ -41,10 +44,11 @@ def verify(
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise UsageError(f"--sha256 {sha256} is no SHA-256", "give 64 hexadecimal digits")
     path = locate_model(model)
+    loras = parse_loras(lora)
     terminal = Terminal()
     verification = Verification(path)
     checks: list[Check] = []
-    for check in _checks(verification, digest, terminal, trial=trial):
+    for check in _checks(verification, digest, loras, terminal, trial=trial):
         checks.append(check)
         if not as_json:
             terminal.write(check_line(check) + "\n")
@@ -55,14 +59,23 @@ def verify(
         raise typer.Exit(1)
 
 
-def _checks(verification: Verification, digest: str | None, terminal: Terminal, *, trial: bool) -> Iterator[Check]:
+def _checks(
+    verification: Verification, digest: str | None, loras: Sequence[LoraConfig], terminal: Terminal, *, trial: bool
+) -> Iterator[Check]:
     yield from verification.structure()
+    if verification.is_adapter and loras:
+        raise UsageError(f"{verification.path} is an adapter itself", "name the model: abcli verify MODEL --lora FILE")
     with terminal.working("computing checksums"):
         checksums = list(verification.checksums(_expected(verification, digest)))
     yield from checksums
     with terminal.working("reading the weights"):
         weights = verification.weights()
     yield weights
+    for lora in loras:
+        yield from verification.adapter(lora)
+    if verification.is_adapter:
+        yield Check("trial", "skipped", "a LoRA needs a model: abcli verify MODEL --lora FILE")
+        return
     yield verification.run("chat template", lambda: _template(verification), needs_header=True)
     if trial:
         with terminal.working("loading the model"):
@@ -108,6 +121,6 @@ def _trial(verification: Verification) -> Check:
 
     def load() -> str:
         ensure_loadable(verification.path, header)
-        return "llama.cpp loads it and decodes"
+        return "llama.cpp loads it and decodes" + (" with its adapters" if header.adapters else "")
 
     return verification.run("trial", load)

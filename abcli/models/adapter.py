@@ -73,6 +73,10 @@ class Adapter:
         """The different ranks, in ascending order."""
         return tuple(sorted({pair.rank for pair in self.pairs}))
 
+    def factor(self, rank: int) -> float:
+        """How many times B A of this rank is added to the model's weights (llama_adapter_lora_weight::get_scale)."""
+        return self.scale * self.alpha / rank if self.alpha else self.scale
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of what llama.cpp loads."""

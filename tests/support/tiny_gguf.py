@@ -327,7 +327,7 @@ def _write(
     if "general.alignment" in values:
         writer.data_alignment = values["general.alignment"]
     for key, value in values.items():
-        _add_value(writer, key, value)
+        add_value(writer, key, value)
     for name, tensor in weights.items():
         if tensor is not None:
             _add_tensor(writer, name, tensor, dtype)
@@ -338,7 +338,7 @@ def _write(
     return path
 
 
-def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Add one metadata item: u32 for counts and ids, f32 for numbers; a numpy scalar in its own type."""
     if value is None:
         return
