@@ -18,8 +18,8 @@ _FLOAT = 4
 _NODE_BYTES = 1500
 _NODES_PER_TENSOR = 8
 _LEAST_NODES = 1024
-# Nodes for each matrix that an adapter changes (llama_adapter_lora::get_n_nodes).
-_NODES_PER_PAIR = 6
+# The same for each matrix that an adapter changes.
+_PAIR_BYTES = 20_000
 _OUTPUT = "output.weight"
 # Bytes that llama.cpp's tables take for a token of the vocabulary and for a merge.
 _TOKEN_BYTES = 100
@@ -92,7 +92,7 @@ class MemoryShape:
             weight_bytes=header.weight_bytes,
             embedding_bytes=embedding.size_bytes if embedding is not None else 0,
             tokenizer_bytes=_tokenizer_bytes(header),
-            graph_overhead=(nodes + _NODES_PER_PAIR * len(pairs)) * _NODE_BYTES,
+            graph_overhead=nodes * _NODE_BYTES + len(pairs) * _PAIR_BYTES,
             adapter_bytes=sum(adapter.weight_bytes for adapter in header.adapters),
             adapter_rank=max((pair.rank for pair in pairs), default=0),
             adapter_outputs=max((pair.b.shape[1] for pair in pairs if _is_narrow(pair.target)), default=0),

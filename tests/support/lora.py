@@ -20,7 +20,10 @@ WeightType = Literal["f32", "f16", "q8_0"]
 
 @dataclass(frozen=True)
 class Matrices:
-    """A float32 [rank, inputs] and B float32 [outputs, rank]; of embeddings A [tokens, rank] and B [width, rank]."""
+    """A float32 [rank, inputs] and B float32 [outputs, rank], for each expert where there are experts.
+
+    Of embeddings A [tokens, rank] and B [width, rank].
+    """
 
     a: Array
     b: Array
@@ -43,8 +46,8 @@ def random_lora(
     for tensor in read_header(model).tensors:
         if not wanted(tensor.name):
             continue
-        inputs, outputs = tensor.shape
-        shape_a, shape_b = (rank, inputs), (outputs, rank)
+        inputs, outputs, *experts = tensor.shape
+        shape_a, shape_b = (*experts, rank, inputs), (*experts, outputs, rank)
         if tensor.name == "token_embd.weight":
             shape_a, shape_b = (outputs, rank), (inputs, rank)
         a = random.standard_normal(shape_a) / np.sqrt(inputs)
@@ -97,7 +100,10 @@ def _add(writer: gguf.GGUFWriter, name: str, tensor: npt.NDArray[Any], dtype: We
 
 
 def write_merged(path: Path, model: Path, loras: Iterable[tuple[Lora, float]]) -> Path:
-    """Write the model with W + factor * B A, in f32, instead of each W that one of `loras`, (matrices, factor), changes."""
+    """Write the model with W + factor * B A instead of each W that one of `loras`, (matrices, factor), changes.
+
+    All tensors become f32: activations are rounded before they meet quantised weights.
+    """
     reader = gguf.GGUFReader(model)
     architecture = read_header(model).architecture
     writer = gguf.GGUFWriter(path, architecture)
@@ -107,9 +113,6 @@ def write_merged(path: Path, model: Path, loras: Iterable[tuple[Lora, float]]) -
             writer.add_key_value(name, item.contents(), kind, item.types[-1] if len(item.types) > 1 else None)
     wanted = list(loras)
     for tensor in reader.tensors:
-        if not any(tensor.name in lora for lora, _factor in wanted):
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-            continue
         weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         for lora, factor in wanted:
             if tensor.name in lora:
