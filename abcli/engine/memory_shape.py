@@ -119,21 +119,19 @@ class MemoryShape:
         """
         residual = (4 if quantised else 3) * self.embedding
         branches = 3 if self.gated else 2
-        widths = [residual + self.queries + branches * self.feed_forward, residual + 3 * self.recurrent]
-        attention = residual + 2 * self.queries + 2 * self.keys
-        if self.adapter_rank:
-            # Beside a matrix's result lie the product with A and the one with B.
-            widths += [
-                attention + self.adapter_rank,
-                residual + 2 * self.adapter_outputs + self.adapter_rank,
-                residual + branches * self.feed_forward + self.adapter_rank,
-            ]
+        # Beside the result of a matrix that an adapter changes lie the products with A and with B.
+        rank = self.adapter_rank
+        attention = residual + 2 * self.queries + 2 * self.keys + rank
+        widths = [
+            residual + self.queries + branches * self.feed_forward + rank,
+            residual + 3 * self.recurrent,
+            residual + 2 * self.adapter_outputs + rank,
+        ]
         if self.experts_used:
             used = self.experts_used
             widths += [
-                residual + self.queries + branches * used * self.expert_feed_forward,
-                residual + 2 * self.queries + 2 * used * self.embedding + used * self.adapter_rank,
-                residual + branches * used * self.expert_feed_forward + used * self.adapter_rank,
+                residual + self.queries + branches * used * self.expert_feed_forward + used * rank,
+                residual + 2 * self.queries + 2 * used * self.embedding + used * rank,
             ]
         logits = (2 if self.adapts_logits else 1) * min(outputs, tokens) * self.vocabulary + residual * tokens
         beside_scores = (attention + 2 * self.embedding) * tokens if scores else 0

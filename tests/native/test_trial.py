@@ -173,7 +173,7 @@ def test_the_reason_is_found_in_the_output(output: str) -> None:
     ],
 )
 def test_a_silent_end_is_named(tmp_path: Path, status: int, kind: type[Exception], words: str) -> None:
-    error = trial._failure(tmp_path / "m.gguf", status, "")
+    error = trial._failure(tmp_path / "m.gguf", (), status, "")
     assert type(error) is kind
     assert words in str(error)
 
