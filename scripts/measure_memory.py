@@ -5,7 +5,8 @@
 
 Each set-up runs in a process of its own, which reads 600 tokens and decodes two. Prints a table and, as the last
 line, the same as JSON. Weights that llama.cpp repacks are in memory twice, as its copy and as pages of the file that
-the system can drop; `resident` counts them once.
+the system can drop; `resident` counts them once. With adapters llama.cpp plans its compute buffers anew at the first
+batch; where that comes before the prompt (--fused, --prefill shared), its log has them twice.
 """
 
 from __future__ import annotations
