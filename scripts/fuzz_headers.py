@@ -24,14 +24,17 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from abcli.config import EngineConfig
+from abcli.config import EngineConfig, LoraConfig
 from abcli.engine.memory import Room, predict
 from abcli.errors import AbcliError
+from abcli.models.adapter import is_adapter, read_adapter, with_adapters
 from abcli.models.check import check_file
+from abcli.models.fingerprint import fingerprint
 from abcli.models.header import read_header
-from abcli.models.inspection import inspect
+from abcli.models.inspection import inspect, inspect_adapter
 from abcli.models.verification import Verification
 from abcli.models.weights import scan_weights
+from tests.support.lora import random_lora, write_lora
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 SECONDS = 1.0
@@ -62,7 +65,7 @@ class HangError(Exception):
 
 
 def seeds(folder: Path) -> list[tuple[bytes, int]]:
-    """Small models of every architecture that the tests know, each with the size of its header."""
+    """Small models of the architectures that the tests know, and adapters of the first, each with its header's size."""
     small = {"embedding": 32, "heads": 2, "feed_forward": 32, "layers": 2}
     files = []
     for architecture in ("llama", "qwen2", "qwen2vl", "gemma3", "stablelm", "gpt2", "bloom"):
@@ -72,6 +75,8 @@ def seeds(folder: Path) -> list[tuple[bytes, int]]:
         files.append(
             write_tiny_model(path, architecture=architecture, kv_heads=kv_heads, context_length=context, **small)  # type: ignore[arg-type]
         )
+    for dtype in ("f16", "q8_0"):
+        files.append(write_lora(folder / f"lora-{dtype}.gguf", random_lora(files[0], rank=32), dtype=dtype))
     files.append(write_tiny_mamba(folder / "mamba.gguf", embedding=32))
     files.append(write_tiny_model(folder / "q8.gguf", tokenizer="llama", dtype="q8_0", **small))  # type: ignore[arg-type]
     factors = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "general.alignment": 64}
@@ -116,7 +121,13 @@ def read_all(path: Path) -> str:
     """Send `path` through every reader; "accepted" or "refused". Raises whatever is no error of abcli's."""
     list(Verification(path).structure())
     try:
-        read_header(path)
+        if is_adapter(read_header(path)):
+            model = check_file(path.with_name("llama.gguf"))
+            fingerprint(with_adapters(model, [LoraConfig(path)]))
+            adapter = read_adapter(path)
+            inspect_adapter(adapter)
+            scan_weights(adapter.header)
+            return "accepted"
         header = check_file(path)
         inspect(header)
         config = EngineConfig(path, (5000.0, 10000.0), context_size=4096, gpu_layers=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -206,23 +206,15 @@ def test_memory_stays_flat(tmp_path: Path, tiny_model: Path) -> None:
     assert resident(10) - before < 8 * 2**20
 
 
-def test_the_real_model_with_merged_weights(tmp_path: Path, real_model: Path) -> None:
-    lora = random_lora(real_model, rank=8, strength=0.1)
+def test_real_weights_with_an_adapter_and_merged(tmp_path: Path, real_model: Path) -> None:
+    # All 30 layers in f32 would be files of 540 MB.
+    base = write_merged(tmp_path / "base.gguf", real_model, [], layers=6)
+    lora = random_lora(base, rank=8, strength=0.2)
     adapter = write_lora(tmp_path / "a.gguf", lora, alpha=16.0)
-    base = write_merged(tmp_path / "base.gguf", real_model, [])
-    merged = write_merged(tmp_path / "merged.gguf", real_model, [(lora, 0.5 * 16 / 8)])
+    merged = write_merged(tmp_path / "merged.gguf", real_model, [(lora, 0.5 * 16 / 8)], layers=6)
     ways: dict[str, Any] = {"bases": (100_000.0, 200_000.0), "prefill": "shared"}
     theirs = logits(config(merged, **ways))
     for engine in ENGINES:
         ours = logits(config(base, LoraConfig(adapter, 0.5), engine=engine, **ways))
-        assert divergence(ours, theirs) < 1e-6
-    assert divergence(logits(config(base, **ways)), theirs) > 1e-2
-
-
-def divergence(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    """The largest KL(theirs || ours) of any row."""
-    rows: Sequence[NDArray[np.float64]] = [
-        part - np.log(np.exp(part - part.max(-1, keepdims=True)).sum(-1, keepdims=True)) - part.max(-1, keepdims=True)
-        for part in (theirs.astype(np.float64), ours.astype(np.float64))
-    ]
-    return float((np.exp(rows[0]) * (rows[0] - rows[1])).sum(-1).max())
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+    assert np.abs(logits(config(base, **ways)) - theirs).max() > 1

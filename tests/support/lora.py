@@ -99,20 +99,25 @@ def _add(writer: gguf.GGUFWriter, name: str, tensor: npt.NDArray[Any], dtype: We
         writer.add_tensor(name, tensor)
 
 
-def write_merged(path: Path, model: Path, loras: Iterable[tuple[Lora, float]]) -> Path:
+def write_merged(path: Path, model: Path, loras: Iterable[tuple[Lora, float]], layers: int | None = None) -> Path:
     """Write the model with W + factor * B A instead of each W that one of `loras`, (matrices, factor), changes.
 
-    All tensors become f32: activations are rounded before they meet quantised weights.
+    All tensors become f32: activations are rounded before they meet quantised weights. Only the first `layers` are
+    kept, if that is given.
     """
     reader = gguf.GGUFReader(model)
     architecture = read_header(model).architecture
     writer = gguf.GGUFWriter(path, architecture)
     for name, item in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
-            kind = item.types[0]
-            writer.add_key_value(name, item.contents(), kind, item.types[-1] if len(item.types) > 1 else None)
+            kind, value = item.types[0], item.contents()
+            if layers is not None and name == f"{architecture}.block_count":
+                value = layers
+            writer.add_key_value(name, value, kind, item.types[-1] if len(item.types) > 1 else None)
     wanted = list(loras)
     for tensor in reader.tensors:
+        if layers is not None and tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= layers:
+            continue
         weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         for lora, factor in wanted:
             if tensor.name in lora:
