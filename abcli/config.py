@@ -52,6 +52,14 @@ class BucketConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter that changes the model; `scale` (float32) multiplies its weights, 0 leaves it out."""
+
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How a model is loaded and decoded; 0 threads: one per core; -1 GPU layers: all of them.
 
@@ -77,6 +85,7 @@ class EngineConfig:
     prompt_cache: Path | None = None
     engine: EngineChoice = "contexts"
     force: bool = False
+    lora: tuple[LoraConfig, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 
 The readers may refuse a file with an error of abcli's and nothing else, within a second of processor time and within
 512 MiB of memory beyond what the process has at the start. With --load, llama.cpp then loads what they accept, in a
-process of its own, and may refuse it but not crash. Exit status 1, with the file kept in --keep, otherwise.
+process of its own (an adapter with its model), and may refuse it but not crash. Exit status 1,
+with the file kept in --keep, otherwise.
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from abcli.config import EngineConfig
+from abcli.config import EngineConfig, LoraConfig
 from abcli.engine.memory import Room, predict
 from abcli.errors import AbcliError
+from abcli.models.adapter import is_adapter, read_adapter, with_adapters
 from abcli.models.check import check_file
+from abcli.models.fingerprint import fingerprint
 from abcli.models.header import read_header
-from abcli.models.inspection import inspect
+from abcli.models.inspection import inspect, inspect_adapter
 from abcli.models.verification import Verification
 from abcli.models.weights import scan_weights
 from abcli.native import trial
+from tests.support.lora import random_lora, write_lora
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 SECONDS = 1.0
@@ -89,7 +93,7 @@ class Seed:
 
 
 def seeds(folder: Path) -> list[Seed]:
-    """Small models of every architecture that the tests know."""
+    """Small models of every architecture that the tests know, and adapters of the first."""
     small = {"embedding": 32, "heads": 2, "feed_forward": 32, "layers": 2}
     files = []
     for architecture in ("llama", "qwen2", "qwen2vl", "gemma3", "stablelm", "gpt2", "bloom"):
@@ -99,6 +103,8 @@ def seeds(folder: Path) -> list[Seed]:
         files.append(
             write_tiny_model(path, architecture=architecture, kv_heads=kv_heads, context_length=context, **small)  # type: ignore[arg-type]
         )
+    for dtype in ("f16", "q8_0"):
+        files.append(write_lora(folder / f"lora-{dtype}.gguf", random_lora(files[0], rank=32), dtype=dtype))
     files.append(write_tiny_mamba(folder / "mamba.gguf", embedding=32))
     files.append(write_tiny_model(folder / "q8.gguf", tokenizer="llama", dtype="q8_0", **small))  # type: ignore[arg-type]
     files.append(write_tiny_model(folder / "experts.gguf", metadata=EXPERTS, tensors=_experts(), **small))  # type: ignore[arg-type]
@@ -220,7 +226,8 @@ def load(path: Path) -> str:
         resource.setrlimit(resource.RLIMIT_CPU, (LOAD_SECONDS, LOAD_SECONDS))
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.environ["GGML_NO_BACKTRACE"] = "1"
-        trial.main([str(path)])
+        adapter = is_adapter(read_header(path))
+        trial.main([str(path.with_name("llama.gguf")), str(path), "1.0"] if adapter else [str(path)])
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
         output = pipe.read().decode(errors="replace")
@@ -234,7 +241,13 @@ def read_all(path: Path) -> str:
     """Send `path` through every reader; "accepted" or "refused". Raises whatever is no error of abcli's."""
     list(Verification(path).structure())
     try:
-        read_header(path)
+        if is_adapter(read_header(path)):
+            model = check_file(path.with_name("llama.gguf"))
+            fingerprint(with_adapters(model, [LoraConfig(path)]))
+            adapter = read_adapter(path)
+            inspect_adapter(adapter)
+            scan_weights(adapter.header)
+            return "accepted"
         header = check_file(path)
         inspect(header)
         config = EngineConfig(path, (5000.0, 10000.0), context_size=4096, gpu_layers=0)

@@ -1,11 +1,12 @@
 """Predicted against measured memory of set-ups: llama.cpp's own buffer sizes, and what the process has resident.
 
     python scripts/measure_memory.py MODEL... [--buckets 1,6] [--contexts 512,4096] [--cache-types f16,q8_0]
-                                     [--slots 1] [--prefill exact] [--fused]
+        [--slots 1] [--prefill exact] [--fused] [--lora FILE]...
 
 Each set-up runs in a process of its own, which reads 600 tokens in each slot and decodes two. Prints a table and, as
 the last line, the same as JSON. Weights that llama.cpp repacks are in memory twice, as its copy and as pages of the
-file that the system can drop; `resident` counts them once.
+file that the system can drop; `resident` counts them once. With adapters llama.cpp plans its compute buffers anew at
+the first batch; where that comes before the prompt (--fused, --prefill shared), its log has them twice.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 
 import psutil
 
-from abcli.config import BucketConfig, EngineConfig
+from abcli.config import BucketConfig, EngineConfig, LoraConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import predict
-from abcli.models.check import check_file
+from abcli.models.adapter import check_model
 from abcli.native.library import echo_log
 from abcli.native.model import Model
 from abcli.rope.bases import choose_bases
@@ -34,8 +35,15 @@ from abcli.rope.bases import choose_bases
 MEBIBYTE = 2**20
 PROMPT_TOKENS = 600
 # What llama.cpp logs -> the part of the prediction it belongs to.
-BUFFERS = {"model": "weights", "KV": "caches", "RS": "caches", "compute": "compute", "output": "outputs"}
-PARTS = ("weights", "caches", "compute", "outputs")
+BUFFERS = {
+    "model": "weights",
+    "LoRA": "adapters",
+    "KV": "caches",
+    "RS": "caches",
+    "compute": "compute",
+    "output": "outputs",
+}
+PARTS = ("weights", "adapters", "caches", "compute", "outputs")
 
 
 def main() -> None:
@@ -48,6 +56,7 @@ def main() -> None:
     parser.add_argument("--prefill", default="exact", help="exact, where every buffer is used to the full, or shared")
     parser.add_argument("--slots", type=int, default=1, help="prompts at the same time")
     parser.add_argument("--fused", action="store_true", help="the engine of one context")
+    parser.add_argument("--lora", action="append", default=[], type=Path, metavar="FILE", help="adapter; repeatable")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     buckets, contexts = ([int(word) for word in text.split(",")] for text in (arguments.buckets, arguments.contexts))
@@ -60,7 +69,7 @@ def main() -> None:
         command = [sys.executable, __file__, str(model), "--child", "--buckets", str(count)]
         command += ["--contexts", str(context), "--cache-types", cache, "--prefill", arguments.prefill]
         command += ["--slots", str(arguments.slots)]
-        command += [*(["--fused"] if arguments.fused else [])]
+        command += [*(["--fused"] if arguments.fused else []), *(f"--lora={lora}" for lora in arguments.lora)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{model.name:34} {count:>7} {context:>7} {cache:>5}  failed: {done.stderr.strip()[-200:]}")
@@ -74,7 +83,7 @@ def measure(path: Path, buckets: int, context: int, arguments: argparse.Namespac
     """Bytes predicted and measured of one set-up; run it in a fresh process."""
     process = psutil.Process()
     cache, fused = arguments.cache_types, arguments.fused
-    header = check_file(path)
+    header = check_model(path, [LoraConfig(lora) for lora in arguments.lora])
     log: list[str] = []
     echo_log(log.append)
     before = _memory(process)
@@ -83,7 +92,7 @@ def measure(path: Path, buckets: int, context: int, arguments: argparse.Namespac
     config = replace(config, slots=arguments.slots, prefill=arguments.prefill, engine="fused" if fused else "contexts")
     prediction = predict(config, header)
     make: Any = FusedEngine if fused else ContextsEngine
-    with Model(path) as model, make(model, config, header=header) as engine:
+    with Model(path, adapters=header.adapters) as model, make(model, config, header=header) as engine:
         # A context that tried something out and went says so in the log; its buffers are none of the set-up's.
         loaded = _logged("".join(log), prediction.contexts)
         count = min(PROMPT_TOKENS, context - 2)

@@ -74,7 +74,7 @@ def make_profile(name: str, calibration: Calibration, judgement: Judgement, subj
     return Profile(
         name=name,
         fingerprint=subject.fingerprint,
-        model=subject.config.model.name,
+        model=subject.header.name,
         architecture=subject.header.architecture,
         native_base=subject.native_base,
         bases=chosen.bases,

@@ -33,7 +33,7 @@ def utc_now() -> str:
 
 @dataclass(frozen=True)
 class Session:
-    """A saved chat. `model` is a file name and `model_size` its bytes, so that another model is noticed."""
+    """A saved chat. `model` names its file, and adapters, and `model_size` is their bytes: another is noticed."""
 
     name: str
     model: str = ""

@@ -42,7 +42,7 @@ from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions
 from abcli.cli.setup import ready, resolve_profile
 from abcli.config import NATIVE_RANDOM_SEED, BucketConfig, EngineConfig, GenerationConfig
 from abcli.errors import BatchError, CancelledError, UsageError
-from abcli.models.check import check_file
+from abcli.models.adapter import check_model
 from abcli.models.fingerprint import fingerprint
 from abcli.models.header import Header
 from abcli.rope.bases import choose_bases
@@ -136,7 +136,7 @@ def batch(
     generation = answer_options.config(sampling_options.config())
     source_parts = input_options.parts()
     config, buckets = resolve_profile(terminal, model, model_options, bucket_options)
-    header = check_file(config.model)
+    header = check_model(config.model, config.lora)
     config = replace(
         config,
         bases=choose_bases(buckets, header.native_base),
@@ -212,7 +212,7 @@ def _open_ends(
         separator=task.parts.separator,
         shard=task.parts.shard,
         seed=seed,
-        model=task.config.model.name,
+        model=task.header.name,
         restart=options.restart,
         source=input_file(task.source),
     )

@@ -202,7 +202,7 @@ def calibration(
             hint = "" if calibration_options.fresh else "the same command goes on where it stopped"
             raise CancelledError(hint=hint) from None
         recorded = RecordedModel(
-            config.model.name, subject.fingerprint, subject.header.architecture, subject.native_base
+            subject.header.name, subject.fingerprint, subject.header.architecture, subject.native_base
         )
         profile = make_profile(name, found, judgement, subject)
     kept = calibration_options.keep or judgement.verdict is Verdict.CALIBRATED

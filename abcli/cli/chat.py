@@ -108,11 +108,11 @@ def _session(
     loaded: Ready, sampling: SamplingConfig, resumed: Session | None, name: str | None, terminal: Terminal
 ) -> Session:
     """The session to continue under today's model and bases; a new one has no name before its first save."""
-    path = loaded.opened.model.path
+    header = loaded.opened.header
     session = Session(
         name or "",
-        path.name,
-        loaded.opened.header.file_size,
+        header.name,
+        header.file_size + sum(adapter.header.file_size for adapter in header.adapters),
         loaded.opened.engine.bases,
         loaded.buckets.merge,
         sampling=sampling,
@@ -127,7 +127,7 @@ def _session(
 def _greet(terminal: Terminal, loaded: Ready, talk: Chat) -> None:
     engine = loaded.opened.engine
     bases = ", ".join(f"{base:g}" for base in engine.bases)
-    terminal.note(f"{loaded.opened.model.path.name}: {len(engine.bases)} buckets at RoPE bases {bases}")
+    terminal.note(f"{loaded.opened.header.name}: {len(engine.bases)} buckets at RoPE bases {bases}")
     if talk.conversation.turns:
         terminal.note(f"resumed after {talk.conversation.turns} turns")
     terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")

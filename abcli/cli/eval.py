@@ -33,7 +33,7 @@ from abcli.evals.report import (
 )
 from abcli.evals.runner import TASKS, EvaluationSettings, evaluate
 from abcli.evals.subject import Subject
-from abcli.models.check import check_file
+from abcli.models.adapter import check_model
 from abcli.models.fingerprint import fingerprint
 from abcli.native.library import echo_log
 from abcli.profiles.lookup import default_profile, named_profile
@@ -182,21 +182,21 @@ def _evaluate(
             hint = "" if questions.fresh else "the same command goes on where it stopped"
             raise CancelledError(hint=hint) from None
         header = subject.header
-        recorded = RecordedModel(config.model.name, subject.fingerprint, header.architecture, header.native_base)
+        recorded = RecordedModel(header.name, subject.fingerprint, header.architecture, header.native_base)
     return make_report(settings, found, recorded, data, contexts=results.examples)
 
 
 def _configurations(terminal: Terminal, texts: Sequence[str] | None, config: EngineConfig) -> list[Configuration]:
     """What is compared: what the user lists, else the usual sets and the model's default profile if it has one."""
-    header = check_file(config.model)
+    header = check_model(config.model, config.lora)
     identity = fingerprint(header)
 
     def find_profile(name: str | None) -> Profile:
         if name is not None:
-            return named_profile(profiles_directory(), identity, name, config.model.name)
+            return named_profile(profiles_directory(), identity, name, header.name)
         profile = default_profile(profiles_directory(), identity, terminal.warn)
         if profile is None:
-            raise ProfileError(f"{config.model.name} has no profile", "`abcli calibrate` makes one")
+            raise ProfileError(f"{header.name} has no profile", "`abcli calibrate` makes one")
         return profile
 
     chosen = list(_DEFAULT_COMPARED if texts is None else texts)

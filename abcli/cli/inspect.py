@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from abcli.cli.flags import flag
+from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.cli.model_name import ModelNameOptions
 from abcli.config import (
     DEFAULT_BUCKETS,
@@ -24,12 +26,14 @@ from abcli.config import (
 )
 from abcli.engine.memory import MAX_CONTEXT, Prediction, Room, free_room, predict
 from abcli.errors import UsageError
-from abcli.models.check import check_file
-from abcli.models.inspection import Inspection
+from abcli.models.adapter import check_model, is_adapter, read_adapter
+from abcli.models.check import check_kind_of_file
+from abcli.models.header import read_header
+from abcli.models.inspection import AdapterInspection, Inspection, inspect_adapter
 from abcli.models.inspection import inspect as inspect_header
 from abcli.models.locate import locate_model
 from abcli.rope.bases import choose_bases
-from abcli.ui.inspection import cost_text, inspection_text
+from abcli.ui.inspection import adapter_text, cost_text, inspection_text
 from abcli.ui.terminal import Terminal
 
 _ENGINE = EngineConfig(Path(), ())
@@ -43,6 +47,7 @@ def inspect(
     ] = None,
     *,
     name_options: ModelNameOptions,
+    lora: LoraFlag = None,
     buckets: Annotated[int, flag(f"Buckets to count for, 1 to {MAX_BUCKETS}.", "--buckets", "-k")] = DEFAULT_BUCKETS,
     ctx_size: Annotated[int, flag("Tokens of context; 0: the trained length.", "--ctx-size", "-c")] = DEFAULT_CONTEXT,
     cache_type_k: Annotated[CacheType, flag("Type of the key cache.", "--cache-type-k", "-ctk")] = _ENGINE.cache_type_k,
@@ -70,7 +75,15 @@ def inspect(
         if not least <= value <= most:
             raise UsageError(f"{name} {value} is impossible", f"choose {least} to {most}")
     path = locate_model(name_options.name(model_word))
-    header = check_file(path)
+    loras = parse_loras(lora)
+    terminal = Terminal()
+    if _is_adapter(path):
+        if loras:
+            raise UsageError(f"{path} is an adapter itself", "name the model: abcli inspect MODEL --lora FILE")
+        adapter = inspect_adapter(read_adapter(path))
+        terminal.write(_json(_adapter_report(adapter)) if as_json else adapter_text(adapter))
+        return
+    header = check_model(path, loras)
     bases = choose_bases(BucketConfig(count=buckets), header.native_base)
     config = EngineConfig(
         path,
@@ -84,16 +97,34 @@ def inspect(
         engine=engine,
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
+        lora=loras,
     )
     found, prediction, room = inspect_header(header), predict(config, header), free_room(config)
-    terminal = Terminal()
+    adapters = [inspect_adapter(adapter) for adapter in header.adapters]
     if as_json:
-        terminal.write(json.dumps(_report(path, found, prediction, room), ensure_ascii=False) + "\n")
+        terminal.write(_json(_report(path, found, adapters, prediction, room)))
     else:
-        terminal.write(inspection_text(found) + "\n" + cost_text(prediction, room))
+        texts = [inspection_text(found), *map(adapter_text, adapters), cost_text(prediction, room)]
+        terminal.write("\n".join(texts))
 
 
-def _report(path: Path, found: Inspection, prediction: Prediction, room: Room) -> dict[str, Any]:
+def _is_adapter(path: Path) -> bool:
+    check_kind_of_file(path)
+    return is_adapter(read_header(path))
+
+
+def _json(report: dict[str, Any]) -> str:
+    return json.dumps(report, ensure_ascii=False) + "\n"
+
+
+def _adapter_report(found: AdapterInspection) -> dict[str, Any]:
+    """The object of a LoRA file; sizes in bytes."""
+    return {"kind": "lora", **asdict(found), "path": str(found.path), "changes": dict(found.changes)}
+
+
+def _report(
+    path: Path, found: Inspection, adapters: Sequence[AdapterInspection], prediction: Prediction, room: Room
+) -> dict[str, Any]:
     """The object that --json prints; all sizes in bytes."""
     config = prediction.config
     described = asdict(found)
@@ -103,6 +134,7 @@ def _report(path: Path, found: Inspection, prediction: Prediction, room: Room) -
     return {
         "path": str(path),
         **described,
+        "adapters": [_adapter_report(adapter) for adapter in adapters],
         "memory": {
             "buckets": len(config.bases),
             "bases": list(config.bases),

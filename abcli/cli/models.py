@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from abcli.config import profiles_directory
 from abcli.errors import AbcliError, ModelFileError, ProfileError, UsageError
 from abcli.models import aliases as alias_file
+from abcli.models.adapter import is_adapter
 from abcli.models.catalogue import known_models
 from abcli.models.check import check_file
 from abcli.models.fingerprint import fingerprint
@@ -199,8 +200,12 @@ def _profile(model: ModelHere, terminal: Terminal) -> str:
     return profile.name if profile is not None else ""
 
 
+def _is_adapter(model: ModelHere) -> bool:
+    return model.header is not None and is_adapter(model.header)
+
+
 def _row(model: ModelHere, profile: str, names: list[str]) -> tuple[str, ...]:
-    header, cached = model.header, model.cached
+    header, cached = None if _is_adapter(model) else model.header, model.cached
     origin = "file"
     if cached is not None:
         origin = f"hub@{cached.commit[:_SHOWN_COMMIT]}" + (f" {one_line(','.join(cached.refs))}" if cached.refs else "")
@@ -210,15 +215,15 @@ def _row(model: ModelHere, profile: str, names: list[str]) -> tuple[str, ...]:
         model.quant or "-",
         f"{header.trained_context:,}" if header is not None else "-",
         f"{header.native_base:g}" if header is not None else "-",
-        origin,
+        f"{origin} (LoRA)" if _is_adapter(model) else origin,
         profile or "-",
         ", ".join(names) or "-",
     )
 
 
 def _report(model: ModelHere, profile: str, names: list[str]) -> dict[str, Any]:
-    """The object of one model that --json prints."""
-    header, cached = model.header, model.cached
+    """The object of one model that --json prints; an adapter has neither context nor base."""
+    header, cached = None if _is_adapter(model) else model.header, model.cached
     source: dict[str, Any] = {"kind": "file"}
     if cached is not None:
         source = {"kind": "hub", "repository": cached.repository, "file": cached.name}
@@ -229,7 +234,8 @@ def _report(model: ModelHere, profile: str, names: list[str]) -> dict[str, Any]:
         "files": len(model.files),
         "size": model.size,
         "quant": model.quant or None,
-        "architecture": header.architecture if header is not None else None,
+        "adapter": _is_adapter(model),
+        "architecture": model.header.architecture if model.header is not None else None,
         "context": header.trained_context if header is not None else None,
         "native_base": header.native_base if header is not None else None,
         "source": source,

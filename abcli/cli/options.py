@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 from abcli.chat.files import read_text_file
 from abcli.cli.flags import flag
+from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.cli.model_name import ModelNameOptions
 from abcli.config import (
     DEFAULT_BUCKETS,
@@ -47,6 +48,7 @@ _PLAIN_CACHE_TYPES = ("f32", "f16", "bf16")
 class ModelOptions(ModelNameOptions):
     """Which model, and how llama.cpp runs it."""
 
+    lora: LoraFlag = None
     ctx_size: Annotated[int, flag("Tokens the context holds; 0: the trained length.", "--ctx-size", "-c")] = (
         DEFAULT_CONTEXT
     )
@@ -132,6 +134,7 @@ class ModelOptions(ModelNameOptions):
             prefill_base=self.prefill_base,
             engine=self.engine,
             force=self.force,
+            lora=parse_loras(self.lora),
             prompt_cache=self.prompt_cache_dir or (prompt_cache_directory() if self.prompt_cache else None),
         )
 

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.config import profiles_directory
 from abcli.errors import ProfileError, UsageError
-from abcli.models.check import check_file
+from abcli.models.adapter import check_model
 from abcli.models.fingerprint import fingerprint
 from abcli.models.locate import locate_model
 from abcli.profiles import catalogue, store
@@ -66,10 +67,10 @@ def listing(context: typer.Context, *, as_json: AsJson = False) -> None:
 
 
 @app.command("show", help="Show one profile and what speaks for it.")
-def show(name: Name, *, model: ModelFlag = None, as_json: AsJson = False) -> None:
+def show(name: Name, *, model: ModelFlag = None, lora: LoraFlag = None, as_json: AsJson = False) -> None:
     """All of a profile on standard output."""
     terminal = Terminal()
-    entry = _select(available(terminal), name, model)
+    entry = _select(available(terminal), name, model, lora)
     if as_json:
         terminal.write(json.dumps(_report(entry), ensure_ascii=False) + "\n")
         return
@@ -82,11 +83,12 @@ def export(
     file: Annotated[str, typer.Argument(metavar="[FILE|-]", help="Where to; -: standard output.")] = "-",
     *,
     model: ModelFlag = None,
+    lora: LoraFlag = None,
     force: Force = False,
 ) -> None:
     """One JSON object in a file or on standard output."""
     terminal = Terminal()
-    profile = _select(available(terminal), name, model).profile
+    profile = _select(available(terminal), name, model, lora).profile
     if file == "-":
         terminal.write(store.portable(profile).decode("utf-8"))
         return
@@ -110,10 +112,10 @@ def import_(
 
 
 @app.command("remove", help="Delete a profile.")
-def remove(name: Name, *, model: ModelFlag = None) -> None:
+def remove(name: Name, *, model: ModelFlag = None, lora: LoraFlag = None) -> None:
     """Delete a profile of the user's; those that come with abcli stay."""
     terminal = Terminal()
-    entry = _select(available(terminal), name, model)
+    entry = _select(available(terminal), name, model, lora)
     if entry.shipped:
         raise ProfileError(f"{entry.profile.name} comes with abcli", "use another, or run with --profile none")
     store.remove(profiles_directory(), entry.profile.fingerprint, entry.profile.name)
@@ -121,11 +123,11 @@ def remove(name: Name, *, model: ModelFlag = None) -> None:
 
 
 @app.command("use", help="Make a profile its model's default.")
-def use(name: Name, *, model: ModelFlag = None) -> None:
+def use(name: Name, *, model: ModelFlag = None, lora: LoraFlag = None) -> None:
     """Let the model use this profile, whatever is calibrated later."""
     terminal = Terminal()
     # One that comes with abcli becomes the user's own copy: what is written stays apart from what is installed.
-    profile = store.choose(_select(available(terminal), name, model).profile, profiles_directory())
+    profile = store.choose(_select(available(terminal), name, model, lora).profile, profiles_directory())
     terminal.write(f"{one_line(profile.model)} uses {profile.name}\n")
 
 
@@ -161,9 +163,11 @@ def _defaults(own: list[Profile], shipped: list[Profile]) -> list[Profile]:
     return list(defaults.values())
 
 
-def _select(entries: list[Entry], word: str, model: str | None) -> Entry:
+def _select(entries: list[Entry], word: str, model: str | None, lora: list[str] | None) -> Entry:
     """The profile that NAME or FINGERPRINT/NAME means. Raises UsageError and ProfileError."""
-    start = "" if model is None else fingerprint(check_file(locate_model(model)))
+    if lora and model is None:
+        raise UsageError(f"--lora {lora[0]} needs the model that it changes", "add --model FILE")
+    start = "" if model is None else fingerprint(check_model(locate_model(model), parse_loras(lora)))
     name = word
     if (qualified := _QUALIFIED.fullmatch(word)) is not None:
         if model is not None:

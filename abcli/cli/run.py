@@ -140,6 +140,7 @@ def _report(loaded: Ready, answer: Answer) -> dict[str, Any]:
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "model": str(loaded.opened.model.path),
+        "lora": [{"path": str(adapter.path), "scale": adapter.scale} for adapter in loaded.opened.header.adapters],
         "bases": list(loaded.opened.engine.bases),
         "merge": loaded.buckets.merge,
         "seed": answer.seed,

@@ -14,7 +14,7 @@ from abcli.config import BucketConfig, EngineConfig, profiles_directory
 from abcli.engine.opening import Opened, open_engine
 from abcli.errors import ProfileError
 from abcli.generate import Generator
-from abcli.models.check import check_file
+from abcli.models.adapter import check_model
 from abcli.models.fingerprint import fingerprint
 from abcli.native.library import echo_log
 from abcli.native.sampler import SamplerChain
@@ -73,10 +73,10 @@ def resolve_profile(
     if name == NO_PROFILE or (name is None and bucket_options.given() is not None):
         return engine, buckets
     if name is not None:
-        identity = fingerprint(check_file(engine.model))
-        profile: Profile | None = named_profile(profiles_directory(), identity, name, engine.model.name)
+        header = check_model(engine.model, engine.lora)
+        profile: Profile | None = named_profile(profiles_directory(), fingerprint(header), name, header.name)
     else:
-        profile = _default_profile(engine.model, terminal)
+        profile = _default_profile(engine, terminal)
     if profile is None:
         return engine, buckets
     bases = " ".join(f"{base:g}" for base in profile.bases)
@@ -95,13 +95,13 @@ def resolve_profile(
     )
 
 
-def _default_profile(model: Path, terminal: Terminal) -> Profile | None:
+def _default_profile(engine: EngineConfig, terminal: Terminal) -> Profile | None:
     """The model's default profile; damage is a warning."""
     directory = profiles_directory()
     try:
-        if not may_have_profile(directory, _size(model)):
+        if not may_have_profile(directory, _size(engine.model)):
             return None
-        return default_profile(directory, fingerprint(check_file(model)), terminal.warn)
+        return default_profile(directory, fingerprint(check_model(engine.model, engine.lora)), terminal.warn)
     except ProfileError as error:
         terminal.warn(f"{error.message}; no profile is used")
         return None

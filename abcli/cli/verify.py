@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,9 @@ import typer
 
 from abcli.chat.sandbox import CompiledTemplate
 from abcli.cli.flags import flag
+from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.cli.model_name import ModelNameOptions
+from abcli.config import LoraConfig
 from abcli.errors import UsageError
 from abcli.models.catalogue import known_models
 from abcli.models.locate import locate_model
@@ -33,6 +35,7 @@ def verify(
     ] = None,
     *,
     name_options: ModelNameOptions,
+    lora: LoraFlag = None,
     sha256: Annotated[
         str | None,
         flag("What the file's SHA-256 should be; of a split model the first part's.", "--sha256", metavar="HEX"),
@@ -45,10 +48,11 @@ def verify(
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise UsageError(f"--sha256 {sha256} is no SHA-256", "give 64 hexadecimal digits")
     path = locate_model(name_options.name(model_word))
+    loras = parse_loras(lora)
     terminal = Terminal()
     verification = Verification(path)
     checks: list[Check] = []
-    for check in _checks(verification, digest, terminal, trial=trial):
+    for check in _checks(verification, digest, loras, terminal, trial=trial):
         checks.append(check)
         if not as_json:
             terminal.write(check_line(check) + "\n")
@@ -59,8 +63,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _checks(verification: Verification, digest: str | None, terminal: Terminal, *, trial: bool) -> Iterator[Check]:
+def _checks(
+    verification: Verification, digest: str | None, loras: Sequence[LoraConfig], terminal: Terminal, *, trial: bool
+) -> Iterator[Check]:
     yield from verification.structure()
+    if verification.is_adapter and loras:
+        raise UsageError(f"{verification.path} is an adapter itself", "name the model: abcli verify MODEL --lora FILE")
     with terminal.working("computing checksums"):
         known = {entry.sha256: f"the {entry.name} that abcli knows" for entry in known_models().values()}
         checksums = list(verification.checksums(_expected(verification, digest), known))
@@ -68,6 +76,11 @@ def _checks(verification: Verification, digest: str | None, terminal: Terminal, 
     with terminal.working("reading the weights"):
         weights = verification.weights()
     yield weights
+    for lora in loras:
+        yield from verification.adapter(lora)
+    if verification.is_adapter:
+        yield Check("trial", "skipped", "a LoRA needs a model: abcli verify MODEL --lora FILE")
+        return
     yield verification.run("chat template", lambda: _template(verification), needs_header=True)
     if trial:
         with terminal.working("loading the model"):
@@ -116,6 +129,6 @@ def _trial(verification: Verification) -> Check:
 
     def load() -> str:
         ensure_loadable(verification.path, header)
-        return "llama.cpp loads it and decodes"
+        return "llama.cpp loads it and decodes" + (" with its adapters" if header.adapters else "")
 
     return verification.run("trial", load)

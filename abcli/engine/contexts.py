@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from math import log
 from pathlib import Path
@@ -43,7 +44,7 @@ class _Known:
 
     @cached_property
     def header(self) -> Header:
-        return self._given or read_header(self._model.path)
+        return self._given or replace(read_header(self._model.path), adapters=self._model.adapters)
 
     @cached_property
     def rope(self) -> RopeParameters:
@@ -223,7 +224,7 @@ class ContextsEngine(SlotEngine):
             cache_type_v=config.cache_type_v,
             flash_attention=config.flash_attention,
             build=version(),
-            model_name=model.path.name,
+            model_name=known.header.name,
         )
         cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
         return StoredPrompts(cache, _LeaderCells(self._leader, others, self._shared), self._piece)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class FusedEngine(SlotEngine):
         cannot be made.
         """
         super().__init__(config, model.vocabulary_size)
-        header = header or read_header(model.path)
+        header = header or replace(read_header(model.path), adapters=model.adapters)
         check_servable(model, header, config)
         self._threads = config.threads or available_cores()
         self._all = range(len(config.bases))
@@ -228,7 +229,7 @@ class FusedEngine(SlotEngine):
             cache_type_v=config.cache_type_v,
             flash_attention=config.flash_attention,
             build=f"{version()}, all layers in one cache",
-            model_name=model.path.name,
+            model_name=header.name,
         )
         cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
         return StoredPrompts(cache, _FusedCells(self._context, self._leader), self._piece)

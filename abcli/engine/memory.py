@@ -236,6 +236,7 @@ def _predict(config: EngineConfig, shape: MemoryShape, *, fused: bool) -> Predic
         _split("transfer", scratch, 0),
         _split("working", contexts * (shape.graph_overhead + shape.work_bytes(tokens)), 0),
         _split("tokenizer", shape.tokenizer_bytes, 0),
+        _split("adapters", shape.adapter_bytes, round(share * shape.adapter_bytes)),
     )
     return Prediction(config, shape, fused, contexts, cells, per_token, items)
 

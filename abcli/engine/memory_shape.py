@@ -18,6 +18,9 @@ _FLOAT = 4
 _NODE_BYTES = 1500
 _NODES_PER_TENSOR = 8
 _LEAST_NODES = 1024
+# The same for each matrix that an adapter changes.
+_PAIR_BYTES = 20_000
+_OUTPUT = "output.weight"
 # Bytes that llama.cpp's tables take for a token of the vocabulary and for a merge.
 _TOKEN_BYTES = 100
 _MERGE_BYTES = 240
@@ -52,6 +55,11 @@ class MemoryShape:
     embedding_bytes: int
     tokenizer_bytes: int
     graph_overhead: int
+    adapter_bytes: int
+    adapter_rank: int
+    adapter_outputs: int
+    """The widest result of a matrix outside the feed-forward network that an adapter changes."""
+    adapts_logits: bool
 
     @classmethod
     def of(cls, header: Header) -> MemoryShape:
@@ -62,7 +70,8 @@ class MemoryShape:
         feed_forward = max(header.per_layer("feed_forward_length"), default=0)
         names = {tensor.name: tensor for tensor in header.tensors}
         embedding = names.get("token_embd.weight")
-        tensors = len(header.tensors)
+        nodes = max(_LEAST_NODES, _NODES_PER_TENSOR * len(header.tensors))
+        pairs = [pair for adapter in header.adapters for pair in adapter.pairs]
         return cls(
             native_base=header.native_base,
             layers=header.layers,
@@ -83,7 +92,11 @@ class MemoryShape:
             weight_bytes=header.weight_bytes,
             embedding_bytes=embedding.size_bytes if embedding is not None else 0,
             tokenizer_bytes=_tokenizer_bytes(header),
-            graph_overhead=max(_LEAST_NODES, _NODES_PER_TENSOR * tensors) * _NODE_BYTES,
+            graph_overhead=nodes * _NODE_BYTES + len(pairs) * _PAIR_BYTES,
+            adapter_bytes=sum(adapter.weight_bytes for adapter in header.adapters),
+            adapter_rank=max((pair.rank for pair in pairs), default=0),
+            adapter_outputs=max((pair.b.shape[1] for pair in pairs if _is_narrow(pair.target)), default=0),
+            adapts_logits=any(pair.target == _OUTPUT for pair in pairs),
         )
 
     def kv_bytes(self, type_k: CacheType, type_v: CacheType, *, flash: bool) -> int:
@@ -106,15 +119,21 @@ class MemoryShape:
         """
         residual = (4 if quantised else 3) * self.embedding
         branches = 3 if self.gated else 2
-        widths = [residual + self.queries + branches * self.feed_forward, residual + 3 * self.recurrent]
-        attention = residual + 2 * self.queries + 2 * self.keys
+        # Beside the result of a matrix that an adapter changes lie the products with A and with B.
+        rank = self.adapter_rank
+        attention = residual + 2 * self.queries + 2 * self.keys + rank
+        widths = [
+            residual + self.queries + branches * self.feed_forward + rank,
+            residual + 3 * self.recurrent,
+            residual + 2 * self.adapter_outputs + rank,
+        ]
         if self.experts_used:
             used = self.experts_used
             widths += [
-                residual + self.queries + branches * used * self.expert_feed_forward,
-                residual + 2 * self.queries + 2 * used * self.embedding,
+                residual + self.queries + branches * used * self.expert_feed_forward + used * rank,
+                residual + 2 * self.queries + 2 * used * self.embedding + used * rank,
             ]
-        logits = min(outputs, tokens) * self.vocabulary + residual * tokens
+        logits = (2 if self.adapts_logits else 1) * min(outputs, tokens) * self.vocabulary + residual * tokens
         beside_scores = (attention + 2 * self.embedding) * tokens if scores else 0
         return max(_FLOAT * max(*widths, attention) * tokens, _FLOAT * beside_scores + scores, _FLOAT * logits)
 
@@ -167,6 +186,11 @@ def _is_gated(header: Header, feed_forward: int) -> bool:
         ".ffn_gate" in tensor.name or (".ffn_up.weight" in tensor.name and tensor.shape[-1] >= 2 * feed_forward)
         for tensor in header.tensors
     )
+
+
+def _is_narrow(target: str) -> bool:
+    """Whether a tensor's result is neither as wide as the feed-forward network nor as the vocabulary."""
+    return target != _OUTPUT and not target.endswith("token_embd.weight") and ".ffn_" not in target
 
 
 def _recurrent_width(header: Header) -> int:

@@ -15,7 +15,7 @@ from abcli.engine.memory import MAX_CONTEXT, check
 from abcli.engine.probe import Choice, choose
 from abcli.engine.protocol import Engine
 from abcli.errors import UnsupportedModelError, UsageError
-from abcli.models.check import check_file
+from abcli.models.adapter import check_model, warn_of_ignored
 from abcli.models.header import Header
 from abcli.native.model import Model
 from abcli.native.trial import ensure_loadable
@@ -45,7 +45,7 @@ def open_engine(
     Raises ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError and NativeError.
     """
     begin = perf_counter()
-    header = check_file(config.model)
+    header = check_model(config.model, config.lora)
     bases = choose_bases(buckets, header.native_base)
     if config.prefill_base is not None:
         (prefill_base,) = choose_bases(BucketConfig(bases=(config.prefill_base,)), header.native_base)
@@ -53,7 +53,8 @@ def open_engine(
     config = replace(config, bases=bases, context_size=_context_size(config, header))
     check_memory(config, header)
     ensure_loadable(config.model, header)
-    with Model(config.model, config.gpu_layers) as model:
+    warn_of_ignored(header, warn)
+    with Model(config.model, config.gpu_layers, header.adapters) as model:
         _check_buckets(model, len(bases))
         choice = choose(model, config, header)
         kind = FusedEngine if choice.kind == "fused" else ContextsEngine

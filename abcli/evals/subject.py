@@ -17,7 +17,7 @@ from abcli.errors import ContextFullError, UnsupportedModelError
 from abcli.evals.prompts import PromptMaker, TokenizedQuestion
 from abcli.evals.scorer import TraceStore, traces
 from abcli.evals.traces import Trace
-from abcli.models.check import check_file
+from abcli.models.adapter import check_model, warn_of_ignored
 from abcli.models.fingerprint import fingerprint
 from abcli.models.header import Header
 from abcli.native.library import version
@@ -49,14 +49,15 @@ class Subject(Owner):
         Traces are kept below the directory `scores`, None for nowhere. Raises ModelFileError, UnsupportedModelError,
         NativeError and TemplateError.
         """
-        self.header: Header = check_file(config.model)
+        self.header: Header = check_model(config.model, config.lora)
         ensure_loadable(config.model, self.header)
+        warn_of_ignored(self.header, warn)
         self.fingerprint: str = fingerprint(self.header)
         self.config: EngineConfig = replace(config, slots=1, prompt_cache=None)
         self._scores = scores
         self._warn = warn
         with ExitStack() as stack:
-            self.model: Model = stack.enter_context(Model(config.model, config.gpu_layers))
+            self.model: Model = stack.enter_context(Model(config.model, config.gpu_layers, self.header.adapters))
             if self.model.is_recurrent or not self.model.has_rope:
                 raise UnsupportedModelError(
                     f"{config.model.name} ({self.model.architecture}) has no RoPE base to vary",

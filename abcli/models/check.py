@@ -17,6 +17,7 @@ from abcli.models.header import MAGIC, Header, TensorInfo, read_header
 from abcli.models.values import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
 
 CHAT_MODEL_HINT = "use a GGUF file of a model that writes text"
+ADAPTER_HINT = "name the model that it changes, and this file with --lora"
 
 # What a file that is no model starts with -> what to call it.
 SIGNATURES: tuple[tuple[bytes, str], ...] = (
@@ -39,6 +40,7 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"{", "a JSON document"),
 )
 HINTS = {
+    "a safetensors file": "convert it with llama.cpp's convert_hf_to_gguf.py, a LoRA with convert_lora_to_gguf.py",
     "a git-lfs pointer, not the file it points to": "run `git lfs pull`, or download the file itself",
     "an HTML page": "the download gave a web page: fetch the file again from its download link",
     "a GGML file from before GGUF": "convert the model again with a current llama.cpp",
@@ -232,4 +234,5 @@ def check_kind_of_model(header: Header) -> None:
     if kind is None and (header.get("attention.causal") is False or header.integer("pooling_type") in range(1, 5)):
         kind = "an embedding model"
     if kind is not None:
-        raise UnsupportedModelError(f"{header.path} is {kind}, not a model that writes text", CHAT_MODEL_HINT)
+        hint = ADAPTER_HINT if kind == FOREIGN_TYPES["adapter"] else CHAT_MODEL_HINT
+        raise UnsupportedModelError(f"{header.path} is {kind}, not a model that writes text", hint)

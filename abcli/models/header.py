@@ -12,11 +12,14 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abcli.config import CacheType
 from abcli.errors import ModelFileError
 from abcli.models.cursor import FETCH_AGAIN, ArrayValue, Cursor
+
+if TYPE_CHECKING:
+    from abcli.models.adapter import Adapter
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -101,6 +104,13 @@ class Header:
     data_offset: int
     other_parts_bytes: int = 0
     """Bytes of the tensors in the other parts of a split model, once `check_file` has looked at them."""
+    adapters: tuple[Adapter, ...] = ()
+    """The LoRA adapters that change a model, once `check_model` has looked at them: they are a part of what it is."""
+
+    @property
+    def name(self) -> str:
+        """What to call the model: its file's name, and those of its adapters."""
+        return " + ".join([self.path.name, *(adapter.label for adapter in self.adapters)])
 
     @property
     def architecture(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from abcli.models.adapter import Adapter
 from abcli.models.architectures import WINDOW_BASES, Rotation, rotation, window_layers
 from abcli.models.check import split_paths
 from abcli.models.cursor import ArrayValue
@@ -133,6 +134,56 @@ class Inspection:
     tensor_kinds: tuple[TensorKind, ...]
     bits_per_weight: float
     parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """Everything of interest in a LoRA file; the product of its matrices of `ranks[i]` counts `factors[i]` times.
+
+    `changes` are the kinds of the model's tensors that it changes, such as "attn_q", and how many of each.
+    """
+
+    path: Path
+    size_bytes: int
+    architecture: str
+    name: str | None
+    licence: str | None
+    base_model: str | None
+    task: str | None
+    prompt_prefix: str | None
+    ranks: tuple[int, ...]
+    alpha: float
+    scale: float
+    factors: tuple[float, ...]
+    changes: tuple[tuple[str, int], ...]
+    left_out: int
+    parameters: int
+    types: tuple[TypeShare, ...]
+
+
+def inspect_adapter(adapter: Adapter) -> AdapterInspection:
+    """Describe a checked LoRA file."""
+    header = adapter.header
+    tensors = [tensor for pair in adapter.pairs for tensor in (pair.a, pair.b)]
+    kinds = Counter(re.sub(r"^blk\.\d+\.|\.weight$", "", pair.target) for pair in adapter.pairs)
+    return AdapterInspection(
+        path=adapter.path,
+        size_bytes=header.file_size,
+        architecture=header.architecture,
+        name=_text(header, "general.name"),
+        licence=_text(header, "general.license"),
+        base_model=adapter.base_model,
+        task=_text(header, "adapter.lora.task_name"),
+        prompt_prefix=_text(header, "adapter.lora.prompt_prefix"),
+        ranks=adapter.ranks,
+        alpha=adapter.alpha,
+        scale=adapter.scale,
+        factors=tuple(adapter.factor(rank) for rank in adapter.ranks),
+        changes=tuple(sorted(kinds.items())),
+        left_out=len(adapter.ignored),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        types=type_shares(tensors),
+    )
 
 
 def inspect(header: Header) -> Inspection:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from abcli.config import LoraConfig
 from abcli.errors import AbcliError, ModelFileError
+from abcli.models.adapter import (
+    Adapter,
+    check_kind_of_adapter,
+    described_adapter,
+    is_adapter,
+    read_adapter,
+    with_adapters,
+)
 from abcli.models.check import (
     check_file,
     check_integrity,
@@ -21,11 +30,10 @@ from abcli.models.cursor import FETCH_AGAIN
 from abcli.models.header import Header, TensorInfo, read_header
 from abcli.models.inspection import special_tokens
 from abcli.models.values import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
-from abcli.models.weights import scan_weights
+from abcli.models.weights import Scan, check_finite
 
 Status = Literal["ok", "failed", "skipped"]
 _READ_BYTES = 4 << 20
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,11 @@ class Verification:
         self._readable = True
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether the file is an adapter and not a model, as far as that is known."""
+        return self.header is not None and is_adapter(self.header)
+
+    @property
     def sound(self) -> bool:
         """Whether no check has failed so far."""
         return self._sound
@@ -67,7 +80,7 @@ class Verification:
         """The file, its header and everything the header says."""
         yield self.run("file", self._file)
         yield self.run("header", self._header)
-        steps: tuple[tuple[str, Callable[[Header], str]], ...] = (
+        steps: tuple[tuple[str, Callable[[Header], str]], ...] = self._adapter_steps() or (
             ("tensor data", self._layout),
             ("parts", self._parts),
             ("kind of model", self._kind),
@@ -80,6 +93,31 @@ class Verification:
         for name, step in steps:
             yield self.run(name, lambda step=step: step(self._known()), needs_header=True)  # type: ignore[misc]
         self._readable = self._sound
+
+    def _adapter_steps(self) -> tuple[tuple[str, Callable[[Header], str]], ...]:
+        """The steps for a file that is an adapter; none for any other."""
+        if not self.is_adapter:
+            return ()
+        return (
+            ("tensor data", self._layout),
+            ("kind of adapter", self._kind_of_adapter),
+            ("matrices", lambda header: _matrices(described_adapter(header))),
+            (
+                "all together",
+                lambda header: _matrices(read_adapter(header.path)) and "abcli would load it with its model",
+            ),
+        )
+
+    def adapter(self, lora: LoraConfig) -> Iterator[Check]:
+        """Whether an adapter fits the model, which counts as changed by it from then on."""
+        name = lora.path.name
+        if not self._readable or self.header is None:
+            yield Check(f"lora {name}", "skipped", "the model is damaged")
+            return
+        fit = self.run(f"lora {name}", lambda: self._fit(lora))
+        yield fit
+        if fit.status == "ok":
+            yield self.run(f"weights of {name}", lambda: _finite(check_finite([read_header(lora.path)])))
 
     def checksums(
         self,
@@ -141,6 +179,15 @@ class Verification:
         check_kind_of_model(header)
         return f"{header.architecture}, a model that writes text"
 
+    def _kind_of_adapter(self, header: Header) -> str:
+        check_kind_of_adapter(header)
+        return f"a LoRA for {header.architecture}"
+
+    def _fit(self, lora: LoraConfig) -> str:
+        header = self._known()
+        self.header = replace(header, adapters=(*header.adapters, *with_adapters(header, [lora]).adapters))
+        return f"{_matrices(read_adapter(lora.path))}, which fit; counted {lora.scale:g} times"
+
     def _hyperparameters(self, header: Header) -> str:
         check_hyperparameters(header)
         return f"{header.layers} layers of {header.embedding_length} dimensions"
@@ -165,15 +212,19 @@ class Verification:
         return "abcli would load it"
 
     def _weights(self, on_bytes: Callable[[int], None] | None) -> str:
-        scans = [scan_weights(read_header(path), on_bytes) for path in self.paths()]
-        bad = [one for scan in scans for one in scan.bad]
-        if bad:
-            shown = ", ".join(f"{name} ({count:,})" for name, count in bad[:_SHOWN])
-            more = f" and {len(bad) - _SHOWN} more tensors" if len(bad) > _SHOWN else ""
-            raise ModelFileError(f"there are NaN or infinite numbers in {shown}{more}", FETCH_AGAIN)
-        skipped = sum(scan.skipped for scan in scans)
-        note = f"; {skipped:,} bytes of a type without plain scales were left out" if skipped else ""
-        return f"{sum(scan.scanned for scan in scans):,} bytes hold finite numbers{note}"
+        return _finite(check_finite([read_header(path) for path in self.paths()], on_bytes))
+
+
+def _finite(scans: Iterable[Scan]) -> str:
+    scanned, skipped = (sum(counts) for counts in zip(*((scan.scanned, scan.skipped) for scan in scans), strict=True))
+    note = f"; {skipped:,} bytes of a type without plain scales were left out" if skipped else ""
+    return f"{scanned:,} bytes hold finite numbers{note}"
+
+
+def _matrices(adapter: Adapter) -> str:
+    ranks = " and ".join(str(rank) for rank in adapter.ranks)
+    count = len(adapter.pairs)
+    return f"{count} {'pair' if count == 1 else 'pairs'} of matrices of rank {ranks}"
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

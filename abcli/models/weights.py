@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -36,6 +36,7 @@ _HALF_SCALES: dict[str, tuple[int, ...]] = {
 }
 # Scales of one byte, and the byte that is no number.
 _BYTE_SCALES: dict[str, tuple[tuple[int, ...], int]] = {"mxfp4": ((0,), 0xFF), "nvfp4": ((0, 1, 2, 3), 0x7F)}
+_SHOWN = 3
 _VISIBLE = {*_FLOATS, *_HALF_SCALES, *_BYTE_SCALES}
 
 
@@ -47,6 +48,18 @@ class Scan:
     skipped: int
     bad: tuple[tuple[str, int], ...]
     """Tensors with NaN or infinity among their numbers or scales, and how many of them."""
+
+
+def check_finite(headers: Iterable[Header], on_bytes: Callable[[int], None] | None = None) -> list[Scan]:
+    """The scans of files, which hold finite numbers only. Raises ModelFileError that names the tensors with others."""
+    scans = [(header.path, scan_weights(header, on_bytes)) for header in headers]
+    bad = [one for _path, scan in scans for one in scan.bad]
+    if bad:
+        path = next(path for path, scan in scans if scan.bad)
+        shown = ", ".join(f"{name} ({count:,})" for name, count in bad[:_SHOWN])
+        more = f" and {len(bad) - _SHOWN} more tensors" if len(bad) > _SHOWN else ""
+        raise ModelFileError(f"{path}: there are NaN or infinite numbers in {shown}{more}", FETCH_AGAIN)
+    return [scan for _path, scan in scans]
 
 
 def scan_weights(header: Header, on_bytes: Callable[[int], None] | None = None) -> Scan:

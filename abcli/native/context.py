@@ -123,6 +123,7 @@ class Sequences(Owner):
                     "ask for a shorter context (--ctx-size), fewer buckets or other cache types",
                 )
             stack.callback(llama.llama_free, handle)
+            model.apply_adapters(handle)
             self._batch = _Batch(llama.llama_n_batch(handle))
             self._stack = stack.pop_all()
         self._handle = handle

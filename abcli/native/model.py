@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import ModelFileError, NativeError, PromptError
+from abcli.models.adapter import Adapter
 from abcli.native.library import clear_log, initialise, log_tail
 from abcli.native.owner import Owner
 
@@ -27,12 +29,16 @@ _MAX_TEXT_BYTES = 2**31 - 1
 
 
 class Model(Owner):
-    """Owns one `llama_model`: weights, vocabulary and metadata. Close it after every context made of it."""
+    """Owns one `llama_model` with its adapters: weights, vocabulary and metadata.
 
-    def __init__(self, path: Path, gpu_layers: int = -1) -> None:
+    Close it after every context made of it.
+    """
+
+    def __init__(self, path: Path, gpu_layers: int = -1, adapters: Sequence[Adapter] = ()) -> None:
         """Load `path`; -1 `gpu_layers` puts every layer on a device where the build has one.
 
-        Raises ModelFileError if llama.cpp refuses the file.
+        Every context that is made of the model computes with `adapters`, which have been checked against it.
+        Raises ModelFileError if llama.cpp refuses a file.
         """
         initialise()
         clear_log()
@@ -49,8 +55,11 @@ class Model(Owner):
             vocabulary = llama.llama_model_get_vocab(handle)
             if not vocabulary:
                 raise ModelFileError(f"{path} has no vocabulary", "use a GGUF file that carries a tokenizer")
+            # llama.cpp frees them with the model (llama_model::~llama_model).
+            self._adapter_handles = [_load_adapter(handle, path, adapter) for adapter in adapters]
             self._stack = stack.pop_all()
         self.path = path
+        self.adapters = tuple(adapters)
         self.handle = handle
         self.vocabulary = vocabulary
         self.vocabulary_size: int = llama.llama_vocab_n_tokens(vocabulary)
@@ -61,6 +70,15 @@ class Model(Owner):
         self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
         self._piece_buffer = ctypes.create_string_buffer(256)
+
+    def apply_adapters(self, context: Any) -> None:
+        """Let a new `llama_context` of this model compute with its adapters."""
+        count = len(self.adapters)
+        if count:
+            handles = (llama.llama_adapter_lora_p_ctypes * count)(*self._adapter_handles)
+            scales = (ctypes.c_float * count)(*(adapter.scale for adapter in self.adapters))
+            if llama.llama_set_adapters_lora(context, handles, count, scales) != 0:
+                raise NativeError(f"llama.cpp cannot use {count} LoRA adapters: {log_tail() or 'no reason given'}")
 
     def metadata(self, key: str) -> str | None:
         """The value of a GGUF key as text (`llama_model_meta_val_str`), None if the file lacks it."""
@@ -163,3 +181,15 @@ class Model(Owner):
             self._piece_buffer = buffer = ctypes.create_string_buffer(-length)
             length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
         return buffer.raw[:length]
+
+
+def _load_adapter(model: Any, path: Path, adapter: Adapter) -> Any:
+    """A `llama_adapter_lora` that belongs to `model`."""
+    clear_log()
+    handle = llama.llama_adapter_lora_init(model, os.fsencode(adapter.path))
+    if not handle:
+        raise ModelFileError(
+            f"llama.cpp cannot use {adapter.path} with {path.name}: {log_tail() or 'no reason given'}",
+            "convert the adapter again, for this very model",
+        )
+    return handle

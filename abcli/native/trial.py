@@ -1,13 +1,14 @@
 """The first use of a model file happens in a child process, so that a crash of llama.cpp is an error here.
 
 `abcli.models.check` refuses what is known to run into an assertion of llama.cpp. This is for the rest: the
-child (`python -m abcli.native.trial PATH`) loads the model, tokenises a text and decodes two tokens. A file
-that has passed is remembered, so that it costs the half second only once.
+child (`python -m abcli.native.trial PATH [ADAPTER SCALE]...`) loads the model, tokenises a text and decodes two
+tokens. A file that has passed is remembered, so that it costs the half second only once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -25,9 +27,11 @@ import psutil
 
 from abcli.config import trial_directory
 from abcli.errors import ModelFileError, OutOfMemoryError, UnsupportedModelError
+from abcli.models.adapter import Adapter
 from abcli.models.check import split_paths
 from abcli.models.cursor import FETCH_AGAIN
 from abcli.models.header import Header
+from abcli.models.weights import check_finite
 
 # Raised when the child comes to try more, so that files which passed before are tried again.
 TRIAL_VERSION = 1
@@ -53,33 +57,44 @@ TRIAL_TEXT = (
 
 
 def ensure_loadable(path: Path, header: Header) -> None:
-    """Let a child process load the model unless this very file has passed before.
+    """Let a child process load the model unless this very file has passed before; then with its adapters.
 
-    Raises ModelFileError if llama.cpp refuses it or crashes, UnsupportedModelError if the model cannot
+    Raises ModelFileError if llama.cpp refuses a file or crashes, UnsupportedModelError if the model cannot
     write text token by token, OutOfMemoryError if the system ended the child.
     """
     parts = split_paths(header)
-    memory = trial_directory() / f"{_fingerprint(parts)}.json"
+    # Alone first, so that it is clear which file is to blame.
+    _ensure(path, parts, ())
+    if header.adapters:
+        _ensure(path, parts, header.adapters)
+
+
+def _ensure(path: Path, parts: tuple[Path, ...], adapters: tuple[Adapter, ...]) -> None:
+    files = (*parts, *(adapter.path for adapter in adapters))
+    memory = trial_directory() / f"{_fingerprint(files, [adapter.scale for adapter in adapters])}.json"
     if memory.is_file():
         return
-    size = sum(part.stat().st_size for part in parts)
+    for adapter in adapters:
+        check_finite([adapter.header])
+    size = sum(file.stat().st_size for file in files)
     with tempfile.TemporaryFile() as output:
-        status = _run_child(path, size, output)
+        status = _run_child(path, adapters, size, output)
         output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_BYTES))
         text = output.read().decode("utf-8", errors="replace")
     if status:
-        raise _failure(path, status, text)
+        raise _failure(path, adapters, status, text)
     _remember(memory, path)
 
 
-def _fingerprint(parts: tuple[Path, ...]) -> str:
+def _fingerprint(files: Sequence[Path], scales: Sequence[float]) -> str:
     """Names exactly these files, in this state, with this llama.cpp; changes when any of them does."""
     try:
         bindings = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
         bindings = "unknown"
-    states = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in (part.stat() for part in parts)]
-    return hashlib.sha256(repr((TRIAL_VERSION, bindings, states)).encode()).hexdigest()[:40]
+    states = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in (file.stat() for file in files)]
+    circumstances = (TRIAL_VERSION, bindings, states, *([tuple(scales)] if scales else []))
+    return hashlib.sha256(repr(circumstances).encode()).hexdigest()[:40]
 
 
 def _remember(memory: Path, path: Path) -> None:
@@ -96,11 +111,12 @@ def _remember(memory: Path, path: Path) -> None:
             raise
 
 
-def _run_child(path: Path, size: int, output: IO[bytes]) -> int:
+def _run_child(path: Path, adapters: Sequence[Adapter], size: int, output: IO[bytes]) -> int:
     """Run the child and return its status as `subprocess` counts it: negative if a signal ended it."""
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
+    pairs = [(str(adapter.path.absolute()), repr(adapter.scale)) for adapter in adapters]
     process = subprocess.Popen(
-        [sys.executable, "-m", "abcli.native.trial", str(path.absolute())],
+        [sys.executable, "-m", "abcli.native.trial", str(path.absolute()), *(word for pair in pairs for word in pair)],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -134,7 +150,7 @@ def _memory_used(process_id: int) -> int:
         return 0
 
 
-def _failure(path: Path, status: int, output: str) -> Exception:
+def _failure(path: Path, adapters: Sequence[Adapter], status: int, output: str) -> Exception:
     """The error for a child that ended with `status` and wrote `output`."""
     if status == STATUS_UNSUPPORTED:
         kind = output.strip().splitlines()[-1]
@@ -147,6 +163,11 @@ def _failure(path: Path, status: int, output: str) -> Exception:
     reason = _reason(output)
     if not reason:
         reason = f"it was ended by {_signal_name(-status)}" if status < 0 else f"it ended with status {status}"
+    if adapters:
+        return ModelFileError(
+            f"llama.cpp cannot use {', '.join(adapter.label for adapter in adapters)} with {path.name}: {reason}",
+            "check that each adapter is made for this very model, and its scale",
+        )
     message = f"llama.cpp cannot load {path}: {reason}"
     if "unknown model architecture" in reason or "unknown pre-tokenizer" in reason:
         return UnsupportedModelError(message, "update llama-cpp-python, or use a model that llama.cpp knows")
@@ -180,7 +201,10 @@ def _reason(output: str) -> str:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """The child: load, tokenise and decode the model at `arguments[0]`; the exit status is the answer."""
+    """The child: load, tokenise and decode the model at `arguments[0]`; the exit status is the answer.
+
+    Adapters follow, each with its scale.
+    """
     _limit_resources()
     # Only the child pays for this import.
     import llama_cpp.llama_cpp as llama
@@ -192,7 +216,8 @@ def main(arguments: list[str]) -> NoReturn:
     callback = llama.llama_log_callback(log)
     llama.llama_log_set(callback, None)
     llama.llama_backend_init()
-    status, message = _try_model(llama, Path(arguments[0]))
+    adapters = [(Path(path), float(scale)) for path, scale in zip(arguments[1::2], arguments[2::2], strict=True)]
+    status, message = _try_model(llama, Path(arguments[0]), adapters)
     if message:
         os.write(2, message.encode() + b"\n")
     # Without unwinding: nothing is left to save, and freeing large models takes time.
@@ -209,7 +234,7 @@ def _limit_resources() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**24, 2**24))
 
 
-def _try_model(llama: Any, path: Path) -> tuple[int, str]:
+def _try_model(llama: Any, path: Path, adapters: Sequence[tuple[Path, float]]) -> tuple[int, str]:
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = 0
     # Weights stay as the file has them, mapped: repacking would copy all of them.
@@ -221,6 +246,9 @@ def _try_model(llama: Any, path: Path) -> tuple[int, str]:
         return STATUS_UNSUPPORTED, "an encoder-decoder model or an encoder"
     if llama.llama_model_is_diffusion(model):
         return STATUS_UNSUPPORTED, "a diffusion model, which does not write token by token"
+    loaded = [llama.llama_adapter_lora_init(model, os.fsencode(adapter)) for adapter, _scale in adapters]
+    if not all(loaded):
+        return STATUS_REFUSED, ""
     options = llama.llama_context_default_params()
     options.n_ctx = 64
     options.n_batch = options.n_ubatch = 8
@@ -229,6 +257,11 @@ def _try_model(llama: Any, path: Path) -> tuple[int, str]:
     context = llama.llama_init_from_model(model, options)
     if not context:
         return STATUS_REFUSED, ""
+    if loaded:
+        handles = (llama.llama_adapter_lora_p_ctypes * len(loaded))(*loaded)
+        scales = (ctypes.c_float * len(loaded))(*(scale for _adapter, scale in adapters))
+        if llama.llama_set_adapters_lora(context, handles, len(loaded), scales):
+            return STATUS_REFUSED, ""
     tokens = _tokenise(llama, llama.llama_model_get_vocab(model))
     if len(tokens) < 2:
         return STATUS_REFUSED, "its tokenizer makes no tokens of a text"

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from abcli.engine.memory import Prediction, Room, gibibytes
-from abcli.models.inspection import Inspection, Rope, Template, TensorKind, Tokenizer, TypeShare
+from abcli.models.inspection import (
+    AdapterInspection,
+    Inspection,
+    Rope,
+    Template,
+    TensorKind,
+    Tokenizer,
+    TypeShare,
+)
 from abcli.models.verification import Check
 from abcli.ui.terminal import one_line, printable
 
@@ -25,6 +33,7 @@ _ITEMS = {
     "transfer": "sharing a prefill",
     "working": "graphs and scratch",
     "tokenizer": "tokenizer",
+    "adapters": "LoRA adapters",
 }
 _MARKS = {"ok": "ok", "failed": "FAILED", "skipped": "skipped"}
 _MAX_TEXT = 60
@@ -63,6 +72,28 @@ def inspection_text(found: Inspection) -> str:
         for number, part in enumerate(found.parts, 1)
     ]
     return _rows(rows) + "\n" + _type_table(found.types) + "\n" + _kind_table(found.tensor_kinds)
+
+
+def adapter_text(found: AdapterInspection) -> str:
+    """A line per property of a LoRA file."""
+    made_for = f", made for {_shown(found.base_model)}" if found.base_model else ""
+    ranks = " and ".join(f"{rank} ({factor:g} times)" for rank, factor in zip(found.ranks, found.factors, strict=True))
+    rows = [
+        ("lora", _shown(found.name) if found.name else "-"),
+        ("architecture", f"{found.architecture}{made_for}"),
+        ("rank", f"{ranks}; alpha {found.alpha:g}, scale {found.scale:g}"),
+        ("changes", ", ".join(f"{_shown(kind)} x {count}" for kind, count in found.changes)),
+        ("parameters", f"{count_text(found.parameters)}, {', '.join(share.type_name for share in found.types)}"),
+        ("file", f"{_shown(found.path.name)}, {gibibytes(found.size_bytes)}"),
+    ]
+    if found.licence:
+        rows.insert(1, ("licence", _shown(found.licence)))
+    if found.left_out:
+        rows.insert(-2, ("left out", f"{found.left_out} norms, which llama.cpp passes over"))
+    for title, text in (("task", found.task), ("prompt prefix", found.prompt_prefix)):
+        if text:
+            rows.insert(-2, (title, _shown(text)))
+    return _rows(rows)
 
 
 def cost_text(prediction: Prediction, room: Room) -> str:

@@ -77,7 +77,7 @@ class PlantedSubject:
     def __post_init__(self) -> None:
         self.native_base = NATIVE_BASE
         self.fingerprint = "0123456789abcdef" * 4
-        self.header = SimpleNamespace(architecture="llama", native_base=NATIVE_BASE)
+        self.header = SimpleNamespace(name="planted.gguf", architecture="llama", native_base=NATIVE_BASE)
         self.config = EngineConfig(Path("planted.gguf"), ())
         self.prompts: Any = self
         self.asked: list[Question] = []

@@ -20,6 +20,7 @@ from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import PseudoTerminal
 from tests.profiles.samples import profile
 from tests.support.hub import HubStandIn, pointed_at
+from tests.support.lora import random_lora, write_lora
 
 NAME = "user/tiny-GGUF"
 FILE = "tiny-Q4_K_M.gguf"
@@ -71,6 +72,7 @@ def test_list_as_json(abcli: Command, commits: tuple[str, str], cache: Path, tin
         "files": 1,
         "size": tiny_model.stat().st_size,
         "quant": "Q4_K_M",
+        "adapter": False,
         "architecture": "llama",
         "context": check_file(tiny_model).trained_context,
         "native_base": check_file(tiny_model).native_base,
@@ -93,6 +95,7 @@ def test_list_shows_files_profiles_aliases_and_damage(
     (folder / "damaged-Q5_0.gguf").write_bytes(b"GGUF")
     (folder / "mmproj-model.gguf").write_bytes(b"GGUF")
     (folder / "notes.txt").write_bytes(b"mine")
+    lora = write_lora(folder / "style.gguf", random_lora(tiny_model))
     elsewhere = tmp_path / "elsewhere.gguf"
     shutil.copy(tiny_model, elsewhere)
     save(profile("calm", fingerprint=fingerprint(check_file(tiny_model))), profiles_directory())
@@ -101,7 +104,9 @@ def test_list_shows_files_profiles_aliases_and_damage(
     title, *rows = outcome.text.split("\n")
     assert title.split() == ["NAME", "SIZE", "QUANT", "CONTEXT", "BASE", "FROM", "PROFILE", "ALIAS"]
     words = {row.split()[0]: row.split()[1:] for row in rows}
-    assert words.keys() == {"default", str(folder / "damaged-Q5_0.gguf"), str(elsewhere)}
+    assert words.keys() == {"default", str(folder / "damaged-Q5_0.gguf"), str(lora), str(elsewhere)}
+    assert words[str(lora)][2:] == ["F32", "-", "-", "file", "(LoRA)", "-", "-"]
+    assert [model["adapter"] for model in json.loads(abcli("models", "--json").output)].count(True) == 1
     # The name of the default model says its quant; elsewhere the weights do.
     assert words["default"][2] == "Q4_1"
     assert words[str(elsewhere)][2] == "F32"

@@ -284,7 +284,7 @@ def test_an_unreadable_store_is_a_warning(abcli: Command, tiny_model: Path) -> N
 def test_models_without_profiles_are_not_read_twice(
     tiny_model: Path, known: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("abcli.cli.setup.check_file", lambda path: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr("abcli.cli.setup.check_model", lambda path, _loras: pytest.fail(f"{path} is read"))
     large = tmp_path / "large.gguf"
     large.write_bytes(bytes(tiny_model.stat().st_size + 1))
     write_catalogue(known, large, SAMPLE)

@@ -12,16 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import EngineConfig
+from abcli.config import EngineConfig, LoraConfig
 from abcli.engine import memory
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import CONTEXT_STEP, Prediction, Room, available_memory, check, gibibytes, predict
 from abcli.errors import OutOfMemoryError
+from abcli.models.adapter import check_model
 from abcli.models.check import check_file
 from abcli.native.library import echo_log
 from abcli.native.model import Model
-from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
+from tests.support.lora import is_projection, random_lora, write_lora
+from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
 
 BASES = (10000.0, 15000.0, 20000.0)
 
@@ -97,6 +99,34 @@ def test_the_engine_that_is_still_to_be_chosen_may_be_the_larger_one(config: Eng
     totals = [predict(replace(config, engine=kind), header).total for kind in ("contexts", "fused", "auto")]
     assert totals[2] == max(totals[:2])
     assert totals[0] != totals[1]
+
+
+@pytest.mark.parametrize("rank", [4, 64])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "experts", "logits"])
+def test_adapters_are_counted(tmp_path: Path, log: list[str], kind: str, rank: int) -> None:
+    path = tmp_path / "m.gguf"
+    if kind == "experts":
+        write_tiny_experts(path)
+    else:
+        widths = {"embedding": 256, "heads": 8, "kv_heads": 8, "feed_forward": 256}
+        write_tiny_model(path, architecture="gpt2" if kind == "gpt2" else "llama", context_length=1024, **widths)  # type: ignore[arg-type]
+    wanted = (lambda name: name == "output.weight") if kind == "logits" else is_projection
+    adapter = write_lora(
+        tmp_path / "a.gguf",
+        random_lora(path, rank=rank, wanted=wanted),
+        architecture="gpt2" if kind == "gpt2" else "llama",
+    )
+    config = EngineConfig(path, BASES[:1], context_size=600, prefill="exact", gpu_layers=0)
+    header = check_model(path, [LoraConfig(adapter)])
+    prediction, without = predict(config, header), predict(config, check_file(path))
+    assert without.item("adapters").total == 0
+    with Model(path, 0, header.adapters) as model, ContextsEngine(model, config, header=header) as engine:
+        # llama.cpp plans its buffers anew at the first batch.
+        engine.prefill(0, [1, 2, 3])
+    assert prediction.item("adapters").total / 2**20 == pytest.approx(buffers(log, "LoRA"), abs=0.02)
+    ratio = prediction.item("compute").total / 2**20 / sizes(log, "compute")[-1]
+    assert 0.99 < ratio < 1.4
+    assert prediction.item("working").total > without.item("working").total
 
 
 @pytest.mark.parametrize("types", [("f32", "f16"), ("q8_0", "q8_0"), ("f16", "q4_0")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import random
 import signal
 import subprocess
@@ -13,10 +15,14 @@ import psutil
 import pytest
 
 from abcli import config
+from abcli.config import LoraConfig
 from abcli.errors import ModelFileError, OutOfMemoryError, UnsupportedModelError
+from abcli.models import adapter as adapters
+from abcli.models.adapter import check_model
 from abcli.models.check import check_file
 from abcli.models.header import read_header
 from abcli.native import trial
+from tests.support.lora import random_lora, write_lora
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 
@@ -96,7 +102,7 @@ def test_a_missing_tensor(tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoder_model_is_named(tmp_path: Path) -> None:
-    error = trial._failure(tmp_path, trial.STATUS_UNSUPPORTED, "x\nan encoder\n")
+    error = trial._failure(tmp_path, (), trial.STATUS_UNSUPPORTED, "x\nan encoder\n")
     assert isinstance(error, UnsupportedModelError)
     assert "is an encoder" in error.message
 
@@ -167,7 +173,7 @@ def test_the_reason_is_found_in_the_output(output: str) -> None:
     ],
 )
 def test_a_silent_end_is_named(tmp_path: Path, status: int, kind: type[Exception], words: str) -> None:
-    error = trial._failure(tmp_path / "m.gguf", status, "")
+    error = trial._failure(tmp_path / "m.gguf", (), status, "")
     assert type(error) is kind
     assert words in str(error)
 
@@ -206,3 +212,51 @@ def test_no_mutation_ends_this_process(tmp_path: Path, seed: int) -> None:
     else:
         problem = ""
     assert "\n" not in problem
+
+
+def test_an_adapter_is_tried_with_its_model(tmp_path: Path, children: list[int]) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf")
+    adapter = write_lora(tmp_path / "a.gguf", random_lora(path))
+    for scale, expected in ((1.0, 2), (1.0, 2), (0.5, 3), (0.0, 3)):
+        trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter, scale)]))
+        assert len(children) == expected
+    adapter.write_bytes(adapter.read_bytes() + bytes(32))
+    trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter)]))
+    assert len(children) == 4
+
+
+def test_an_adapter_without_numbers(tmp_path: Path, children: list[int]) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf")
+    lora = random_lora(path)
+    broken = {"blk.1.ffn_up.weight.lora_b": np.full((128, 4), np.nan, np.float32)}
+    adapter = write_lora(tmp_path / "a.gguf", lora, tensors=broken)
+    with pytest.raises(ModelFileError, match=r"a\.gguf: there are NaN .* blk\.1\.ffn_up\.weight\.lora_b"):
+        trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter)]))
+    assert len(children) == 1
+
+
+def test_what_llama_cpp_makes_of_an_adapter_is_blamed_on_it(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf")
+    adapter = write_lora(tmp_path / "a.gguf", random_lora(path))
+    with pytest.raises(ModelFileError, match=r"cannot use a\.gguf:1e\+38 with m\.gguf: .* not numbers") as caught:
+        trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter, 1e38)]))
+    assert "scale" in caught.value.hint
+
+
+def test_a_crash_over_an_adapter_is_an_error_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Past the checks, as something might be that they do not know.
+    monkeypatch.setattr(adapters, "_misfit", lambda *_: "")
+    path = write_tiny_model(tmp_path / "m.gguf", tensors={"output.weight": None})
+    lora = random_lora(path, wanted=lambda name: name == "token_embd.weight")
+    adapter = write_lora(tmp_path / "a.gguf", lora)
+    with pytest.raises(ModelFileError, match=r"cannot use a\.gguf with m\.gguf: .*GGML_ASSERT"):
+        trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter)]))
+
+
+def test_a_model_that_passed_before_there_were_adapters_is_not_tried_again(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf")
+    state = path.stat()
+    states = [(state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)]
+    build = importlib.metadata.version("llama-cpp-python")
+    digest = hashlib.sha256(repr((trial.TRIAL_VERSION, build, states)).encode()).hexdigest()
+    assert trial._fingerprint([path], []) == digest[:40]

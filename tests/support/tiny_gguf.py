@@ -164,6 +164,19 @@ def write_tiny_model(
     return _write(path, architecture, values | dict(metadata or {}), weights | dict(tensors or {}), dtype)
 
 
+def write_tiny_experts(path: Path, *, experts: int = 4, used: int = 2, seed: int = 0) -> Path:
+    """Write a llama-architecture model with `experts` in each layer, of which every token uses `used`."""
+    random = np.random.default_rng(seed)
+    tensors: dict[str, Array | None] = {}
+    for layer in range(2):
+        name = f"blk.{layer}.ffn_"
+        for part, shape in (("gate", (128, 64)), ("up", (128, 64)), ("down", (64, 128))):
+            tensors |= {f"{name}{part}.weight": None, f"{name}{part}_exps.weight": _normal(random, experts, *shape)}
+        tensors[f"{name}gate_inp.weight"] = _normal(random, experts, 64)
+    metadata = {"llama.expert_count": experts, "llama.expert_used_count": used}
+    return write_tiny_model(path, tensors=tensors, metadata=metadata, seed=seed)
+
+
 def write_tiny_mamba(
     path: Path,
     *,
@@ -327,7 +340,7 @@ def _write(
     if "general.alignment" in values:
         writer.data_alignment = values["general.alignment"]
     for key, value in values.items():
-        _add_value(writer, key, value)
+        add_value(writer, key, value)
     for name, tensor in weights.items():
         if tensor is not None:
             _add_tensor(writer, name, tensor, dtype)
@@ -338,7 +351,7 @@ def _write(
     return path
 
 
-def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Add one metadata item: u32 for counts and ids, f32 for numbers; a numpy scalar in its own type."""
     if value is None:
         return
