@@ -13,6 +13,7 @@ import typer
 
 from abcli import __version__
 from abcli.cli.batch import app as batch_app
+from abcli.cli.bench import bench
 from abcli.cli.cache import app as cache_app
 from abcli.cli.calibrate import calibration
 from abcli.cli.chat import chat
@@ -52,6 +53,9 @@ app.command("eval", help="Measure on a task whether buckets help a model, and at
 )
 app.command("calibrate", help="Find the bases and the merge rule that are best for a model and a task.")(
     with_options(calibration)
+)
+app.command("bench", help="Measure how fast a model is here with 1 to N buckets, and which engine is the faster.")(
+    with_options(bench)
 )
 app.command("waves", help="Show the attention waveform of each bucket, or search bases that complement each other.")(
     with_options(waves)

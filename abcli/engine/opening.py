@@ -54,7 +54,7 @@ def open_engine(
     check_memory(config, header)
     ensure_loadable(config.model, header)
     with Model(config.model, config.gpu_layers) as model:
-        _check_buckets(model, len(bases))
+        check_buckets(model, len(bases))
         choice = choose(model, config, header)
         kind = FusedEngine if choice.kind == "fused" else ContextsEngine
         with kind(model, config, warn, header) as engine:
@@ -76,8 +76,11 @@ def _context_size(config: EngineConfig, header: Header) -> int:
     return size
 
 
-def _check_buckets(model: Model, buckets: int) -> None:
-    """Several buckets need keys that are rotated by RoPE and nothing else that carries the past."""
+def check_buckets(model: Model, buckets: int) -> None:
+    """Several buckets need keys that are rotated by RoPE and nothing else that carries the past.
+
+    Raises UnsupportedModelError for a model that is otherwise.
+    """
     if buckets == 1:
         return
     if model.is_recurrent:
