@@ -44,7 +44,7 @@ class BenchSettings:
     buckets: tuple[int, ...] = (1, 2, 4, 6)
     engines: tuple[EngineKind, ...] = ("contexts", "fused")
     prompts: tuple[PromptPhase, ...] = ("shared", "exact")
-    prompt_tokens: int = 128
+    prompt_tokens: int = 64
     new_tokens: int = 12
     rounds: int = 8
     memory: bool = True

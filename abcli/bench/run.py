@@ -80,6 +80,8 @@ class _Bench:
         sharing = buckets > 1 and "shared" in settings.prompts and settings.prompt_tokens > 0
         with ExitStack() as stack:
             players = self._open(buckets, "shared" if sharing else "exact", stack)
+            if not players:
+                return
             self._warm(players, buckets)
             if settings.prompt_tokens and sharing:
                 sharers = {name: player for name, player in players.items() if player.shares or name == ONE_BUCKET}
@@ -96,8 +98,9 @@ class _Bench:
         if sharing and "exact" in settings.prompts:
             with ExitStack() as stack:
                 players = self._open(buckets, "exact", stack)
-                self._warm(players, buckets, _WARM_TOKENS)
-                self._time(buckets, "exact", players)
+                if players:
+                    self._warm(players, buckets, _WARM_TOKENS)
+                    self._time(buckets, "exact", players)
 
     def measure_memory(self) -> None:
         """Measure the memory of every engine that has been measured."""
@@ -110,9 +113,11 @@ class _Bench:
             self._progress("memory", done, len(wanted))
 
     def _open(self, buckets: int, prompts: PromptPhase, stack: ExitStack) -> dict[Contender, Player]:
-        """All that can be measured with so many buckets, and one bucket to compare it with."""
+        """All that can be measured with so many buckets, and one bucket to compare it with; empty if there is none."""
         findings = self._findings
         group = [name for name in self._settings.group(buckets) if name not in findings.left_out]
+        if not group:
+            return {}
         if ONE_BUCKET not in group:
             group.insert(0, ONE_BUCKET)
         try:
@@ -133,7 +138,7 @@ class _Bench:
                 continue
             if name.kind != "raw":
                 findings.prompt_notes.setdefault(name, players[name].prompt_note)
-        return players
+        return players if buckets == 1 or set(players) != {ONE_BUCKET} else {}
 
     def _leave_out(self, names: Iterable[Contender], reason: str) -> None:
         for name in names:

@@ -133,7 +133,7 @@ def speed_figure(report: Report) -> SpeedPlot:
     phases: dict[Phase, str] = {
         "decode": "decoding",
         "shared": f"prompt of {tokens:,} tokens, shared",
-        "exact": "prompt, exact",
+        "exact": f"prompt of {tokens:,} tokens, exact",
     }
     for phase, title in phases.items():
         curves = [curve for kind in _LABELS for curve in _curve(report.rows, kind, phase)]
