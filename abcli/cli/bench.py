@@ -12,7 +12,7 @@ from rich.console import Console
 
 from abcli.bench.plan import BenchSettings, EngineKind, PromptPhase
 from abcli.bench.report import Circumstances, Report, as_json, make_report
-from abcli.bench.run import Findings, benchmark
+from abcli.bench.run import Findings, Progress, benchmark
 from abcli.bench.workshop import ModelWorkshop, open_workshop
 from abcli.cli.figures import FigureOptions
 from abcli.cli.flags import flag
@@ -27,7 +27,7 @@ from abcli.native.library import devices, echo_log, version
 from abcli.ui.bench import plan_text, show_bench, speed_figure
 from abcli.ui.plots import speed_image
 from abcli.ui.progress import stage_progress
-from abcli.ui.terminal import Terminal
+from abcli.ui.terminal import Terminal, on_interrupt
 
 _USUAL = BenchSettings()
 _MAX_TOKENS = 2**20
@@ -177,15 +177,35 @@ def _measure(
     with open_workshop(config, settings) as workshop:
         if remeasure:
             workshop.forget_choices()
+        stop = _Stop()
         try:
-            with stage_progress(terminal) as progress:
-                benchmark(settings, workshop, findings, progress)
+            with stage_progress(terminal) as progress, on_interrupt(stop.press):
+                benchmark(settings, workshop, findings, stop.checked(progress))
         except KeyboardInterrupt:
             failure = CancelledError()
         except AbcliError as error:
             failure = error
         report = make_report(settings, _circumstances(workshop, config), findings, workshop.bases)
     return report, failure
+
+
+class _Stop:
+    """Ctrl-C as KeyboardInterrupt, a second time at the next turn if a callback of llama.cpp swallowed the first."""
+
+    def __init__(self) -> None:
+        self._pressed = False
+
+    def press(self) -> None:
+        self._pressed = True
+        raise KeyboardInterrupt
+
+    def checked(self, progress: Progress) -> Progress:
+        def checked(what: str, done: int, total: int) -> None:
+            if self._pressed:
+                raise KeyboardInterrupt
+            progress(what, done, total)
+
+        return checked
 
 
 def _circumstances(workshop: ModelWorkshop, config: EngineConfig) -> Circumstances:

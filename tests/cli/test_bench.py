@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import signal
 import subprocess
@@ -24,7 +24,7 @@ from abcli.engine import memory
 from abcli.errors import NativeError, UsageError
 from abcli.models.header import read_header
 from tests.cli.conftest import Command
-from tests.cli.pseudo_terminal import PseudoTerminal
+from tests.cli.pseudo_terminal import CTRL_C, PseudoTerminal
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 # One thread: several would wait for each other on a busy machine.
@@ -172,17 +172,31 @@ def test_an_interruption_shows_what_was_measured(
         assert outcome.text.endswith("not complete: what is shown was measured before it ended")
 
 
-def test_a_real_interruption(tiny_model: Path, spawn: Callable[..., subprocess.Popen[bytes]]) -> None:
-    process = spawn("bench", tiny_model, *QUICK, "-k", 2, "-r", 10_000, "-v")
-    assert process.stderr is not None
-    # With -v, llama.cpp says that a context is made: that of the probe is the first.
-    while b"llama_context" not in process.stderr.readline():
-        pass
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert errors.endswith(b"error: interrupted\n")
-    assert b"Traceback" not in errors
+def test_ctrl_c_ends_it_with_what_was_measured(tiny_model: Path, terminal: Callable[..., PseudoTerminal]) -> None:
+    screen = terminal("bench", tiny_model, *QUICK, "-k", 2, "-r", 10_000, "-p", 0)
+    screen.until("1 bucket, decoding")
+    screen.press(CTRL_C)
+    shown, status = screen.until_end()
+    assert status == 130
+    assert "not complete: what is shown was measured before it ended" in shown
+    assert shown.rstrip().endswith("error: interrupted")
+    assert "Traceback" not in shown
+
+
+def test_an_interruption_that_a_callback_of_llama_cpp_swallows_is_noticed_at_the_next_turn(
+    tiny_model: Path, abcli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = run.take_turns
+
+    def swallowing(*arguments: Any) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        original(*arguments)
+
+    monkeypatch.setattr(run, "take_turns", swallowing)
+    outcome = abcli("bench", tiny_model, *QUICK, "-k", 2, "-p", 0, "--json")
+    assert outcome.code == 130
+    assert [row["decode"] is not None for row in json.loads(outcome.output)["rows"]] == [True]
 
 
 def test_a_failure_while_measuring_keeps_what_was_measured(
@@ -314,7 +328,6 @@ def test_a_closed_pipe_ends_quietly(tiny_model: Path, spawn: Callable[..., subpr
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    process.stdout = io.BytesIO()  # type: ignore[assignment]
-    _, errors = process.communicate()
-    assert process.returncode == 1
+    errors = process.stderr.read()
+    assert process.wait() == 1
     assert b"error" not in errors
