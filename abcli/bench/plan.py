@@ -46,7 +46,7 @@ class BenchSettings:
     prompts: tuple[PromptPhase, ...] = ("shared", "exact")
     prompt_tokens: int = 64
     new_tokens: int = 12
-    rounds: int = 8
+    rounds: int = 6
     memory: bool = True
     context_size: int = DEFAULT_CONTEXT
     """Tokens of the context whose memory is measured; 1 or more."""
