@@ -83,6 +83,7 @@ class Report:
     left_out: tuple[tuple[Contender, str], ...]
     choices: tuple[tuple[int, AutoChoice], ...]
     complete: bool
+    other_cores: float
 
 
 def make_report(
@@ -112,6 +113,7 @@ def make_report(
         tuple(findings.left_out.items()),
         tuple(findings.choices.items()),
         findings.complete,
+        findings.other_cores,
     )
 
 
@@ -140,6 +142,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "memory_context": settings.context_size,
         },
         "complete": report.complete,
+        "other_cores": round(report.other_cores, 2),
         "rows": [_row(row) for row in report.rows],
         "left_out": [
             {"buckets": contender.buckets, "engine": contender.kind, "reason": reason}

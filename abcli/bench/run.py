@@ -36,6 +36,8 @@ class Findings:
     memory: dict[Contender, Memory] = field(default_factory=dict)
     choices: dict[int, AutoChoice] = field(default_factory=dict)
     complete: bool = False
+    other_cores: float = 0.0
+    """How many cores other programs kept busy in the meantime."""
 
     def timed(self, buckets: int, phase: Phase) -> Rounds[Contender]:
         """The rounds of a phase, to be filled or read."""

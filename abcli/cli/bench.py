@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 import typer
 from rich.console import Console
 
+from abcli.bench.load import OtherLoad
 from abcli.bench.plan import BenchSettings, EngineKind, PromptPhase
 from abcli.bench.report import Circumstances, Report, as_json, make_report
 from abcli.bench.run import Findings, Progress, benchmark
@@ -177,7 +178,7 @@ def _measure(
     with open_workshop(config, settings) as workshop:
         if remeasure:
             workshop.forget_choices()
-        stop = _Stop()
+        stop, load = _Stop(), OtherLoad()
         try:
             with stage_progress(terminal) as progress, on_interrupt(stop.press):
                 benchmark(settings, workshop, findings, stop.checked(progress))
@@ -185,6 +186,7 @@ def _measure(
             failure = CancelledError()
         except AbcliError as error:
             failure = error
+        findings.other_cores = load.cores()
         report = make_report(settings, _circumstances(workshop, config), findings, workshop.bases)
     return report, failure
 

@@ -19,6 +19,8 @@ from abcli.ui.terminal import one_line, printable
 
 # The middle half of the rounds may differ by this share of the median before a remark is made.
 LARGE_SPREAD = 0.15
+# Less is what a desktop does at rest.
+OTHER_CORES = 0.3
 # Measured by so much in favour of the other engine, a remembered choice is called into question.
 _CLEAR_DIFFERENCE = 1.05
 _LABELS = {"raw": "raw llama.cpp, N sequences", "contexts": "contexts", "fused": "fused"}
@@ -120,7 +122,12 @@ def remarks(report: Report) -> Iterator[str]:
     if uneven := max(_uneven(report), default=None):
         yield (
             f"the rounds differ much, by up to {uneven[0]:.0%} ({uneven[1]}): something else ran, or the machine slows "
-            "down as it warms up. Ratios are taken within each round and suffer less."
+            "down as it warms up"
+        )
+    if report.other_cores > OTHER_CORES:
+        yield (
+            f"other programs kept {report.other_cores:.1f} cores busy meanwhile, which slows threads that wait for "
+            "each other more than those that don't: ratios are off, too; measure again when the machine is quiet"
         )
     if not report.complete:
         yield "not complete: what is shown was measured before it ended"

@@ -190,7 +190,19 @@ def test_one_engine_is_compared_with_one_bucket_in_a_context() -> None:
 def test_the_object_is_as_documented() -> None:
     found = as_json(run(FakeWorkshop()))
     assert set(found) == {
-        *("schema", "abcli", "llama_cpp", "devices", "model", "settings", "complete", "rows", "left_out", "auto")
+        *(
+            "schema",
+            "abcli",
+            "llama_cpp",
+            "devices",
+            "model",
+            "settings",
+            "complete",
+            "rows",
+            "left_out",
+            "auto",
+            "other_cores",
+        )
     }
     assert found["settings"]["rounds"] == {"decode": 4, "shared": 2, "exact": 1}
     assert found["auto"][1:] == [

@@ -107,6 +107,13 @@ def test_rounds_that_differ_are_remarked_on() -> None:
     assert "(fused, 2 buckets, decoding)" in line
 
 
+def test_other_programs_that_ran_meanwhile_are_remarked_on() -> None:
+    found = with_rows(row("fused", 1.0))
+    assert list(remarks(replace(found, other_cores=0.2))) == []
+    (line,) = remarks(replace(found, other_cores=0.94))
+    assert line.startswith("other programs kept 0.9 cores busy meanwhile")
+
+
 def test_a_remembered_choice_that_is_wrong_now_is_called_into_question() -> None:
     found = (row("contexts", 2.0), row("fused", 1.0))
     remembered = AutoChoice("contexts", "measured: 1 steps/s fused, 2 in contexts", remembered=True)
