@@ -111,7 +111,7 @@ def test_other_programs_that_ran_meanwhile_are_remarked_on() -> None:
     found = with_rows(row("fused", 1.0))
     assert list(remarks(replace(found, other_cores=0.2))) == []
     (line,) = remarks(replace(found, other_cores=0.94))
-    assert line.startswith("other programs kept 0.9 cores busy meanwhile")
+    assert line.startswith("others kept 0.9 cores busy meanwhile")
 
 
 def test_a_remembered_choice_that_is_wrong_now_is_called_into_question() -> None:
