@@ -126,8 +126,9 @@ def remarks(report: Report) -> Iterator[str]:
         )
     if report.other_cores > OTHER_CORES:
         yield (
-            f"others kept {report.other_cores:.1f} cores busy meanwhile (programs, or the host of a virtual machine), which "
-            "slows threads that wait for each other most: ratios are off, too; measure again when the machine is quiet"
+            f"others kept {report.other_cores:.1f} cores busy meanwhile (programs, or the host of a virtual machine), "
+            "which slows threads that wait for each other most: ratios are off, too; "
+            "measure again when the machine is quiet"
         )
     if not report.complete:
         yield "not complete: what is shown was measured before it ended"
