@@ -86,8 +86,8 @@ types: $(STAMP)
 layers: $(STAMP)
 	@$(VENV_PYTHON) -m pytest -q tests/test_layers.py
 
-bench: model ## measure speed on this machine
-	@$(VENV_PYTHON) scripts/bench.py $(ARGS)
+bench: model ## measure speed and memory on this machine
+	@$(VENV)/bin/abcli bench $(ARGS)
 
 format: $(STAMP) ## let ruff format the code and fix what it can
 	@$(VENV_PYTHON) -m ruff format .

@@ -1,8 +1,8 @@
-"""Measures what buckets cost against raw llama.cpp calls and llama_cpp.Llama, side by side in one process.
+"""Measures whole answers, sampling included, against llama_cpp.Llama and ways of calling llama.cpp directly.
 
-Every arrangement decodes a few tokens in turn, round after round, so that a slow moment of the machine meets all
-of them; the figures are medians over the rounds, and the ratios are medians of each round's ratios.
-The last line is JSON.
+`abcli bench` measures the engines alone, their prompts and their memory. Every arrangement decodes a few tokens in
+turn, round after round, so that a slow moment of the machine meets all of them; the figures are medians over the
+rounds, and the ratios are medians of each round's ratios. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from abcli.bench.rounds import Rounds, Spread, Turn, take_turns
 from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.workers import available_cores
@@ -43,14 +44,12 @@ PROMPT = "The history of the lighthouse begins with fires that were lit on hills
 CONTEXT = 1024
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arrangement:
-    """A way to decode; `advance(n)` decodes n tokens. Times are in seconds per token, one per round."""
+    """A way to decode; `advance(n)` decodes n tokens."""
 
     name: str
-    buckets: int
     advance: Callable[[int], None]
-    times: list[float]
 
 
 class RawContexts:
@@ -129,34 +128,26 @@ def arrangements(model: Model, buckets: int, threads: int, stack: ExitStack) -> 
         return EngineConfig(model.path, bases, context_size=CONTEXT, threads=threads)
 
     found = [
-        Arrangement("raw, 1 context", 1, RawContexts(model, config(1), 1, threads, stack).advance, []),
-        Arrangement("llama_cpp.Llama", 1, high_level(model.path, threads, stack), []),
-        Arrangement("abcli, 1 bucket", 1, ours(model, config(1), stack), []),
+        Arrangement("raw, 1 context", RawContexts(model, config(1), 1, threads, stack).advance),
+        Arrangement("llama_cpp.Llama", high_level(model.path, threads, stack)),
+        Arrangement("abcli, 1 bucket", ours(model, config(1), stack)),
     ]
     for workers in sorted({1, 2, threads} & set(range(1, min(buckets, threads) + 1))):
         each = max(1, threads // workers)
         name = f"raw, {buckets} contexts, {workers} at a time, {each} threads each"
         raw = RawContexts(model, config(buckets), workers, each, stack)
-        found.append(Arrangement(name, buckets, raw.advance, []))
-    found.append(Arrangement(f"abcli, {buckets} buckets", buckets, ours(model, config(buckets), stack), []))
+        found.append(Arrangement(name, raw.advance))
+    found.append(Arrangement(f"abcli, {buckets} buckets", ours(model, config(buckets), stack)))
     return found
 
 
-def measure(found: list[Arrangement], rounds: int, tokens: int) -> None:
-    """Decode `tokens` tokens with each arrangement in turn, `rounds` times; the order changes every round."""
+def measure(found: list[Arrangement], rounds: int, tokens: int) -> Rounds[str]:
+    """Decode `tokens` tokens with each arrangement in turn, `rounds` times, after as many to warm up."""
     for arrangement in found:
         arrangement.advance(tokens)
-    for number in range(rounds):
-        for index in range(len(found)):
-            arrangement = found[(index + number) % len(found)]
-            begin = time.perf_counter()
-            arrangement.advance(tokens)
-            arrangement.times.append((time.perf_counter() - begin) / tokens)
-
-
-def ratio(left: Arrangement, right: Arrangement) -> float:
-    """Median over the rounds of left's time by right's."""
-    return statistics.median(a / b for a, b in zip(left.times, right.times, strict=True))
+    times: Rounds[str] = Rounds()
+    take_turns({each.name: Turn(partial(each.advance, tokens), tokens) for each in found}, rounds, times)
+    return times
 
 
 def merging(model: Model, buckets: int, vocabulary: int) -> float:
@@ -224,31 +215,36 @@ def main() -> None:
     used = {count: memory(path, count) for count in (1, options.buckets)}
     with Model(path) as model, ExitStack() as stack:
         found = arrangements(model, options.buckets, options.threads, stack)
-        measure(found, options.rounds, options.tokens)
+        times = measure(found, options.rounds, options.tokens)
         merge_time = merging(model, options.buckets, model.vocabulary_size)
         large_merge_time = merging(model, options.buckets, 262_144)
         name = f"{path.name}: {model.description}"
-    report(name, found, merge_time, large_merge_time, used, options)
+    report(name, [each.name for each in found], times, merge_time, large_merge_time, used, options)
 
 
 def report(
     name: str,
-    found: list[Arrangement],
+    names: list[str],
+    times: Rounds[str],
     merge_time: float,
     large_merge_time: float,
     used: dict[int, dict[str, float]],
     options: argparse.Namespace,
 ) -> None:
     """The table and the JSON line."""
-    single, llama, one = found[:3]
-    many = found[-1]
-    raw = min((a for a in found[3:-1]), key=lambda a: statistics.median(a.times))
+    medians = {each: Spread.of(times.seconds(each)).median for each in names}
+
+    def ratio(left: str, right: str) -> float:
+        return Spread.of(times.ratios(left, right)).median
+
+    single, llama, one = names[:3]
+    many = names[-1]
+    raw = min(names[3:-1], key=lambda each: medians[each])
     table = Table(title=f"{name}, {options.threads} threads, {options.rounds} rounds of {options.tokens} tokens")
     for column in ("arrangement", "ms/token", "tokens/s", "x raw 1 context"):
         table.add_column(column, justify="left" if column == "arrangement" else "right")
-    for arrangement in found:
-        median = statistics.median(arrangement.times)
-        table.add_row(arrangement.name, f"{median * 1e3:.2f}", f"{1 / median:.1f}", f"{ratio(arrangement, single):.2f}")
+    for each, seconds in medians.items():
+        table.add_row(each, f"{seconds * 1e3:.2f}", f"{1 / seconds:.1f}", f"{ratio(each, single):.2f}")
     Console(width=110).print(table)
     few, all_of_them = used[1], used[options.buckets]
     resident, buffers = (all_of_them[key] - few[key] for key in ("resident_mb", "buffers_mb"))
@@ -256,19 +252,18 @@ def report(
         f"resident memory: {few['resident_mb']:.0f} MB with 1 bucket, {all_of_them['resident_mb']:.0f} MB with "
         f"{options.buckets}: {resident:.0f} MB more, of which caches and buffers of llama.cpp are {buffers:.0f} MB"
     )
-    step = statistics.median(many.times)
     result = {
         "model": name,
         "threads": options.threads,
         "rounds": options.rounds,
         "tokens_per_round": options.tokens,
-        "ms_per_token": {a.name: round(statistics.median(a.times) * 1e3, 3) for a in found},
+        "ms_per_token": {each: round(seconds * 1e3, 3) for each, seconds in medians.items()},
         "one_bucket_vs_llama_cpp_Llama": round(ratio(one, llama), 4),
         "one_bucket_vs_raw": round(ratio(one, single), 4),
         "buckets_vs_best_raw": round(ratio(many, raw), 4),
-        "best_raw": raw.name,
+        "best_raw": raw,
         "merge_and_sample_ms": round(merge_time * 1e3, 3),
-        "merge_and_sample_share_of_step": round(merge_time / step, 4),
+        "merge_and_sample_share_of_step": round(merge_time / medians[many], 4),
         "merge_and_sample_262k_ms": round(large_merge_time * 1e3, 3),
         "memory_mb": {
             str(count): {key: round(value, 1) for key, value in figures.items()} for count, figures in used.items()

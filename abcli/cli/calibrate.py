@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -12,7 +10,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from abcli.calibrate.judgement import Judgement, Verdict, about, judge, make_profile
-from abcli.calibrate.run import PREFILL_MULTIPLIERS, Calibration, CalibrationSettings, Progress, calibrate
+from abcli.calibrate.run import PREFILL_MULTIPLIERS, Calibration, CalibrationSettings, calibrate
 from abcli.cli.flags import flag
 from abcli.cli.options import ModelOptions
 from abcli.cli.questions import (
@@ -42,7 +40,7 @@ from abcli.profiles.profile import NO_PROFILE, Profile, check_name
 from abcli.profiles.store import find, save
 from abcli.rope.bases import parse_numbers
 from abcli.ui.calibration import tried_lines, verdict_text
-from abcli.ui.progress import step_progress
+from abcli.ui.progress import stage_progress
 from abcli.ui.terminal import Terminal
 
 _USUAL = CalibrationSettings("needle", 1024)
@@ -194,7 +192,7 @@ def calibration(
         subject = Subject(config, model_options.chat_template, scores, terminal.warn)
     with subject:
         try:
-            with _stages(terminal) as progress:
+            with stage_progress(terminal) as progress:
                 found = calibrate(settings, subject, progress)
             with terminal.working("resampling"):
                 judgement = judge(found)
@@ -214,22 +212,6 @@ def calibration(
     report = make_report(settings.asked(), evaluation, recorded, data, contexts=result_options.examples)
     deliver(terminal, report, result_options)
     _conclude(terminal, found, judgement, outcome)
-
-
-@contextmanager
-def _stages(terminal: Terminal) -> Iterator[Progress]:
-    """A progress display for each stage in turn."""
-    with ExitStack() as stack:
-        current, update = "", None
-
-        def progress(what: str, done: int, total: int) -> None:
-            nonlocal current, update
-            if update is None or what != current:
-                stack.close()
-                current, update = what, stack.enter_context(step_progress(terminal, what))
-            update(done, total)
-
-        yield progress
 
 
 def _store(terminal: Terminal, profile: Profile) -> str:

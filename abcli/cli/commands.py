@@ -50,6 +50,11 @@ COMMANDS = {
     "calibrate": CommandPlace(
         "abcli.cli.calibrate", "calibration", "Find the bases and the merge rule that are best for a model and a task."
     ),
+    "bench": CommandPlace(
+        "abcli.cli.bench",
+        "bench",
+        "Measure how fast a model is here with 1 to N buckets, and which engine is the faster.",
+    ),
     "waves": CommandPlace(
         "abcli.cli.waves",
         "waves",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from rich.console import Console
 
 from abcli.chat.known_templates import KNOWN_TEMPLATES
+from abcli.cli.figures import check_destination
 from abcli.cli.flags import flag
 from abcli.cli.options import ModelOptions
 from abcli.config import DEFAULT_CONTEXT, EngineConfig
@@ -47,8 +48,7 @@ class ResultOptions:
         for name, path in (("--output", self.output), ("--png", self.png), ("--svg", self.svg)):
             if path is None:
                 continue
-            if not path.parent.is_dir() or path.is_dir():
-                raise UsageError(f"{name} {path} cannot be written", "name a file in a directory that exists")
+            check_destination(name, path)
             if name != "--output":
                 require_matplotlib(name)
         if self.examples and self.output is None and not self.as_json:

@@ -55,7 +55,7 @@ def open_engine(
     ensure_loadable(config.model, header)
     warn_of_ignored(header, warn)
     with Model(config.model, config.gpu_layers, header.adapters) as model:
-        _check_buckets(model, len(bases))
+        check_buckets(model, len(bases))
         choice = choose(model, config, header)
         kind = FusedEngine if choice.kind == "fused" else ContextsEngine
         with kind(model, config, warn, header) as engine:
@@ -77,8 +77,11 @@ def _context_size(config: EngineConfig, header: Header) -> int:
     return size
 
 
-def _check_buckets(model: Model, buckets: int) -> None:
-    """Several buckets need keys that are rotated by RoPE and nothing else that carries the past."""
+def check_buckets(model: Model, buckets: int) -> None:
+    """Several buckets need keys that are rotated by RoPE and nothing else that carries the past.
+
+    Raises UnsupportedModelError for a model that is otherwise.
+    """
     if buckets == 1:
         return
     if model.is_recurrent:

@@ -126,6 +126,13 @@ def choose(
     return Choice(kind, f"measured: {speeds.fused:.3g} steps/s fused, {speeds.contexts:.3g} in contexts")
 
 
+def forget_speeds(config: EngineConfig, header: Header) -> None:
+    """Let the next `choose` for `config` measure which engine is faster; what was remembered is dropped."""
+    # A file that cannot be removed only means that the old choice stays.
+    with suppress(OSError):
+        _speeds_name(config, header).unlink(missing_ok=True)
+
+
 def verify_fused(model: Model, config: EngineConfig) -> Verdict:
     """Compare a short text in the fused context with a plain context per base. Raises what making them raises.
 
@@ -203,10 +210,7 @@ def _verdict(model: Model, config: EngineConfig, header: Header, verify: Verify)
 
 
 def _speeds(model: Model, config: EngineConfig, header: Header, measure: Measure) -> Speeds:
-    name = _name(
-        "speeds",
-        [*_circumstances(config, header), config.threads or available_cores(), len(config.bases), config.slots],
-    )
+    name = _speeds_name(config, header)
     known = _recall(name)
     if known is not None:
         with suppress(KeyError, TypeError, ValueError):
@@ -214,6 +218,11 @@ def _speeds(model: Model, config: EngineConfig, header: Header, measure: Measure
     speeds = measure(model, config, header)
     _remember(name, asdict(speeds))
     return speeds
+
+
+def _speeds_name(config: EngineConfig, header: Header) -> Path:
+    more = [config.threads or available_cores(), len(config.bases), config.slots]
+    return _name("speeds", [*_circumstances(config, header), *more])
 
 
 def _circumstances(config: EngineConfig, header: Header) -> list[object]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.bench.rounds import Spread
 from abcli.errors import UsageError
 from abcli.ui.terminal_plot import column_minima
 
@@ -21,6 +22,7 @@ ImageFormat = Literal["png", "svg"]
 
 _NATIVE_COLOUR = "#222222"
 _ENVELOPE_COLOUR = "#e66100"
+_SPEED_STYLES = {"raw": (_NATIVE_COLOUR, "s--"), "contexts": ("#31688e", "o-"), "fused": (_ENVELOPE_COLOUR, "^-")}
 _BINS = 160
 _ZOOM_RADIUS = 100
 
@@ -69,6 +71,36 @@ class DepthPlot:
     panels: tuple[DepthPanel, ...]
 
 
+@dataclass(frozen=True)
+class SpeedCurve:
+    """One way of decoding: its name in the palette, and a point with the middle half of its rounds for each number.
+
+    `speeds` are tokens per second, `ratios` the time of a token relative to one bucket.
+    """
+
+    kind: str
+    label: str
+    buckets: tuple[int, ...]
+    speeds: tuple[Spread, ...]
+    ratios: tuple[Spread, ...]
+
+
+@dataclass(frozen=True)
+class SpeedPanel:
+    """What is timed, and the curves of all that took part, one or more."""
+
+    title: str
+    curves: tuple[SpeedCurve, ...]
+
+
+@dataclass(frozen=True)
+class SpeedPlot:
+    """What a figure of a benchmark shows; there is at least one panel."""
+
+    title: str
+    panels: tuple[SpeedPanel, ...]
+
+
 def require_matplotlib(flag: str) -> None:
     """Raise UsageError, which says how to install it, if matplotlib is missing; `flag` is what needs it."""
     try:
@@ -113,6 +145,50 @@ def depth_image(plot: DepthPlot, image_format: ImageFormat) -> bytes:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, title="configuration\n(bars: 95 % intervals)", loc="outside right upper")
     return _content(figure, image_format)
+
+
+def speed_image(plot: SpeedPlot, image_format: ImageFormat) -> bytes:
+    """The figure as a file's content: speed above time relative to one bucket, by buckets, a column for each panel."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = len(plot.panels)
+    figure = Figure(figsize=(3 + 3 * columns, 7), layout="constrained")
+    figure.suptitle(_plain(plot.title), fontsize="large")
+    axes = figure.subplots(2, columns, sharex="col", squeeze=False)
+    for column, panel in enumerate(plot.panels):
+        speeds, ratios = axes[:, column]
+        most = max(max(curve.buckets) for curve in panel.curves)
+        ratios.plot([1, most], [1, most], ":", color="#777777", linewidth=1.2, label="N times one bucket")
+        for curve in panel.curves:
+            _draw_speeds(speeds, curve, curve.speeds)
+            _draw_speeds(ratios, curve, curve.ratios)
+        speeds.set_title(_plain(panel.title), fontsize="medium")
+        ratios.set_xlabel("buckets")
+        ratios.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axis in (speeds, ratios):
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.25)
+    axes[0, 0].set_ylabel("tokens per second")
+    axes[1, 0].set_ylabel("time of a token / that of one bucket")
+    # A panel may lack a curve that another has.
+    named = {
+        label: handle
+        for axis in (*axes[0], *axes[1])
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(named.values()), list(named), title="bars: middle half\nof the rounds", loc="outside right upper"
+    )
+    return _content(figure, image_format)
+
+
+def _draw_speeds(axes: Axes, curve: SpeedCurve, points: tuple[Spread, ...]) -> None:
+    colour, style = _SPEED_STYLES[curve.kind]
+    values = [point.median for point in points]
+    axes.plot(curve.buckets, values, style, color=colour, markersize=5, linewidth=1.6, label=curve.label)
+    low, high = [point.low for point in points], [point.high for point in points]
+    axes.vlines(curve.buckets, low, high, color=colour, alpha=0.4, linewidth=2.5)
 
 
 def _draw_curves(axes: Axes, depths: tuple[float, ...], curves: tuple[DepthCurve, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from time import perf_counter
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -90,6 +90,22 @@ def step_progress(
 
     with bar:
         yield update
+
+
+@contextmanager
+def stage_progress(terminal: Terminal) -> Iterator[Callable[[str, int, int], None]]:
+    """The same for work in stages; the callback takes (name of the stage, done, total)."""
+    with ExitStack() as stack:
+        current, update = "", None
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal current, update
+            if update is None or what != current:
+                stack.close()
+                current, update = what, stack.enter_context(step_progress(terminal, what))
+            update(done, total)
+
+        yield progress
 
 
 def _left_text(seconds: float | None) -> str:
