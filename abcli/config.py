@@ -83,7 +83,7 @@ class EngineConfig:
     prefill: PrefillMode = "auto"
     prefill_base: float | None = None
     prompt_cache: Path | None = None
-    engine: EngineChoice = "contexts"
+    engine: EngineChoice = "auto"
     force: bool = False
     lora: tuple[LoraConfig, ...] = ()
 

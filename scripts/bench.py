@@ -38,6 +38,7 @@ from abcli.native.context import BatchPart, Context
 from abcli.native.library import CancelFlag, echo_log
 from abcli.native.model import Model
 from abcli.native.sampler import SamplerChain
+from abcli.native.wide import run_wide, wide_thread
 from abcli.rope.bases import symmetric_multipliers
 
 PROMPT = "The history of the lighthouse begins with fires that were lit on hills. "
@@ -61,7 +62,7 @@ class RawContexts:
             stack.enter_context(Context(model, base, config, config.context_size, threads, cancel))
             for base in config.bases
         ]
-        self._pool = stack.enter_context(ThreadPoolExecutor(workers))
+        self._pool = wide_thread() if workers == 1 else stack.enter_context(ThreadPoolExecutor(workers))
         self._tokens = model.tokenize(PROMPT, add_special=True, parse_special=False)
         self._row = [np.empty(model.vocabulary_size, np.float32) for _ in config.bases]
         self._length = 0
@@ -109,7 +110,8 @@ def high_level(path: Path, threads: int, stack: ExitStack) -> Callable[[int], No
             for _chunk in zip(model.generate(tokens, temp=0.8, top_k=40, top_p=0.95, min_p=0.05), range(900)):  # noqa: B905
                 yield
 
-    return _drawing(pieces())
+    advance = _drawing(pieces())
+    return lambda count: run_wide(lambda: advance(count))
 
 
 def _drawing(pieces: Iterator[None]) -> Callable[[int], None]:

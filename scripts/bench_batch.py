@@ -41,6 +41,7 @@ from abcli.generate import Generator
 from abcli.models.header import read_header
 from abcli.models.locate import locate_model
 from abcli.native.sampler import SamplerChain
+from abcli.native.wide import run_wide
 from abcli.rope.bases import choose_bases
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -130,7 +131,7 @@ def measure_prompts(path: Path, buckets: int, options: argparse.Namespace) -> di
             cores = options.threads or available_cores()
             llama = Llama(str(path), n_ctx=size, n_threads=cores, n_threads_batch=cores, verbose=False)
             stack.callback(llama.close)
-            arrangements["llama_cpp.Llama"] = lambda: answer_with_llama(llama, prompts, options.new)
+            arrangements["llama_cpp.Llama"] = lambda: run_wide(lambda: answer_with_llama(llama, prompts, options.new))
         return rounds(arrangements, options.rounds)
 
 

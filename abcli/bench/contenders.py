@@ -17,6 +17,7 @@ from abcli.native.context import BatchPart, Sequences, context_parameters
 from abcli.native.library import CancelFlag
 from abcli.native.model import Model
 from abcli.native.owner import Owner
+from abcli.native.wide import run_wide
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class RawPlayer(Owner):
         parameters.n_seq_max = parameters.n_outputs_max = count
         # Each sequence passes over its own cells only, which is the faster way for separate texts.
         parameters.kv_unified = False
+        self._cancel = cancel
         with ExitStack() as stack:
             self._context = stack.enter_context(Sequences(model, parameters, cancel))
             self._stack = stack.pop_all()
@@ -154,7 +156,8 @@ class RawPlayer(Owner):
     def _compute(self, tokens: tuple[int, ...], *, output: bool) -> None:
         count = len(self._logits)
         parts = [BatchPart(sequence, self._length, tokens, output) for sequence in range(count)]
-        self._context.decode(parts, list(self._logits) if output else [None] * count)
+        rows = list(self._logits) if output else [None] * count
+        run_wide(lambda: self._context.decode(parts, rows), self._cancel.set)
         self._length += len(tokens)
 
 

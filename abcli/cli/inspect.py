@@ -58,7 +58,7 @@ def inspect(
     ubatch_size: Annotated[int, flag("Tokens computed at once.", "--ubatch-size", "-ub")] = _ENGINE.ubatch_size,
     flash_attn: Annotated[FlashAttention, flag("Flash attention.", "--flash-attn", "-fa")] = _ENGINE.flash_attention,
     engine: Annotated[
-        EngineChoice, flag("contexts: one for each bucket; fused: one for all.", "--engine")
+        EngineChoice, flag("contexts: one for each bucket; fused: one for all; auto: the larger of both.", "--engine")
     ] = _ENGINE.engine,
     gpu_layers: Annotated[int, flag("Layers on the GPU; -1: all.", "--gpu-layers", "-ngl")] = _ENGINE.gpu_layers,
     as_json: Annotated[bool, flag("Print a JSON object instead of text.", "--json")] = False,

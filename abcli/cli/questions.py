@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -87,7 +87,7 @@ def engine_config(
         ("--ctx-size", options.ctx_size != DEFAULT_CONTEXT, "the context is made as long as the questions: --length"),
         ("--prefill", options.prefill is not None, prefill),
         ("--prefill-base", options.prefill_base is not None, prefill_base),
-        ("--engine", options.engine != "contexts", "every base has a context of its own here"),
+        ("--engine", options.engine == "fused", "every base has a context of its own here"),
         (
             "--prompt-cache",
             options.prompt_cache or options.prompt_cache_dir is not None,
@@ -96,7 +96,7 @@ def engine_config(
     ):
         if wrong:
             raise UsageError(f"{name} has no say in {work}", hint)
-    return options.engine_config(model)
+    return replace(options.engine_config(model), engine="contexts")
 
 
 def data_files(settings: EvaluationSettings, chat_template: str | None) -> list[DataFile]:

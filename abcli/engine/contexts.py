@@ -29,6 +29,7 @@ from abcli.native.ggml import aligned_bytes
 from abcli.native.library import version
 from abcli.native.model import Model
 from abcli.native.state import parse_state
+from abcli.native.wide import wide_thread
 from abcli.rope.frequencies import RopeParameters
 
 __all__ = ["MIN_SHARED_TOKENS", "ContextsEngine"]
@@ -79,8 +80,12 @@ class ContextsEngine(SlotEngine):
                 return stack.enter_context(Context(model, base, config, cells, self.plan.threads, self._cancel))
 
             self._contexts = [make(base) for base in config.bases]
-            self._pool = ThreadPoolExecutor(self.plan.workers, thread_name_prefix="abcli-bucket")
-            stack.callback(self._pool.shutdown)
+            if self.plan.workers == 1:
+                self._pool = wide_thread()
+            else:
+                self._pool = stack.enter_context(
+                    ThreadPoolExecutor(self.plan.workers, thread_name_prefix="abcli-bucket")
+                )
             self._shared: SharedPrefill | None = None
             self._leader = self._contexts[0]
             self.prefill_note = self._try_sharing(model, config, known, make, stack)
@@ -166,7 +171,7 @@ class ContextsEngine(SlotEngine):
         others = [context for context in self._contexts if context is not self._leader]
         self._leader.set_threads(self._cores)
         try:
-            self._run_all(lambda _index: self._leader.decode(parts, [None] * len(parts)), 1)
+            self._run_all(lambda _index: self._leader.decode(parts, [None] * len(parts)), 1, wide_thread())
         finally:
             self._leader.set_threads(self.plan.threads)
         for part in parts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from math import log
@@ -24,6 +23,7 @@ from abcli.models.header import Header, read_header
 from abcli.native.fused import FusedContext, SlotPart
 from abcli.native.library import version
 from abcli.native.model import Model
+from abcli.native.wide import wide_thread
 
 _HINT = "use --engine contexts with this model"
 # What names the rank of compressed keys and values in a GGUF header.
@@ -57,10 +57,14 @@ class FusedEngine(SlotEngine):
         self._threads = config.threads or available_cores()
         self._all = range(len(config.bases))
         with ExitStack() as stack:
-            self._pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="abcli-fused"))
-            leader = _leader_base(model, config)
-            self._leader, self._context, self.prefill_note = self._open(model, config, header, leader)
-            stack.callback(self._context.close)
+            self._pool = wide_thread()
+
+            def make() -> None:
+                leader = _leader_base(model, config)
+                self._leader, self._context, self.prefill_note = self._open(model, config, header, leader)
+                stack.callback(self._context.close)
+
+            self._run(make)
             self._sharing = self.prefill_note.startswith("shared")
             self._piece = min(self._context.batch_size, self._context.ubatch_size)
             if config.prompt_cache is not None:
@@ -193,7 +197,7 @@ class FusedEngine(SlotEngine):
         self._run(lambda: self._context.compute(parts, columns, logits, careful=careful))
 
     def _run(self, job: Callable[[], None]) -> None:
-        """Run `job` on the engine's own thread, unless a cancellation came before."""
+        """Run `job` on the thread that computes, unless a cancellation came before."""
 
         def guarded(_index: int) -> None:
             if self._cancel.is_set():
@@ -232,15 +236,17 @@ class FusedEngine(SlotEngine):
             model_name=header.name,
         )
         cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
-        return StoredPrompts(cache, _FusedCells(self._context, self._leader), self._piece)
+        return StoredPrompts(cache, _FusedCells(self._context, self._leader, self._run), self._piece)
 
 
 class _FusedCells:
     """What the leader's sequence holds, as bytes; the buckets' take it with their keys turned."""
 
-    def __init__(self, context: FusedContext, leader: int) -> None:
+    def __init__(self, context: FusedContext, leader: int, run: Callable[[Callable[[], None]], None]) -> None:
+        """`run` calls what computes on the engine's thread."""
         self._context = context
         self._leader = leader
+        self._run = run
 
     def read(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
         """See `Cells.read`."""
@@ -248,9 +254,13 @@ class _FusedCells:
 
     def append(self, slot: int, start: int, tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
         """See `Cells.append`."""
-        self._context.write_cells(slot, self._leader, start, tokens, data)
         others = [column for column in range(len(self._context.bases)) if column != self._leader]
-        self._context.share(slot, self._leader, others, start, tokens)
+
+        def give() -> None:
+            self._context.write_cells(slot, self._leader, start, tokens, data)
+            self._context.share(slot, self._leader, others, start, tokens)
+
+        self._run(give)
 
     def truncate(self, slot: int, length: int) -> None:
         """See `Cells.truncate`."""

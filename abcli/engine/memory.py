@@ -155,7 +155,8 @@ def predict(config: EngineConfig, header: Header) -> Prediction:
     For the engine "auto", the larger of what the two need.
     """
     shape = MemoryShape.of(header)
-    kinds = (False, True) if config.engine == "auto" else (config.engine == "fused",)
+    both = config.engine == "auto" and (config.slots > 1 or len(config.bases) > 1)
+    kinds = (False, True) if both else (config.engine == "fused",)
     return max((_predict(config, shape, fused=fused) for fused in kinds), key=lambda found: found.total)
 
 

@@ -30,9 +30,10 @@ from abcli.models.header import Header
 from abcli.native.fused import FusedContext, SlotPart
 from abcli.native.library import CancelFlag, devices, version
 from abcli.native.model import Model
+from abcli.native.wide import run_wide
 
 # Raised when the probe comes to look at more.
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 # The text stands far from the beginning, where a wrong angle shows; its last tokens come one by one.
 _START = 997
 _TEXT = "The history of the lighthouse begins with fires that were lit on hills, for the sailors to steer by at night."
@@ -110,8 +111,10 @@ def choose(
     try:
         check_servable(model, header, config)
         if one:
-            # Nothing is turned, so there is nothing to verify.
             return Choice("fused", "there is one bucket, and each slot has cells of its own to pass over")
+        if len(set(config.bases)) == 1:
+            # Nothing is turned, so there is nothing to verify, nor would a verdict say anything of other bases.
+            return Choice("fused", "as asked for")
         verdict = _verdict(model, config, header, verify or verify_fused)
         if not verdict.sound:
             raise UnsupportedModelError(f"the fused engine refuses itself: {verdict.reason}", "use --engine contexts")
@@ -140,6 +143,11 @@ def verify_fused(model: Model, config: EngineConfig) -> Verdict:
     in every layer; the divergence tells whether queries and keys fit together. The floor is what a base that is equal
     but for rounding gives, or another batch shape, whichever is more.
     """
+    cancel = CancelFlag()
+    return run_wide(lambda: _compare(model, config, cancel), cancel.set)
+
+
+def _compare(model: Model, config: EngineConfig, cancel: CancelFlag) -> Verdict:
     small = replace(
         config,
         context_size=_PROBE_CONTEXT,
@@ -149,19 +157,23 @@ def verify_fused(model: Model, config: EngineConfig) -> Verdict:
     )
     native = float(np.float32(model.native_base))
     own = native if native in config.bases else config.bases[0]
-    with _context(model, small, config.bases, own) as fused:
+
+    def context(*bases: float, base: float) -> FusedContext:
+        return FusedContext(model, bases, small, base, config.threads or available_cores(), cancel)
+
+    with context(*config.bases, base=own) as fused:
         ours = _text(model, fused)
         keys = [fused.keys_at(column, 0) for column in range(len(config.bases))]
     theirs = {}
     for base in dict.fromkeys(config.bases):
-        with _context(model, small, (base,), base) as plain:
+        with context(base, base=base) as plain:
             theirs[base] = _text(model, plain)[:, 0]
             wrong = _wrong_layer(plain.keys_at(0, 0), [keys[i] for i, b in enumerate(config.bases) if b == base])
             if wrong is not None:
                 return Verdict((), 0.0, f"the keys of layer {wrong} are not those of a context with base {base:g}")
             if base == own:
                 singly = _text(model, plain, pieces=_TEXT_TOKENS)[:, 0]
-    with _context(model, small, (own * _NUDGE,), own * _NUDGE) as nudged:
+    with context(own * _NUDGE, base=own * _NUDGE) as nudged:
         floors = [_divergence(theirs[own], logits) for logits in (_text(model, nudged)[:, 0], singly)]
     divergences = tuple(_divergence(theirs[base], ours[:, bucket]) for bucket, base in enumerate(config.bases))
     limit = min(_FLOORS * max(floors) + _LEAST_DIVERGENCE, _MOST_DIVERGENCE)
@@ -257,10 +269,6 @@ def _remember(path: Path, found: Mapping[str, object]) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(found).encode())
-
-
-def _context(model: Model, config: EngineConfig, bases: Sequence[float], own: float) -> FusedContext:
-    return FusedContext(model, bases, config, own, config.threads or available_cores(), CancelFlag())
 
 
 def _text(model: Model, context: FusedContext, pieces: int = 1) -> Logs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, wait
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,7 +29,7 @@ class SlotEngine(Owner):
 
     prefill_note: str
     # Computes; the thread of the caller stays free for signals.
-    _pool: ThreadPoolExecutor
+    _pool: Executor
     # Whether prompts can be computed once for all buckets.
     _sharing = False
     _stored: StoredPrompts | None = None
@@ -195,9 +195,9 @@ class SlotEngine(Owner):
         self._truncate_cells(slot, 0)
         self._tokens[slot] = []
 
-    def _run_all(self, job: Callable[[int], None], count: int) -> None:
+    def _run_all(self, job: Callable[[int], None], count: int, pool: Executor | None = None) -> None:
         """Run job(0) ... job(count - 1) on the pool; wait for all of them, then raise the first error."""
-        futures = [self._pool.submit(job, index) for index in range(count)]
+        futures = [(pool or self._pool).submit(job, index) for index in range(count)]
         try:
             wait(futures)
         except BaseException:

@@ -41,7 +41,15 @@ TOLERANCE = 2e-3
 
 
 def config(path: Path, *loras: LoraConfig, **changes: Any) -> EngineConfig:
-    values: dict[str, Any] = {"bases": BASES, "context_size": 256, "threads": 2, "lora": loras, **EXACT, **changes}
+    values: dict[str, Any] = {
+        "engine": "contexts",
+        "bases": BASES,
+        "context_size": 256,
+        "threads": 2,
+        "lora": loras,
+        **EXACT,
+        **changes,
+    }
     return EngineConfig(path, **values)
 
 

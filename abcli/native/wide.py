@@ -1,0 +1,43 @@
+"""The one thread of the process on which llama.cpp computes with several threads.
+
+With OpenMP every thread that begins a parallel region keeps a team of its own. When the teams of a process have more
+threads than there are cores, GNU's libgomp no longer lets them spin at barriers: each of the many barriers of a graph
+then costs a system call or two, a fifth of a small model's step. One thread for all of it means one team.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from functools import cache
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+@cache
+def wide_thread() -> Executor:
+    """An executor with that thread; it lives as long as the process and is nobody's to shut down."""
+    return ThreadPoolExecutor(1, thread_name_prefix="abcli-wide")
+
+
+def run_wide(job: Callable[[], Result], cancel: Callable[[], None] = lambda: None) -> Result:
+    """The result of `job`, computed on that thread, which must not be the caller's.
+
+    An exception that reaches the caller meanwhile, such as KeyboardInterrupt, calls `cancel` and waits for the job
+    to end, since what the job uses may be freed next.
+    """
+    future = wide_thread().submit(job)
+    try:
+        wait([future])
+    except BaseException:
+        cancel()
+        wait([future])
+        raise
+    return future.result()
+
+
+if hasattr(os, "register_at_fork"):
+    # A child has none of its parent's threads.
+    os.register_at_fork(after_in_child=wide_thread.cache_clear)
