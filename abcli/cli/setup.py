@@ -38,8 +38,8 @@ def ready(terminal: Terminal, config: EngineConfig, buckets: BucketConfig, *, ve
     if verbose:
         echo_log(sys.stderr.write)
     with ExitStack() as stack:
-        with terminal.working(f"loading {config.model.name}"):
-            opened = stack.enter_context(open_engine(config, buckets, terminal.warn))
+        with terminal.working(f"loading {config.model.name}") as say:
+            opened = stack.enter_context(open_engine(config, buckets, terminal.warn, say))
         engine, model = opened.engine, opened.model
         if engine.context_size > model.trained_context:
             terminal.warn(

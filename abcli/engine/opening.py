@@ -35,12 +35,16 @@ class Opened:
 
 @contextmanager
 def open_engine(
-    config: EngineConfig, buckets: BucketConfig, warn: Callable[[str], None] | None = None
+    config: EngineConfig,
+    buckets: BucketConfig,
+    warn: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> Iterator[Opened]:
     """Check and load `config.model`, choose the bases and make an engine; all is freed after the block.
 
     `config.bases` is ignored in favour of `buckets`; a context size of 0 becomes the trained length; `config.engine`
-    "auto" is decided by measuring, once per model and machine. `warn` gets a line for what goes wrong without harm.
+    "auto" is decided by measuring, once per model and machine. `warn` gets a line for what goes wrong without harm,
+    `say` one for what takes its time.
 
     Raises ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError and NativeError.
     """
@@ -56,7 +60,7 @@ def open_engine(
     warn_of_ignored(header, warn)
     with Model(config.model, config.gpu_layers, header.adapters) as model:
         check_buckets(model, len(bases))
-        choice = choose(model, config, header)
+        choice = choose(model, config, header, say=say)
         kind = FusedEngine if choice.kind == "fused" else ContextsEngine
         with kind(model, config, warn, header) as engine:
             yield Opened(model, engine, header, perf_counter() - begin, choice)

@@ -97,8 +97,9 @@ def choose(
     header: Header,
     verify: Verify | None = None,
     measure: Measure | None = None,
+    say: Callable[[str], None] = lambda _text: None,
 ) -> Choice:
-    """The engine for `config.engine`; what has been found out before is not found out again.
+    """The engine for `config.engine`; what has been found out before is not found out again, `say` is told what is.
 
     "auto" takes contexts where the fused engine cannot serve, is not right, or is not faster. "fused" raises
     UnsupportedModelError with the reason instead.
@@ -115,12 +116,12 @@ def choose(
         if len(set(config.bases)) == 1:
             # Nothing is turned, so there is nothing to verify, nor would a verdict say anything of other bases.
             return Choice("fused", "as asked for")
-        verdict = _verdict(model, config, header, verify or verify_fused)
+        verdict = _verdict(model, config, header, verify or verify_fused, say)
         if not verdict.sound:
             raise UnsupportedModelError(f"the fused engine refuses itself: {verdict.reason}", "use --engine contexts")
         if config.engine == "fused":
             return Choice("fused", "as asked for")
-        speeds = _speeds(model, config, header, measure or measure_engines)
+        speeds = _speeds(model, config, header, measure or measure_engines, say)
     except AbcliError as error:
         if config.engine == "fused":
             raise
@@ -209,24 +210,26 @@ def measure_engines(model: Model, config: EngineConfig, header: Header) -> Speed
     return Speeds(fused, contexts)
 
 
-def _verdict(model: Model, config: EngineConfig, header: Header, verify: Verify) -> Verdict:
+def _verdict(model: Model, config: EngineConfig, header: Header, verify: Verify, say: Callable[[str], None]) -> Verdict:
     name = _name("verdict", _circumstances(config, header))
     known = _recall(name)
     if known is not None:
         with suppress(KeyError, TypeError, ValueError):
             divergences = tuple(float(number) for number in known["divergences"])
             return Verdict(divergences, float(known["floor"]), str(known["reason"]))
+    say("trying the fused engine (once for this model)")
     verdict = verify(model, config)
     _remember(name, asdict(verdict))
     return verdict
 
 
-def _speeds(model: Model, config: EngineConfig, header: Header, measure: Measure) -> Speeds:
+def _speeds(model: Model, config: EngineConfig, header: Header, measure: Measure, say: Callable[[str], None]) -> Speeds:
     name = _speeds_name(config, header)
     known = _recall(name)
     if known is not None:
         with suppress(KeyError, TypeError, ValueError):
             return Speeds(float(known["fused"]), float(known["contexts"]))
+    say("measuring which engine is faster (once for this model and number of buckets)")
     speeds = measure(model, config, header)
     _remember(name, asdict(speeds))
     return speeds

@@ -77,13 +77,13 @@ class Terminal:
         self.note(statistics_line(statistics, used, available, buckets))
 
     @contextmanager
-    def working(self, what: str) -> Iterator[None]:
-        """A spinner on a terminal while something without known length runs."""
+    def working(self, what: str) -> Iterator[Callable[[str], None]]:
+        """A spinner on a terminal while something without known length runs; the callback changes what it says."""
         if not self.console.is_interactive:
-            yield
+            yield lambda _what: None
             return
-        with self.console.status(what):
-            yield
+        with self.console.status(what) as status:
+            yield status.update
 
     @contextmanager
     def prefill_progress(self) -> Iterator[Callable[[int, int], None]]:
