@@ -18,7 +18,7 @@ from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.engine.workers import available_cores, plan_workers
 from abcli.errors import OutOfMemoryError
 from abcli.models.header import Header
-from abcli.native.library import devices, supports_offload
+from abcli.native.library import Device, devices, supports_offload
 
 # llama.cpp pads a context to a multiple of this (llama-context.cpp).
 CONTEXT_STEP = 256
@@ -181,11 +181,14 @@ def check(config: EngineConfig, header: Header, *, force: bool = False) -> Predi
 
 def free_room(config: EngineConfig) -> Room:
     """What is free now, for the set-up's choice of devices."""
-    host = available_memory()
+    return Room(available_memory(), sum(device.free_memory for device in _offload_devices(config)))
+
+
+def _offload_devices(config: EngineConfig) -> list[Device]:
+    """Where llama.cpp puts layers; a build for devices may find none, or none that is reached yet (RPC)."""
     if config.gpu_layers == 0 or not supports_offload():
-        return Room(host)
-    found = [device for device in devices() if not device.name.upper().startswith(_HOST_DEVICES)]
-    return Room(host, sum(device.free_memory for device in found))
+        return []
+    return [device for device in devices() if not device.name.upper().startswith(_HOST_DEVICES)]
 
 
 def available_memory() -> int:
@@ -269,7 +272,7 @@ def _array_bytes(config: EngineConfig, shape: MemoryShape) -> int:
 
 def _device_share(config: EngineConfig, shape: MemoryShape) -> float:
     """The part of the layers, the output counted as one, that goes to devices."""
-    if config.gpu_layers == 0 or not supports_offload():
+    if not _offload_devices(config):
         return 0.0
     layers = shape.layers + 1
     return 1.0 if config.gpu_layers < 0 else min(config.gpu_layers, layers) / layers

@@ -20,7 +20,7 @@ from abcli.engine.memory import CONTEXT_STEP, Prediction, Room, available_memory
 from abcli.errors import OutOfMemoryError
 from abcli.models.adapter import check_model
 from abcli.models.check import check_file
-from abcli.native.library import echo_log
+from abcli.native.library import Device, echo_log
 from abcli.native.model import Model
 from tests.support.lora import is_projection, random_lora, write_lora
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
@@ -217,6 +217,11 @@ def test_nothing_to_advise(config: EngineConfig) -> None:
 def test_layers_on_a_device(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     header = check_file(config.model)
     monkeypatch.setattr(memory, "supports_offload", lambda: True)
+    monkeypatch.setattr(memory, "devices", lambda: [Device("CPU", "", 5, 9)])
+    # A build for devices on a machine without one.
+    assert predict(replace(config, gpu_layers=-1), header).device == memory.free_room(config).device == 0
+    monkeypatch.setattr(memory, "devices", lambda: [Device("CPU", "", 5, 9), Device("Metal", "", 7, 9)])
+    assert memory.free_room(replace(config, gpu_layers=-1)).device == 7
     host, half, full = (predict(replace(config, gpu_layers=layers), header) for layers in (0, 1, -1))
     assert host.device == 0
     assert 0 < half.item("caches").device < full.item("caches").device == full.item("caches").total
