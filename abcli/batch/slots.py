@@ -57,13 +57,13 @@ def slot_bytes(config: EngineConfig, header: Header) -> int:
     return cache + logits
 
 
-def plan_slots(wanted: int | None, config: EngineConfig, header: Header) -> SlotPlan:
+def plan_slots(wanted: int | None, config: EngineConfig, header: Header, processes: int = 1) -> SlotPlan:
     """As many slots as `wanted`; None: as many as fit into half of the free memory, at most MOST_AUTOMATIC.
 
-    `config` has the bases and a context size above 0. Raises UsageError for an impossible number and
-    OutOfMemoryError for one that does not fit.
+    `config` has the bases and a context size above 0; so many `processes` share the memory. Raises UsageError for
+    an impossible number and OutOfMemoryError for one that does not fit.
     """
-    each, available = slot_bytes(config, header), available_memory()
+    each, available = slot_bytes(config, header), available_memory() // processes
     on_device = config.gpu_layers != 0 and supports_offload()
     if wanted is None:
         fitting = MOST_AUTOMATIC if on_device else available // 2 // each
