@@ -15,12 +15,12 @@ PrefixKeys: TypeAlias = tuple[int, ...]
 """A key for each whole block of a prompt; it stands for all tokens from the first to the block's last."""
 
 
-def prefix_keys(tokens: Sequence[int]) -> PrefixKeys:
-    """The keys of `tokens`: two prompts share n keys at the beginning if and only if they share n * BLOCK tokens."""
+def prefix_keys(tokens: Sequence[int], block: int = BLOCK) -> PrefixKeys:
+    """The keys of `tokens`: two prompts share n keys at the beginning if and only if they share n * block tokens."""
     keys = []
     key = 0
-    for end in range(BLOCK, len(tokens) + 1, BLOCK):
-        key = hash((key, *tokens[end - BLOCK : end]))
+    for end in range(block, len(tokens) + 1, block):
+        key = hash((key, *tokens[end - block : end]))
         keys.append(key)
     return tuple(keys)
 

@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from abcli.batch.jobs import BadLine, Job, Result
 from abcli.batch.prefixes import HeldPrompts, PrefixKeys, ReuseRule, prefix_keys
@@ -28,8 +29,18 @@ _FATAL = (NativeError, OutOfMemoryError, CancelledError)
 Tokenize = Callable[[Job], Sequence[int]]
 
 
+Item = TypeVar("Item")
+
+
 class _ReadingStoppedError(BaseException):
     """Leaves the reading of a job, which may wait for ever, from a signal handler."""
+
+
+class _End:
+    """What stands for a job at the end of the input."""
+
+
+_END = _End()
 
 
 class StopSwitch:
@@ -42,8 +53,7 @@ class StopSwitch:
         """No further job is begun."""
         self.cancelled = False
         """Nothing more is computed."""
-        self.reading = False
-        """Whether a job is being read; set by the scheduler."""
+        self._reading = False
 
     def press(self) -> None:
         """Finish what is begun; at the second call, stop at once. Made for a signal handler."""
@@ -52,8 +62,18 @@ class StopSwitch:
             self._cancel()
             return
         self.stopping = True
-        if self.reading:
+        if self._reading:
             raise _ReadingStoppedError
+
+    def read(self, read: Callable[[], Item]) -> Item | None:
+        """What `read` gives, which may wait for ever: None if the switch is pressed meanwhile."""
+        with suppress(_ReadingStoppedError):
+            self._reading = True
+            try:
+                return read()
+            finally:
+                self._reading = False
+        return None
 
 
 @dataclass
@@ -105,7 +125,7 @@ class Scheduler:
 
     def __init__(
         self,
-        jobs: Iterable[Job | BadLine],
+        jobs: Iterable[Job | BadLine | None],
         engine: Engine,
         generator: Generator,
         tokenize: Tokenize,
@@ -118,6 +138,7 @@ class Scheduler:
     ) -> None:
         """`tokenize` gives a job's prompt and may raise AbcliError, which becomes the job's error.
 
+        `jobs` gives None if there is no job now, but may be later; while the scheduler is `idle` it should wait.
         Among `look_ahead` jobs those are found that share what they begin with. `totals` are counted up as it goes;
         `on_step` is called after every step.
         """
@@ -144,6 +165,11 @@ class Scheduler:
         self._sharing = True
         self._left_out = False
 
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do until another job comes."""
+        return not (self._waiting or self._running or self._ready)
+
     def results(self) -> Iterator[Result]:
         """The results as they become ready; every job has one, unless the run is stopped.
 
@@ -158,7 +184,7 @@ class Scheduler:
                 self._begin_waiting()
                 if self._running:
                     self._step()
-                elif not (self._waiting or self._ready) and (self._exhausted or self._switch.stopping):
+                elif self.idle and (self._exhausted or self._switch.stopping):
                     self.finished = self._exhausted and not self._left_out
                     return
         finally:
@@ -178,18 +204,14 @@ class Scheduler:
                 self._admit(item)
 
     def _read(self) -> Job | BadLine | None:
-        """The next item of the input; None at its end and when the run is to stop."""
+        """The next item of the input; None at its end, if there is none now, and when the run is to stop."""
         if self._exhausted or self._switch.stopping:
             return None
-        with suppress(_ReadingStoppedError):
-            self._switch.reading = True
-            try:
-                item = next(self._jobs, None)
-            finally:
-                self._switch.reading = False
-            self._exhausted = item is None
-            return item
-        return None
+        item = self._switch.read(lambda: next(self._jobs, _END))
+        if isinstance(item, _End):
+            self._exhausted = True
+            return None
+        return item
 
     def _admit(self, job: Job) -> None:
         """Let a job wait for a slot, unless its answer or an error is already known."""

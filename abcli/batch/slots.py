@@ -41,14 +41,17 @@ class SlotPlan:
         return f"{slots} of {context_size:,} tokens for {kind}: {memory}"
 
 
-def plan_slots(wanted: int | None, config: EngineConfig, header: Header, prompts: int | None = None) -> SlotPlan:
+def plan_slots(
+    wanted: int | None, config: EngineConfig, header: Header, prompts: int | None = None, processes: int = 1
+) -> SlotPlan:
     """As many slots as `wanted`; None: as many as are of use for so many buckets and `prompts`, if that is known.
 
-    Those beyond the first take at most a quarter of the memory that the first leaves. `config` has the bases and a
-    context size above 0. Raises UsageError for an impossible number and OutOfMemoryError for one that does not fit,
-    unless `config.force`.
+    Those beyond the first take at most a quarter of the memory that the first leaves; so many `processes` share what
+    is free. `config` has the bases and a context size above 0. Raises UsageError for an impossible number and
+    OutOfMemoryError for one that does not fit, unless `config.force`.
     """
     free = free_room(config)
+    free = Room(free.host // processes, free.device // processes)
     if wanted is None:
         useful = min(MOST_AUTOMATIC, max(LEAST_AUTOMATIC, ENOUGH_ROWS // len(config.bases)))
         if prompts is not None:

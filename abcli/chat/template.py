@@ -159,24 +159,28 @@ def load_template(model: Model, choice: str | None) -> ChatTemplate:
 
     Raises TemplateError if there is none (nothing is guessed), or if it cannot be read or compiled.
     """
-    names = ", ".join(KNOWN_TEMPLATES)
-    if choice is None:
-        source = model.chat_template
-        if not source:
-            raise TemplateError(
-                f"{model.path.name} has no chat template",
-                f"give --chat-template with a file or one of: {names}",
-            )
-        return ChatTemplate(source, model)
+    if choice is not None:
+        return ChatTemplate(template_source(choice), model)
+    source = model.chat_template
+    if not source:
+        raise TemplateError(
+            f"{model.path.name} has no chat template",
+            f"give --chat-template with a file or one of: {', '.join(KNOWN_TEMPLATES)}",
+        )
+    return ChatTemplate(source, model)
+
+
+def template_source(choice: str) -> str:
+    """The chat template named `choice`, else that in the file `choice`. Raises TemplateError if it cannot be read."""
     if choice in KNOWN_TEMPLATES:
-        return ChatTemplate(KNOWN_TEMPLATES[choice], model)
+        return KNOWN_TEMPLATES[choice]
     try:
-        source = read_text_file(Path(choice), _MAX_SOURCE_BYTES)
+        return read_text_file(Path(choice), _MAX_SOURCE_BYTES)
     except PromptError as error:
         raise TemplateError(
-            f"there is no chat template {choice!r}: {error.message}", f"give a file or one of: {names}"
+            f"there is no chat template {choice!r}: {error.message}",
+            f"give a file or one of: {', '.join(KNOWN_TEMPLATES)}",
         ) from error
-    return ChatTemplate(source, model)
 
 
 def _controls(parts: Sequence[str | int]) -> list[int]:

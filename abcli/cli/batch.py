@@ -12,12 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from secrets import randbelow
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from abcli.atomic import write_atomically
+from abcli.batch.cluster.pool import WorkerSetup
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.merging import merge_outputs
 from abcli.batch.reading import (
@@ -29,28 +30,27 @@ from abcli.batch.reading import (
     input_file,
     read_jobs,
 )
-from abcli.batch.run import Progress, Stopwatch, Summary, left_to_do, shard_size, summarise, write_results
-from abcli.batch.scheduler import Scheduler, StopSwitch, Totals
+from abcli.batch.run import Progress, Stopwatch, Summary, left_to_do, shard_size, summarise
+from abcli.batch.scheduler import Totals
 from abcli.batch.sidecar import describe_generation
-from abcli.batch.slots import plan_slots, reuse_rule
+from abcli.batch.slots import plan_slots
 from abcli.batch.writing import Output, open_output
 from abcli.chat.known_templates import KNOWN_TEMPLATES
-from abcli.chat.template import load_template
-from abcli.cli.batch_options import InputOptions, InputParts, OutputOptions
+from abcli.chat.template import template_source
+from abcli.cli.batch_answering import Run
+from abcli.cli.batch_options import ClusterOptions, InputOptions, InputParts, OutputOptions
 from abcli.cli.flags import with_options
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
-from abcli.cli.setup import ready, resolve_profile
+from abcli.cli.setup import resolve_profile
 from abcli.config import NATIVE_RANDOM_SEED, BucketConfig, EngineConfig, GenerationConfig
 from abcli.errors import BatchError, CancelledError, UsageError
 from abcli.models.adapter import check_model
 from abcli.models.fingerprint import fingerprint
 from abcli.models.header import Header
+from abcli.models.locate import portable_name
 from abcli.rope.bases import choose_bases
-from abcli.ui.batch import batch_progress, summary_text
-from abcli.ui.terminal import Terminal, on_interrupt
-
-# How a run ends; failed: at its first error, as --fail-fast wants it.
-_Ending = Literal["finished", "interrupted", "failed"]
+from abcli.ui.batch import summary_text
+from abcli.ui.terminal import Terminal
 
 
 class _RunByDefault(TyperGroup):
@@ -112,6 +112,20 @@ class _Task:
             **generation,
         }
 
+    def worker_setup(self, positional: str | None, options: ModelOptions, slots: int | None) -> WorkerSetup:
+        """What a worker on another machine is to open for the same results."""
+        choice = options.chat_template
+        return WorkerSetup(
+            model=portable_name(positional or options.model),
+            fingerprint=fingerprint(self.header),
+            config=replace(
+                self.config, lora=tuple(replace(lora, path=lora.path.absolute()) for lora in self.config.lora)
+            ),
+            buckets=self.buckets,
+            template=template_source(choice) if choice is not None else None,
+            slots=slots,
+        )
+
 
 def batch(
     words: Annotated[
@@ -121,6 +135,7 @@ def batch(
     *,
     input_options: InputOptions,
     output_options: OutputOptions,
+    cluster_options: ClusterOptions,
     model_options: ModelOptions,
     bucket_options: ProfiledBucketOptions,
     sampling_options: SamplingOptions,
@@ -129,6 +144,7 @@ def batch(
     """Answer every prompt of a file: parse, bind the output to the settings, load, run, report."""
     destination = output_options.check()
     wanted = output_options.wanted_slots()
+    on_cluster = cluster_options.wanted()
     model, source = _split_words(words or [])
     terminal = Terminal()
     if model_options.prompt_cache or model_options.prompt_cache_dir is not None:
@@ -144,8 +160,8 @@ def batch(
     )
     task = _Task(Path(source), source_parts, generation, config, buckets, header)
     lines = shard_size(_count(task), source_parts.shard)
-    plan = plan_slots(wanted, config, header, lines)
-    task = replace(task, config=replace(config, slots=plan.slots))
+    # Each worker of a cluster plans its own slots.
+    plan = None if on_cluster else plan_slots(wanted, config, header, lines)
     watch, totals = Stopwatch(), Totals()
     with ExitStack() as stack:
         output, reader = _open_ends(stack, task, destination, output_options, model_options.chat_template)
@@ -156,11 +172,14 @@ def batch(
         if output.complete:
             ending = "finished" if all(False for _ in items) else "interrupted"
         else:
-            terminal.note(plan.text(config.context_size, len(config.bases)))
             bar = not (_is_standard(destination) and terminal.output_is_terminal)
-            ending = _answer(
-                terminal, task, model_options, items, output, progress, totals, bar, output_options.fail_fast
-            )
+            run = Run(items, output, progress, totals, terminal, bar, output_options.fail_fast)
+            if plan is None:
+                ending = run.answer_on_cluster(task.worker_setup(model, model_options, wanted), cluster_options)
+            else:
+                terminal.note(plan.text(config.context_size, len(config.bases)))
+                own = replace(config, slots=plan.slots)
+                ending = run.answer_here(own, buckets, model_options.chat_template, verbose=model_options.verbose)
             if ending == "finished":
                 output.finish()
     summary = summarise(progress, totals, watch.seconds, finished=ending == "finished")
@@ -228,43 +247,6 @@ def _own_items(
     """What of the input is this shard's and not done."""
     own: Iterable[Job | BadLine] = (item for item in reader if in_shard(item.index, shard))
     return left_to_do(own, output.is_done, progress)
-
-
-def _answer(
-    terminal: Terminal,
-    task: _Task,
-    options: ModelOptions,
-    items: Iterator[Job | BadLine],
-    output: Output,
-    progress: Progress,
-    totals: Totals,
-    bar: bool,
-    fail_fast: bool,
-) -> _Ending:
-    """Load the model and write the result of every item."""
-    with ready(terminal, task.config, task.buckets, verbose=options.verbose) as loaded:
-        template = load_template(loaded.opened.model, options.chat_template)
-        switch = StopSwitch(loaded.generator.cancel)
-        with (
-            on_interrupt(switch.press),
-            batch_progress(terminal, progress, totals, switch, bar=bar) as show,
-        ):
-            scheduler = Scheduler(
-                items,
-                loaded.opened.engine,
-                loaded.generator,
-                lambda job: template.tokens(job.messages),
-                switch,
-                reuse=reuse_rule(task.config, loaded.opened.engine),
-                totals=totals,
-                on_step=show,
-            )
-            try:
-                if not write_results(scheduler.results(), output, progress, fail_fast=fail_fast):
-                    return "failed"
-            except CancelledError:
-                return "interrupted"
-            return "finished" if scheduler.finished else "interrupted"
 
 
 def _report(terminal: Terminal, summary: Summary, path: Path | None) -> None:

@@ -97,3 +97,33 @@ class OutputOptions:
         if not (self.slots.isascii() and self.slots.isdecimal() and len(self.slots) < 10):
             raise UsageError(f"--slots {self.slots!r:.80} is impossible", "give a number, or auto")
         return int(self.slots)
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Who answers, if not this process alone."""
+
+    panel: ClassVar[str] = "More than one machine"
+
+    ray: Annotated[
+        bool,
+        flag(
+            "Split the input over a Ray cluster: --ray=HOST:PORT, $RAY_ADDRESS, or a new one on this machine.", "--ray"
+        ),
+    ] = False
+    ray_address: Annotated[
+        str | None, flag("The cluster's address; implies --ray.", "--ray-address", metavar="HOST:PORT")
+    ] = None
+    ray_workers: Annotated[
+        int | None, flag("Workers, each with a model of its own.", "--ray-workers", show_default="one on every machine")
+    ] = None
+
+    def wanted(self) -> bool:
+        """Whether a cluster is to be used. Raises UsageError for what makes no sense."""
+        wanted = self.ray or self.ray_address is not None
+        if self.ray_workers is not None:
+            if not wanted:
+                raise UsageError(f"--ray-workers {self.ray_workers} is of no use without --ray", "add --ray")
+            if self.ray_workers < 1:
+                raise UsageError(f"--ray-workers {self.ray_workers} is impossible", "choose 1 or more")
+        return wanted

@@ -17,6 +17,9 @@ from abcli.config import ENV_DEBUG, debug
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.ui.terminal import Terminal
 
+# A flag whose value may be left out, and the one that takes the value.
+_VALUE_FLAGS = {"--prompt-cache": "--prompt-cache-dir", "--ray": "--ray-address"}
+
 app = typer.Typer(
     name="abcli",
     cls=CommandGroup,
@@ -64,7 +67,7 @@ def call(arguments: list[str] | None = None) -> int:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         outcome = app(
-            args=_with_directory(sys.argv[1:] if arguments is None else arguments),
+            args=_with_values(sys.argv[1:] if arguments is None else arguments),
             prog_name="abcli",
             standalone_mode=False,
         )
@@ -79,10 +82,13 @@ def call(arguments: list[str] | None = None) -> int:
     return outcome if isinstance(outcome, int) else 0
 
 
-def _with_directory(arguments: list[str]) -> list[str]:
-    """`--prompt-cache=DIR` as the two flags the parser knows: it has no flag whose value may be left out."""
-    flag = "--prompt-cache"
-    return [f"{flag}-dir={word[len(flag) + 1 :]}" if word.startswith(f"{flag}=") else word for word in arguments]
+def _with_values(arguments: list[str]) -> list[str]:
+    """`--prompt-cache=DIR` and the like as the flags the parser knows: it has none whose value may be left out."""
+    words = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        words.append(f"{_VALUE_FLAGS[flag]}={value}" if equals and flag in _VALUE_FLAGS else word)
+    return words
 
 
 def _replace_closed_streams() -> None:

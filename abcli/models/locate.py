@@ -10,7 +10,7 @@ from abcli.config import DEFAULT_MODEL_FILE, home
 from abcli.errors import ModelFileError
 from abcli.models.aliases import aliases
 from abcli.models.catalogue import KnownModel, known_models
-from abcli.models.names import HubName, is_quant, names_hub, normal_quant, parse_hub_name
+from abcli.models.names import SCHEME, HubName, is_quant, names_hub, normal_quant, parse_hub_name
 
 DEFAULT_NAME = "default"
 
@@ -96,6 +96,17 @@ def locate_model(name: str | None, fetch: Fetch | None = None) -> Path:
         f"the default model {found.file} is not here",
         "name a GGUF file, or run `make chat` in abcli's repository, which fetches the default model",
     )
+
+
+def portable_name(name: str | None) -> str:
+    """`name` as it means the same model on another machine: an alias is followed, a path made absolute.
+
+    Raises what `resolve_name` raises.
+    """
+    found = resolve_name(name)
+    if isinstance(found, LocalName):
+        return str(found.path.absolute())
+    return f"{SCHEME}{found}" if isinstance(found, HubName) else DEFAULT_NAME
 
 
 def _from_hub(name: HubName, fetch: Fetch | None) -> Path:

@@ -1,0 +1,159 @@
+"""One process of many that answer a batch: opens its own model, decodes in a thread, and is asked what it has done."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+from abcli.batch.cluster.pool import Done, Opened, Refusal, WorkerSetup
+from abcli.batch.jobs import Job, Result
+from abcli.batch.scheduler import Scheduler, StopSwitch, Totals
+from abcli.batch.sidecar import describe_versions
+from abcli.batch.slots import plan_slots, reuse_rule
+from abcli.chat.template import ChatTemplate, load_template
+from abcli.config import EngineConfig
+from abcli.engine.opening import open_engine
+from abcli.errors import AbcliError, ModelFileError
+from abcli.generate import Generator
+from abcli.models.adapter import check_model
+from abcli.models.fingerprint import fingerprint
+from abcli.models.hub import Download, fetch
+from abcli.models.locate import locate_model
+from abcli.models.names import HubName
+from abcli.native.sampler import SamplerChain
+
+# The longest that a question waits for a result, in seconds; how often a driver hears how far a worker is.
+_PATIENCE = 0.5
+
+
+class Worker:
+    """Answers jobs in a thread of its own, which owns the model; the methods are for one other thread."""
+
+    def __init__(self) -> None:
+        self._totals = Totals()
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._outbox: SimpleQueue[Result] = SimpleQueue()
+        self._opened: SimpleQueue[Opened | Refusal] = SimpleQueue()
+        self._switch = StopSwitch(lambda: None)
+        self._failure = ""
+        self._thread: Thread | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Which programs it has, and where it is; a plain dictionary, which any other version can read."""
+        return {"versions": describe_versions(), "host": socket.gethostname(), "process": os.getpid()}
+
+    def open(self, setup: WorkerSetup, processors: int, processes: int) -> Opened | Refusal:
+        """Load the model for `processors` threads, on a machine that so many `processes` like this one share."""
+        self._thread = Thread(target=self._work, args=(setup, processors, processes), daemon=True)
+        self._thread.start()
+        return self._opened.get()
+
+    def exchange(self, jobs: Sequence[Job], *, stop: bool = False) -> Done:
+        """Take `jobs`, and wait a moment for results; with `stop` finish what is begun, and drop the rest."""
+        for job in jobs:
+            self._inbox.put(job)
+        if stop and not self._switch.stopping:
+            self._switch.stopping = True
+            self._inbox.put(None)
+        alive = self._thread is not None and self._thread.is_alive()
+        results = []
+        try:
+            results.append(self._outbox.get(timeout=_PATIENCE if alive else 0))
+            while True:
+                results.append(self._outbox.get_nowait())
+        except Empty:
+            pass
+        # Whatever a thread that has ended before has put there is taken.
+        return Done(results, replace(self._totals), ended=not alive, failure="" if alive else self._failure)
+
+    def close(self) -> None:
+        """Finish what is begun, and free the model."""
+        self._switch.stopping = True
+        self._inbox.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _work(self, setup: WorkerSetup, processors: int, processes: int) -> None:
+        """Open the model, answer what comes, and free the model."""
+        try:
+            self._answer(setup, processors, processes)
+        except AbcliError as error:
+            self._failure = error.message
+            self._opened.put(Refusal(error.message, error.hint))
+        except Exception as error:  # it must reach the one who waits
+            self._failure = f"{type(error).__name__}: {error}"
+            self._opened.put(Refusal(self._failure))
+
+    def _answer(self, setup: WorkerSetup, processors: int, processes: int) -> None:
+        config = _own_config(setup, processors)
+        header = check_model(config.model, config.lora)
+        if fingerprint(header) != setup.fingerprint:
+            raise ModelFileError(
+                f"{config.model} is another model than the one of that name where the batch is run",
+                "give every machine the same file",
+            )
+        plan = plan_slots(setup.slots, config, header, processes=processes)
+        config = replace(config, slots=plan.slots)
+        warnings: list[str] = []
+        with open_engine(config, setup.buckets, warnings.append) as opened:
+            engine, model = opened.engine, opened.model
+            template = ChatTemplate(setup.template, model) if setup.template else load_template(model, None)
+            make_sampler = partial(SamplerChain, model, context_size=engine.context_size)
+            with Generator(engine, model, make_sampler, setup.buckets.merge, setup.buckets.weights) as generator:
+                scheduler = Scheduler(
+                    self._jobs(),
+                    engine,
+                    generator,
+                    lambda job: template.tokens(job.messages),
+                    self._switch,
+                    reuse=reuse_rule(config, engine),
+                    totals=self._totals,
+                )
+                self._scheduler = scheduler
+                self._opened.put(Opened(plan.slots, plan.text(config.context_size, len(config.bases)), warnings))
+                for result in scheduler.results():
+                    self._outbox.put(result)
+
+    def _jobs(self) -> Iterator[Job | None]:
+        """The jobs as they come; None where there is none, but the scheduler has something else to do."""
+        while True:
+            try:
+                yield self._inbox.get(block=self._scheduler.idle)
+            except Empty:
+                yield None
+
+
+class _Silent:
+    """Watches a download that nobody sees."""
+
+    def begin(self, download: Download) -> None:
+        pass
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def _own_config(setup: WorkerSetup, processors: int) -> EngineConfig:
+    """The settings with this machine's file and processors. Raises what finding the model raises."""
+    path = locate_model(setup.model, _fetch)
+    if not path.exists():
+        raise ModelFileError(
+            f"there is no file {path}",
+            "put the model at the same path on every machine, or name one of the hub, which each machine fetches",
+        )
+    share = processors if processors < (os.cpu_count() or 1) else 0
+    return replace(setup.config, model=path, threads=setup.config.threads or share)
+
+
+def _fetch(name: HubName) -> Path:
+    return fetch(name, _Silent())

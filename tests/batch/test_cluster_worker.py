@@ -1,0 +1,125 @@
+"""A cluster's worker in this process, on a tiny model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from abcli.batch.cluster.pool import Done, Opened, Refusal, WorkerSetup
+from abcli.batch.cluster.worker import Worker
+from abcli.batch.jobs import Job, Result
+from abcli.chat.messages import Message
+from abcli.config import BucketConfig, EngineConfig, GenerationConfig, SamplingConfig
+from abcli.models.check import check_file
+from abcli.models.fingerprint import fingerprint
+
+PATIENCE = 60
+
+
+def job(index: int, tokens: int = 4, text: str = "") -> Job:
+    generation = GenerationConfig(SamplingConfig(seed=index), max_tokens=tokens, ignore_eos=True)
+    return Job(index, index + 1, str(index), (Message("user", text or f"prompt {index}"),), generation)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model: Path) -> WorkerSetup:
+    bases = check_file(tiny_model).native_base
+    config = EngineConfig(Path("elsewhere.gguf"), (bases,), context_size=256, threads=1)
+    identity = fingerprint(check_file(tiny_model))
+    return WorkerSetup(str(tiny_model), identity, config, BucketConfig(count=1), None, 2)
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker()
+    yield made
+    made.close()
+
+
+def results_of(worker: Worker, count: int) -> list[Result]:
+    found: list[Result] = []
+    deadline = time.monotonic() + PATIENCE
+    while len(found) < count:
+        assert time.monotonic() < deadline
+        found += worker.exchange([]).results
+    return found
+
+
+def test_it_answers_what_comes_whenever_it_comes(setup: WorkerSetup, worker: Worker) -> None:
+    opened = worker.open(setup, 1, 1)
+    assert isinstance(opened, Opened)
+    assert opened.slots == 2
+    assert opened.plan.startswith("2 slots of 256 tokens for 1 bucket")
+    assert worker.exchange([]).results == []
+    first = [*worker.exchange([job(index) for index in range(5)]).results]
+    found = [*first, *results_of(worker, 5 - len(first))]
+    assert sorted(item.index for item in found) == [0, 1, 2, 3, 4]
+    # It has been idle, and goes on.
+    done = worker.exchange([job(5), job(6, text="x" * 900)])
+    found = [*done.results, *results_of(worker, 2 - len(done.results))]
+    assert sorted((item.index, bool(item.error)) for item in found) == [(5, False), (6, True)]
+    totals = worker.exchange([]).totals
+    assert (totals.answered, totals.errors, totals.completion_tokens) == (6, 1, 24)
+
+
+def test_it_finishes_what_is_begun_when_it_is_stopped(setup: WorkerSetup, worker: Worker) -> None:
+    worker.open(setup, 1, 1)
+    found = [*worker.exchange([job(index, tokens=150) for index in range(9)]).results]
+    done = Done([], worker.exchange([], stop=True).totals)
+    deadline = time.monotonic() + PATIENCE
+    while not done.ended:
+        assert time.monotonic() < deadline
+        done = worker.exchange([], stop=True)
+        found += done.results
+    assert done.failure == ""
+    assert len(found) < 9
+    assert all(item.completion_tokens == 150 for item in found)
+
+
+def test_an_idle_worker_stops(setup: WorkerSetup, worker: Worker) -> None:
+    worker.open(setup, 1, 1)
+    worker.exchange([], stop=True)
+    time.sleep(0.1)
+    assert worker.exchange([], stop=True).ended
+
+
+def test_a_missing_model_is_refused(setup: WorkerSetup, worker: Worker) -> None:
+    refusal = worker.open(replace(setup, model="/no/where.gguf"), 1, 1)
+    assert isinstance(refusal, Refusal)
+    assert refusal.message == "there is no file /no/where.gguf"
+    assert "every machine" in refusal.hint
+
+
+def test_another_model_of_the_same_name_is_refused(setup: WorkerSetup, worker: Worker) -> None:
+    refusal = worker.open(replace(setup, fingerprint="0" * 64), 1, 1)
+    assert isinstance(refusal, Refusal)
+    assert "another model" in refusal.message
+
+
+def test_slots_that_do_not_fit_are_refused(setup: WorkerSetup, worker: Worker) -> None:
+    config = replace(setup.config, context_size=90_000_000)
+    refusal = worker.open(replace(setup, config=config, slots=200), 1, 1)
+    assert isinstance(refusal, Refusal)
+    assert "more than there is" in refusal.message
+
+
+def test_what_ends_the_thread_is_told(setup: WorkerSetup, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abcli.generate.Generator.step", lambda _self: 1 / 0)
+    worker.open(setup, 1, 1)
+    deadline = time.monotonic() + PATIENCE
+    done = worker.exchange([job(0)])
+    while not done.failure:
+        assert time.monotonic() < deadline
+        done = worker.exchange([])
+    assert done.failure == "ZeroDivisionError: division by zero"
+
+
+def test_the_template_comes_with_the_setup(setup: WorkerSetup, worker: Worker) -> None:
+    worker.open(replace(setup, template="{{ raise_exception('not for me') }}"), 1, 1)
+    done = worker.exchange([job(0)])
+    (found,) = [*done.results, *results_of(worker, 1 - len(done.results))]
+    assert "not for me" in found.error
