@@ -115,11 +115,16 @@ class _Task:
     def worker_setup(self, positional: str | None, options: ModelOptions, slots: int | None) -> WorkerSetup:
         """What a worker on another machine is to open for the same results."""
         choice = options.chat_template
+        # What each worker measured for itself would let a line's last digits depend on who answers it.
+        several = len(self.config.bases) > 1
+        engine = "contexts" if several and self.config.engine == "auto" else self.config.engine
         return WorkerSetup(
             model=portable_name(positional or options.model),
             fingerprint=fingerprint(self.header),
             config=replace(
-                self.config, lora=tuple(replace(lora, path=lora.path.absolute()) for lora in self.config.lora)
+                self.config,
+                engine=engine,
+                lora=tuple(replace(lora, path=lora.path.absolute()) for lora in self.config.lora),
             ),
             buckets=self.buckets,
             template=template_source(choice) if choice is not None else None,

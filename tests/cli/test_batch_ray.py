@@ -21,7 +21,7 @@ from tests.cli.test_batch import BATCH, Spawn, count_lines, finished, results_of
 LINES = 160
 # With a temperature: whoever answers a line must draw the same. Without flash attention and 16-bit caches, in whose
 # last digits it shows which prompts are computed together.
-EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
+EXACT = ("--engine", "contexts", "-fa", "off", "-ctk", "f32", "-ctv", "f32")
 OPTIONS = ("-n", 48, "-k", 2, "-s", 5, "-c", 256, "--slots", 2, "--ignore-eos", *EXACT)
 # On loopback only, and without a message to Ray's makers.
 ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}

@@ -208,7 +208,7 @@ def test_opening_makes_the_chosen_engine(
         assert opened.engine_choice.kind == kind
         opened.engine.prefill(0, [1, 2, 3])
     chosen = replace(opened.engine_choice, reason="measured")
-    monkeypatch.setattr(opening, "choose", lambda *_arguments: chosen)
+    monkeypatch.setattr(opening, "choose", lambda *_, **__: chosen)
     with open_engine(config(tiny_model), BucketConfig(count=2)) as opened:
         assert isinstance(opened.engine, wanted)
         assert opened.engine_choice.reason == "measured"
