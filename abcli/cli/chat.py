@@ -16,6 +16,7 @@ from abcli.chat.template import load_template
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
 from abcli.cli.setup import Ready, ready, resolve_profile
 from abcli.config import SamplingConfig, history_file, sessions_directory
+from abcli.engine.memory import gibibytes
 from abcli.errors import UsageError
 from abcli.native.sampler import validate
 from abcli.ui.chat_screen import COMMANDS, ChatScreen
@@ -128,6 +129,8 @@ def _greet(terminal: Terminal, loaded: Ready, talk: Chat) -> None:
     engine = loaded.opened.engine
     bases = ", ".join(f"{base:g}" for base in engine.bases)
     terminal.note(f"{loaded.opened.header.name}: {len(engine.bases)} buckets at RoPE bases {bases}")
+    size = gibibytes(loaded.opened.memory.total)
+    terminal.note(f"context of {engine.context_size:,} tokens; about {size} of memory at most")
     if talk.conversation.turns:
         terminal.note(f"resumed after {talk.conversation.turns} turns")
     terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")

@@ -11,7 +11,7 @@ from time import perf_counter
 from abcli.config import BucketConfig, EngineConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
-from abcli.engine.memory import MAX_CONTEXT, check
+from abcli.engine.memory import MAX_CONTEXT, Prediction, check, gibibytes
 from abcli.engine.probe import Choice, choose
 from abcli.engine.protocol import Engine
 from abcli.errors import UnsupportedModelError, UsageError
@@ -24,13 +24,17 @@ from abcli.rope.bases import choose_bases
 
 @dataclass(frozen=True)
 class Opened:
-    """A model ready to generate; `load_seconds` is what checking, loading, choosing and making the engine took."""
+    """A model ready to generate.
+
+    `load_seconds` is what checking, loading, choosing and making the engine took, `memory` what that should take.
+    """
 
     model: Model
     engine: Engine
     header: Header
     load_seconds: float
     engine_choice: Choice
+    memory: Prediction
 
 
 @contextmanager
@@ -55,7 +59,8 @@ def open_engine(
         (prefill_base,) = choose_bases(BucketConfig(bases=(config.prefill_base,)), header.native_base)
         config = replace(config, prefill_base=prefill_base)
     config = replace(config, bases=bases, context_size=_context_size(config, header))
-    check_memory(config, header)
+    memory = check_memory(config, header)
+    say(f"loading {header.name}: about {gibibytes(memory.total)} of memory for {_counted(len(bases))}")
     ensure_loadable(config.model, header)
     warn_of_ignored(header, warn)
     with Model(config.model, config.gpu_layers, header.adapters) as model:
@@ -63,12 +68,16 @@ def open_engine(
         choice = choose(model, config, header, say=say)
         kind = FusedEngine if choice.kind == "fused" else ContextsEngine
         with kind(model, config, warn, header) as engine:
-            yield Opened(model, engine, header, perf_counter() - begin, choice)
+            yield Opened(model, engine, header, perf_counter() - begin, choice, memory)
 
 
-def check_memory(config: EngineConfig, header: Header) -> None:
-    """Refuse a set-up that is predicted not to fit into memory, unless `config.force`. Raises OutOfMemoryError."""
-    check(config, header, force=config.force)
+def check_memory(config: EngineConfig, header: Header) -> Prediction:
+    """What a set-up is predicted to need. Raises OutOfMemoryError if that does not fit, unless `config.force`."""
+    return check(config, header, force=config.force)
+
+
+def _counted(buckets: int) -> str:
+    return "1 bucket" if buckets == 1 else f"{buckets} buckets"
 
 
 def _context_size(config: EngineConfig, header: Header) -> int:

@@ -39,6 +39,7 @@ def test_a_first_conversation(tiny_model: Path, terminal: Terminal, own_home: Pa
     chat = terminal("chat", tiny_model, *CHATTER)
     banner = chat.until_prompt()
     assert "tiny.gguf: 6 buckets at RoPE bases 5000, " in banner
+    assert "context of 4,096 tokens; about " in banner
     assert "/help lists the commands" in banner
     answer, statistics = chat.say("hello").splitlines()[-2:]
     assert re.fullmatch("answer [a-z]{3}", answer)
