@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -23,8 +24,13 @@ LINES = 160
 # last digits it shows which prompts are computed together.
 EXACT = ("--engine", "contexts", "-fa", "off", "-ctk", "f32", "-ctv", "f32")
 OPTIONS = ("-n", 48, "-k", 2, "-s", 5, "-c", 256, "--slots", 2, "--ignore-eos", *EXACT)
-# On loopback only, and without a message to Ray's makers.
-ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# On loopback only, for nobody without the token, and without a message to Ray's makers.
+ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +123,7 @@ def test_deaths_of_workers_and_of_the_driver_lose_and_double_nothing(
     assert driver.returncode == 0, told
     assert told[0].startswith(f"continuing {output}, which has ")
     (death,) = [line for line in told if "died and is replaced" in line]
+    assert "(its process was killed or has crashed)" in death
     assert "given out again" in death
     assert told[-1].startswith(f"{LINES - before:,} answers, 0 errors, ")
     # Nothing of Ray's own, which would be further lines.

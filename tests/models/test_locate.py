@@ -13,7 +13,14 @@ import pytest
 from abcli.config import DEFAULT_MODEL_FILE, aliases_file
 from abcli.errors import AbcliError, ModelFileError, UsageError
 from abcli.models.aliases import aliases, remove_alias, set_alias
-from abcli.models.locate import BundledName, LocalName, locate_model, looks_like_model, resolve_name
+from abcli.models.locate import (
+    BundledName,
+    LocalName,
+    locate_model,
+    looks_like_model,
+    portable_name,
+    resolve_name,
+)
 from abcli.models.names import HubName
 from tests.support.hub import HubStandIn
 
@@ -121,6 +128,23 @@ def test_names(here: Path, tmp_path: Path, text: str | None, expected: object) -
 )
 def test_a_single_word_is_a_model_or_a_prompt(here: Path, word: str, expected: bool) -> None:
     assert looks_like_model(word) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (None, "default"),
+        ("usual", "default"),
+        ("mine", "hf:some/model:Q8_0"),
+        ("hf:user/repo", "hf:user/repo"),
+        ("model.gguf", "{here}/model.gguf"),
+        ("file", "{here}/model.gguf"),
+        ("no/where.gguf", "{here}/no/where.gguf"),
+    ],
+)
+def test_a_name_for_other_machines_needs_no_alias_and_no_directory(here: Path, name: str | None, expected: str) -> None:
+    (here / "no").mkdir()
+    assert portable_name(name) == expected.replace("{here}", str(here))
 
 
 def test_what_is_cached_needs_no_request(hub: HubStandIn, cache: Path) -> None:

@@ -20,7 +20,7 @@ from abcli.batch.cluster.pool import Died, Done, Event, Joined, Opened, Refusal,
 from abcli.batch.cluster.worker import Worker
 from abcli.batch.jobs import Job
 from abcli.batch.sidecar import describe_versions, find_differences
-from abcli.errors import AbcliError, BatchError, UsageError
+from abcli.errors import BatchError, UsageError
 
 ENV_ADDRESS = "RAY_ADDRESS"
 # Nothing large goes through Ray's store of objects; this is about the least that it takes.
@@ -35,10 +35,11 @@ class RayPool:
     """A pool of actors, see `Pool`. Use it as a context manager, or close it."""
 
     def __init__(self, setup: WorkerSetup, address: str | None = None, workers: int | None = None) -> None:
-        """Join the cluster at `address` ("HOST:PORT"), at $RAY_ADDRESS, or start one on this machine.
+        """Join the cluster at `address` (or $RAY_ADDRESS), or start one on this machine.
 
-        `workers`: None for one on every machine. Raises UsageError if Ray is not installed or for more workers than
-        processors, and BatchError for a cluster that cannot be joined or started.
+        `address` is "HOST:PORT", or "auto" for the cluster to which this machine belongs. `workers`: None for one on
+        every machine. Raises UsageError if Ray is not installed or for more workers than processors, and BatchError
+        for a cluster that cannot be joined or started.
         """
         self._setup = setup
         self._calls: dict[Any, tuple[int, _Call]] = {}
@@ -164,11 +165,13 @@ def _problem(worker: int, error: Exception) -> Event:
 
 
 def _reason(text: str) -> str:
-    """The line of Ray's explanation of a death that says why."""
+    """Why a worker died, in few words: Ray explains at length."""
+    if "worker process has died" in text:
+        return "its process was killed or has crashed"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    causes = ("The actor is dead because", "Worker exit type", "The node")
-    chosen = next((line for line in lines if line.startswith(causes)), lines[-1] if lines else "no reason given")
-    chosen = chosen.removeprefix("The actor is dead because ")
+    because = "The actor is dead because "
+    chosen = next((line for line in lines if line.startswith(because)), lines[0] if lines else "no reason given")
+    chosen = chosen.removeprefix(because)
     return chosen if len(chosen) <= _MOST_REASON else f"{chosen[:_MOST_REASON]}..."
 
 
@@ -210,8 +213,6 @@ def _connected(address: str | None) -> Iterator[Any]:
         stack.callback(ray.shutdown)
         try:
             ray.init(log_to_driver=False, logging_level="ERROR", **options)
-        except AbcliError:
-            raise
         except Exception as error:  # Ray raises many kinds, and assertions too
             raise _not_connected(address, error) from error
         yield ray
@@ -245,9 +246,10 @@ def _not_connected(address: str | None, error: Exception) -> BatchError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if address is None:
         return BatchError(
-            f"Ray cannot start a cluster on this machine: {reason:.300}", "see RAY_TMPDIR if a path is too long"
+            f"Ray cannot start a cluster on this machine: {reason:.300}",
+            "its files are in $RAY_TMPDIR, else in /tmp: name a directory with a short path and space",
         )
     return BatchError(
         f"cannot join the Ray cluster at {address}: {reason:.300}",
-        "run this on a machine of the cluster, with the same Python and Ray; without one: ray start --address=...",
+        "run this on a machine of the cluster, with the same Python and Ray; RAY_AUTH_MODE=token if it asks for one",
     )
