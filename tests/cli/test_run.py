@@ -309,7 +309,7 @@ def test_interrupting_before_there_is_an_answer(spawn: Spawn, tmp_path: Path) ->
 
 
 def test_on_a_terminal_there_are_statistics(tiny_model: Path, terminal: Callable[..., PseudoTerminal]) -> None:
-    screen, code = terminal("run", tiny_model, "hello", "-n", 5, "-s", 1).until_end()
+    screen, code = terminal("run", tiny_model, "hello", "-n", 5, "-s", 1, "--engine", "contexts").until_end()
     assert code == 0
     assert "loading tiny.gguf" in screen
     assert "answer 5 tokens" in screen
