@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from abcli.config import EngineConfig
 from abcli.errors import CancelledError, NativeError
-from abcli.native.library import CancelFlag, clear_log, log_tail
+from abcli.native.library import CancelFlag, clear_log, log_tail, raise_interrupt
 from abcli.native.model import Model
 from abcli.native.owner import Owner
 
@@ -123,6 +123,7 @@ class Sequences(Owner):
                     "ask for a shorter context (--ctx-size), fewer buckets or other cache types",
                 )
             stack.callback(llama.llama_free, handle)
+            raise_interrupt()
             model.apply_adapters(handle)
             self._batch = _Batch(llama.llama_n_batch(handle))
             self._stack = stack.pop_all()

@@ -24,11 +24,19 @@ class _Log:
     def __init__(self) -> None:
         self.lines: deque[tuple[int, str]] = deque(maxlen=_LOG_LINES)
         self.echo: Any = None
+        self.interrupted = False
         self._level = 0
         self._partial = ""
         self._lock = threading.Lock()
 
     def write(self, level: int, text: bytes, _user_data: object) -> None:
+        try:
+            self._write(level, text)
+        except KeyboardInterrupt:
+            # ctypes would drop it: a callback has nobody to raise to.
+            self.interrupted = True
+
+    def _write(self, level: int, text: bytes) -> None:
         with self._lock, contextlib.suppress(Exception):
             if level != _LOG_LEVEL_CONTINUED:
                 self._level = level
@@ -64,6 +72,13 @@ def echo_log(write: Any) -> None:
 def clear_log() -> None:
     """Forget what llama.cpp has logged so far."""
     _log.lines.clear()
+
+
+def raise_interrupt() -> None:
+    """Raise the KeyboardInterrupt that came while llama.cpp was logging, if one did."""
+    if _log.interrupted:
+        _log.interrupted = False
+        raise KeyboardInterrupt
 
 
 def log_tail() -> str:

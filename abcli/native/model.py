@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from abcli.errors import ModelFileError, NativeError, PromptError
 from abcli.models.adapter import Adapter
-from abcli.native.library import clear_log, initialise, log_tail
+from abcli.native.library import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
 
 # Which numbers of a head RoPE turns together: (2i, 2i + 1), or (i, i + dimensions / 2).
@@ -57,6 +57,7 @@ class Model(Owner):
                 raise ModelFileError(f"{path} has no vocabulary", "use a GGUF file that carries a tokenizer")
             # llama.cpp frees them with the model (llama_model::~llama_model).
             self._adapter_handles = [_load_adapter(handle, path, adapter) for adapter in adapters]
+            raise_interrupt()
             self._stack = stack.pop_all()
         self.path = path
         self.adapters = tuple(adapters)
