@@ -16,6 +16,7 @@ LAYERS: dict[str, int] = {
     "errors": 0,
     "config": 0,
     "atomic": 0,
+    "wording": 0,
     "merge": 1,
     "rope": 1,
     "models": 1,

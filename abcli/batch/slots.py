@@ -11,6 +11,7 @@ from abcli.engine.protocol import Engine
 from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.errors import OutOfMemoryError, UsageError
 from abcli.models.header import Header
+from abcli.wording import counted
 
 # llama.cpp's sequences: one for each slot, and a spare one.
 MOST_SLOTS = 255
@@ -33,8 +34,8 @@ class SlotPlan:
 
     def text(self, context_size: int, buckets: int) -> str:
         """The plan in one line, e.g. "16 slots of 4,096 tokens for 6 buckets: about 4.3 GiB of 15 GiB free"."""
-        slots = "1 slot" if self.slots == 1 else f"{self.slots} slots"
-        kind = "1 bucket" if buckets == 1 else f"{buckets} buckets"
+        slots = counted(self.slots, "slot")
+        kind = counted(buckets, "bucket")
         memory = f"about {gibibytes(self.needed.host)} of {gibibytes(self.free.host)} free"
         if self.needed.device:
             memory += f", {gibibytes(self.needed.device)} of {gibibytes(self.free.device)} on the device"

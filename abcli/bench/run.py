@@ -14,6 +14,7 @@ from abcli.bench.resident import Memory
 from abcli.bench.rounds import Clock, Rounds, Turn, take_turns
 from abcli.bench.workshop import AutoChoice, Workshop
 from abcli.errors import AbcliError, OutOfMemoryError
+from abcli.wording import counted
 
 # Called with (what is measured, turns done, turns in all) before the first turn and after each.
 Progress = Callable[[str, int, int], None]
@@ -150,11 +151,11 @@ class _Bench:
     def _warm(self, players: Mapping[Contender, Player], buckets: int, tokens: int | None = None) -> None:
         """Let everybody read the prompt, or its first `tokens`, and decode once: what is needed is then loaded."""
         if self._settings.prompt_tokens:
-            self._progress(f"{_counted(buckets)}, warming up", 0, len(players))
+            self._progress(f"{counted(buckets, 'bucket')}, warming up", 0, len(players))
             for done, player in enumerate(players.values(), start=1):
                 player.empty()
                 player.read(tokens)
-                self._progress(f"{_counted(buckets)}, warming up", done, len(players))
+                self._progress(f"{counted(buckets, 'bucket')}, warming up", done, len(players))
         if tokens is None:
             for player in players.values():
                 player.decode()
@@ -168,7 +169,7 @@ class _Bench:
             for name, player in players.items()
         }
         rounds = settings.rounds_of(phase)
-        what = f"{_counted(buckets)}, {'decoding' if phase == 'decode' else f'{phase} prompts'}"
+        what = f"{counted(buckets, 'bucket')}, {'decoding' if phase == 'decode' else f'{phase} prompts'}"
         done, total = 0, rounds * len(turns)
 
         def on_turn() -> None:
@@ -184,7 +185,3 @@ class _Bench:
         found = self._findings.timed(buckets, "decode")
         times = {kind: found.seconds(Contender(buckets, kind)) for kind in self._settings.engines}
         return {kind: median(seconds) for kind, seconds in times.items() if seconds}
-
-
-def _counted(buckets: int) -> str:
-    return "1 bucket" if buckets == 1 else f"{buckets} buckets"

@@ -12,12 +12,11 @@ from abcli.bench.plan import BenchSettings, Contender, EngineKind, PromptPhase
 from abcli.bench.resident import Memory, measure_memory
 from abcli.config import BucketConfig, EngineConfig
 from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine, check_servable
+from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import CONTEXT_STEP, Room, free_room, gibibytes, predict
 from abcli.engine.opening import check_buckets
 from abcli.engine.probe import Speeds, choose, forget_speeds
 from abcli.errors import AbcliError, OutOfMemoryError
-from abcli.models.adapter import check_model
 from abcli.models.header import Header
 from abcli.native.model import Model
 from abcli.native.trial import ensure_loadable
@@ -138,10 +137,7 @@ class ModelWorkshop:
         config = self._engine_config(contender)
         try:
             check_buckets(self.model, contender.buckets)
-            if contender.kind == "fused" and contender.buckets == 1:
-                # One bucket turns nothing, so there is nothing to probe.
-                check_servable(self.model, self.header, config)
-            elif contender.kind == "fused":
+            if contender.kind == "fused":
                 choose(self.model, config, self.header)
         except AbcliError as error:
             return error.message
@@ -149,12 +145,11 @@ class ModelWorkshop:
 
 
 @contextmanager
-def open_workshop(config: EngineConfig, settings: BenchSettings) -> Iterator[ModelWorkshop]:
-    """Check and load `config.model` for a benchmark; all is freed after the block.
+def open_workshop(config: EngineConfig, header: Header, settings: BenchSettings) -> Iterator[ModelWorkshop]:
+    """Load `config.model`, whose checked `header` it is, for a benchmark; all is freed after the block.
 
     Raises ModelFileError, UnsupportedModelError and OutOfMemoryError.
     """
-    header = check_model(config.model, config.lora)
     room = free_room(config)
     bases = choose_bases(BucketConfig(count=1), header.native_base)
     if not config.force:

@@ -24,6 +24,7 @@ from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.models.adapter import check_model
 from abcli.models.fingerprint import fingerprint
+from abcli.models.header import Header
 from abcli.native.library import devices, echo_log, version
 from abcli.ui.bench import plan_text, show_bench, speed_figure
 from abcli.ui.plots import speed_image
@@ -139,7 +140,7 @@ def bench(
     if model_options.verbose:
         echo_log(sys.stderr.write)
     terminal.note(plan_text(settings, config.threads or available_cores()))
-    report, failure = _measure(terminal, config, settings, remeasure=bench_options.remeasure)
+    report, failure = _measure(terminal, config, header, settings, remeasure=bench_options.remeasure)
     if report is not None and report.rows:
         figure_options.write(lambda image_format: speed_image(speed_figure(report), image_format))
         if bench_options.as_json:
@@ -169,13 +170,13 @@ def parse_counts(text: str) -> tuple[int, ...]:
 
 
 def _measure(
-    terminal: Terminal, config: EngineConfig, settings: BenchSettings, *, remeasure: bool
+    terminal: Terminal, config: EngineConfig, header: Header, settings: BenchSettings, *, remeasure: bool
 ) -> tuple[Report | None, AbcliError | None]:
     """What was measured, and what ended the measurement before its end, if anything."""
     findings = Findings()
     report: Report | None = None
     failure: AbcliError | None = None
-    with open_workshop(config, settings) as workshop:
+    with open_workshop(config, header, settings) as workshop:
         if remeasure:
             workshop.forget_choices()
         stop, load = _Stop(), OtherLoad()

@@ -21,6 +21,7 @@ from abcli.native.sampler import SamplerChain
 from abcli.profiles.lookup import default_profile, may_have_profile, named_profile
 from abcli.profiles.profile import NO_PROFILE, Profile
 from abcli.ui.terminal import Terminal, one_line
+from abcli.wording import counted
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def resolve_profile(
     if profile is None:
         return engine, buckets
     bases = " ".join(f"{base:g}" for base in profile.bases)
-    count = "1 bucket" if len(profile.bases) == 1 else f"{len(profile.bases)} buckets"
+    count = counted(len(profile.bases), "bucket")
     terminal.note(
         f"profile {profile.name}: {count} {bases} merge {profile.merge} "
         f"(calibrated on {one_line(profile.task)}; --profile {NO_PROFILE} to do without)"

@@ -20,6 +20,7 @@ from abcli.models.header import Header
 from abcli.native.model import Model
 from abcli.native.trial import ensure_loadable
 from abcli.rope.bases import choose_bases
+from abcli.wording import counted
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def open_engine(
         config = replace(config, prefill_base=prefill_base)
     config = replace(config, bases=bases, context_size=_context_size(config, header))
     memory = check_memory(config, header)
-    say(f"loading {header.name}: about {gibibytes(memory.total)} of memory for {_counted(len(bases))}")
+    say(f"loading {header.name}: about {gibibytes(memory.total)} of memory for {counted(len(bases), 'bucket')}")
     ensure_loadable(config.model, header)
     warn_of_ignored(header, warn)
     with Model(config.model, config.gpu_layers, header.adapters) as model:
@@ -74,10 +75,6 @@ def open_engine(
 def check_memory(config: EngineConfig, header: Header) -> Prediction:
     """What a set-up is predicted to need. Raises OutOfMemoryError if that does not fit, unless `config.force`."""
     return check(config, header, force=config.force)
-
-
-def _counted(buckets: int) -> str:
-    return "1 bucket" if buckets == 1 else f"{buckets} buckets"
 
 
 def _context_size(config: EngineConfig, header: Header) -> int:

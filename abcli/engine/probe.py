@@ -106,16 +106,16 @@ def choose(
     """
     if config.engine == "contexts":
         return Choice("contexts", "as asked for")
-    one = config.engine == "auto" and len(set(config.bases)) == 1
-    if one and (config.slots == 1 or len(config.bases) > 1):
+    single = len(set(config.bases)) == 1
+    if config.engine == "auto" and single and (config.slots == 1 or len(config.bases) > 1):
         return Choice("contexts", "there is one bucket")
     try:
         check_servable(model, header, config)
-        if one:
-            return Choice("fused", "there is one bucket, and each slot has cells of its own to pass over")
-        if len(set(config.bases)) == 1:
+        if single:
             # Nothing is turned, so there is nothing to verify, nor would a verdict say anything of other bases.
-            return Choice("fused", "as asked for")
+            asked = config.engine == "fused"
+            why = "as asked for" if asked else "there is one bucket, and each slot has cells of its own to pass over"
+            return Choice("fused", why)
         verdict = _verdict(model, config, header, verify or verify_fused, say)
         if not verdict.sound:
             raise UnsupportedModelError(f"the fused engine refuses itself: {verdict.reason}", "use --engine contexts")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, wait
+from concurrent.futures import Executor
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,6 +16,7 @@ from abcli.engine.stored import MIN_GAIN, StoredPrompts
 from abcli.errors import ContextFullError
 from abcli.native.library import CancelFlag
 from abcli.native.owner import Owner
+from abcli.native.wide import wait_for
 
 # Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
 MIN_SHARED_TOKENS = 24
@@ -198,13 +199,7 @@ class SlotEngine(Owner):
     def _run_all(self, job: Callable[[int], None], count: int, pool: Executor | None = None) -> None:
         """Run job(0) ... job(count - 1) on the pool; wait for all of them, then raise the first error."""
         futures = [(pool or self._pool).submit(job, index) for index in range(count)]
-        try:
-            wait(futures)
-        except BaseException:
-            # A signal handler raised: nobody may touch the contexts before their workers have stopped.
-            self._cancel.set()
-            wait(futures)
-            raise
+        wait_for(futures, self._cancel.set)
         for future in futures:
             future.result()
 

@@ -8,10 +8,10 @@ then costs a system call or two, a fifth of a small model's step. One thread for
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -29,13 +29,19 @@ def run_wide(job: Callable[[], Result], cancel: Callable[[], None] = lambda: Non
     to end, since what the job uses may be freed next.
     """
     future = wide_thread().submit(job)
-    try:
-        wait([future])
-    except BaseException:
-        cancel()
-        wait([future])
-        raise
+    wait_for([future], cancel)
     return future.result()
+
+
+def wait_for(futures: Sequence[Future[Any]], cancel: Callable[[], None]) -> None:
+    """Wait until all have ended; an exception that reaches the caller meanwhile calls `cancel` first and is raised."""
+    try:
+        wait(futures)
+    except BaseException:
+        # A signal handler raised: nobody may touch what the jobs use before they have stopped.
+        cancel()
+        wait(futures)
+        raise
 
 
 if hasattr(os, "register_at_fork"):

@@ -16,6 +16,7 @@ from abcli.bench.workshop import AutoChoice
 from abcli.engine.memory import gibibytes
 from abcli.ui.plots import SpeedCurve, SpeedPanel, SpeedPlot
 from abcli.ui.terminal import one_line, printable
+from abcli.wording import counted
 
 # The middle half of the rounds may differ by this share of the median before a remark is made.
 LARGE_SPREAD = 0.15
@@ -49,13 +50,13 @@ def show_bench(console: Console, report: Report) -> None:
     console.print(Text(printable(head)), soft_wrap=True)
     if any(row.decode for row in report.rows):
         after = f", after {settings.prompt_tokens:,}" if settings.prompt_tokens else ""
-        rounds = _counted(settings.rounds_of("decode"), "round")
+        rounds = counted(settings.rounds_of("decode"), "round")
         console.print(Text(f"decoding {settings.new_tokens:,} tokens{after}; {rounds}"))
         console.print(decode_table(report.rows))
     if any(row.shared or row.exact for row in report.rows):
         several = any(row.contender.buckets > 1 for row in report.rows)
         phases: tuple[Phase, ...] = ("shared", "exact") if several else ("exact",)
-        rounds = ", ".join(f"{phase}: {_counted(settings.rounds_of(phase), 'round')}" for phase in phases)
+        rounds = ", ".join(f"{phase}: {counted(settings.rounds_of(phase), 'round')}" for phase in phases)
         console.print(Text(f"\nreading {settings.prompt_tokens:,} tokens of prompt; {rounds}"))
         console.print(prompt_table(report.rows))
     lines = list(remarks(report))
@@ -148,7 +149,7 @@ def speed_figure(report: Report) -> SpeedPlot:
         if any(max(curve.buckets) > 1 for curve in curves) or (curves and not panels):
             panels.append(SpeedPanel(title, tuple(curves)))
     where = report.circumstances
-    return SpeedPlot(printable(f"{where.model}, {_counted(where.threads, 'thread')}"), tuple(panels))
+    return SpeedPlot(printable(f"{where.model}, {counted(where.threads, 'thread')}"), tuple(panels))
 
 
 def _curve(rows: Sequence[Row], kind: str, phase: Phase) -> Iterator[SpeedCurve]:
@@ -187,7 +188,7 @@ def _memory_lines(report: Report) -> Iterator[str]:
 
 def _choice_line(buckets: int, choice: AutoChoice) -> str:
     remembered = ", remembered; --remeasure decides anew" if choice.remembered else ""
-    return f"{_counted(buckets, 'bucket')}: --engine auto takes {choice.engine} ({one_line(choice.reason)}{remembered})"
+    return f"{counted(buckets, 'bucket')}: --engine auto takes {choice.engine} ({one_line(choice.reason)}{remembered})"
 
 
 def _doubt(report: Report, buckets: int, choice: AutoChoice) -> Iterator[str]:
@@ -202,7 +203,7 @@ def _doubt(report: Report, buckets: int, choice: AutoChoice) -> Iterator[str]:
     other = "fused" if choice.engine == "contexts" else "contexts"
     gain = times[choice.engine] / times[other]
     if gain > _CLEAR_DIFFERENCE:
-        yield f"{_counted(buckets, 'bucket')}: but now {other} is {gain:.2f} times as fast"
+        yield f"{counted(buckets, 'bucket')}: but now {other} is {gain:.2f} times as fast"
 
 
 def _left_out_lines(left_out: Sequence[tuple[Contender, str]]) -> Iterator[str]:
@@ -253,7 +254,3 @@ def _ratio(ratio: Spread | None, otherwise: str = "") -> str:
 def _listed(items: Iterable[str]) -> str:
     *first, last = items
     return f"{', '.join(first)} and {last}" if first else last
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

@@ -9,6 +9,7 @@ from abcli.calibrate.run import Calibration
 from abcli.calibrate.selection import Outcome
 from abcli.evals.configurations import Configuration
 from abcli.evals.statistics import CONFIDENCE, Estimate
+from abcli.wording import counted
 
 # More would hide the table of the result.
 _MOST_TRIED = 6
@@ -17,7 +18,7 @@ _MOST_TRIED = 6
 def tried_lines(calibration: Calibration) -> list[str]:
     """The best that was tried, and what came of other bases for the prefill."""
     lines = [
-        f"tried on {_counted(calibration.questions, 'question')}, {_counted(calibration.contexts, 'context')} "
+        f"tried on {counted(calibration.questions, 'question')}, {counted(calibration.contexts, 'context')} "
         "(cross-validated NLL of the answer, nats per token):",
         *_outcome_lines(calibration.tried[:_MOST_TRIED]),
     ]
@@ -56,7 +57,7 @@ def verdict_text(judgement: Judgement, spread: str) -> str:
             f"one bucket (--buckets 1) is as good or better: to it the calibrated set has {own}, {spread} has {default}"
         )
     groups = judgement.summary.groups
-    return f"{_counted(groups, 'context')} held out: too few to tell whether the calibrated set is better"
+    return f"{counted(groups, 'context')} held out: too few to tell whether the calibrated set is better"
 
 
 def interval_text(estimate: Estimate) -> str:
@@ -66,7 +67,7 @@ def interval_text(estimate: Estimate) -> str:
 
 def _outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
     return [
-        f"  {outcome.rule:<10} {_counted(outcome.buckets, 'bucket'):>10}  mean {outcome.mean:.3f}  "
+        f"  {outcome.rule:<10} {counted(outcome.buckets, 'bucket'):>10}  mean {outcome.mean:.3f}  "
         f"worst depth {outcome.worst:.3f}{'  (a set given beforehand)' if outcome.given else ''}"
         for outcome in outcomes
     ]
@@ -74,7 +75,3 @@ def _outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _listed(bases: Sequence[float]) -> str:
     return ",".join(f"{base:g}" for base in bases)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"

@@ -11,6 +11,7 @@ from rich.text import Text
 from abcli.evals.statistics import Estimate, LengthSummary, Measures, Summary
 from abcli.ui.plots import DepthCurve, DepthPanel, DepthPlot
 from abcli.ui.terminal import printable
+from abcli.wording import counted
 
 # From here on the intervals of the differences fit into a line together with the differences.
 _WIDE = 108
@@ -46,8 +47,8 @@ def show_evaluation(
 def heading(task: str, found: LengthSummary) -> str:
     """What was asked, in a line, and what the numbers below it are, in another."""
     first = (
-        f"{task}, {found.length:,} tokens: {_counted(found.questions, 'question')} on "
-        f"{_counted(found.groups, 'context')}, {_counted(len(found.depths), 'depth')}"
+        f"{task}, {found.length:,} tokens: {counted(found.questions, 'question')} on "
+        f"{counted(found.groups, 'context')}, {counted(len(found.depths), 'depth')}"
     )
     return f"{first}\naccuracy in %, NLL of the answer in nats per token, ± standard error"
 
@@ -87,7 +88,7 @@ def sentences(found: LengthSummary) -> list[str]:
     """In words, which configurations differ clearly from the baseline: whose interval excludes 0."""
     baseline = printable(found.baseline)
     if not found.reliable:
-        contexts = _counted(found.groups, "context")
+        contexts = counted(found.groups, "context")
         return [f"{contexts}: too few for intervals to mean much; ask more questions to tell differences"]
     lines = []
     for summary in found.summaries:
@@ -127,7 +128,7 @@ def depth_figure(title: str, lengths: Sequence[LengthSummary]) -> DepthPlot:
         ordered = sorted(found.summaries, key=lambda summary: summary.configuration != found.baseline)
         panels.append(
             DepthPanel(
-                f"{found.length:,} tokens, {_counted(found.questions, 'question')}",
+                f"{found.length:,} tokens, {counted(found.questions, 'question')}",
                 found.depths,
                 tuple(_curve(summary.configuration, summary.measures.nll_by_depth) for summary in ordered),
                 tuple(_curve(summary.configuration, summary.measures.accuracy_by_depth) for summary in ordered),
@@ -201,10 +202,6 @@ def _points(share: float) -> str:
 
 def _three_decimals(value: float) -> str:
     return f"{value:.3f}"
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _shortened(name: str) -> str:

@@ -314,7 +314,7 @@ def test_the_defaults_are_those_of_the_settings(
 ) -> None:
     asked: list[BenchSettings] = []
 
-    def remembered(_terminal: Any, _config: Any, settings: BenchSettings, **_: Any) -> tuple[None, None]:
+    def remembered(_terminal: Any, _config: Any, _header: Any, settings: BenchSettings, **_: Any) -> tuple[None, None]:
         asked.append(settings)
         return None, None
 
