@@ -32,13 +32,13 @@ from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.workers import available_cores
 from abcli.generate import Generator
+from abcli.hub.locate import locate_model
 from abcli.merge import Merger
-from abcli.models.locate import locate_model
+from abcli.native.compute_thread import compute_thread, run_on_compute_thread
 from abcli.native.context import BatchPart, Context
-from abcli.native.library import CancelFlag, echo_log
+from abcli.native.llama import CancelFlag, echo_log
 from abcli.native.model import Model
 from abcli.native.sampler import SamplerChain
-from abcli.native.wide import run_wide, wide_thread
 from abcli.rope.bases import symmetric_multipliers
 
 PROMPT = "The history of the lighthouse begins with fires that were lit on hills. "
@@ -62,7 +62,7 @@ class RawContexts:
             stack.enter_context(Context(model, base, config, config.context_size, threads, cancel))
             for base in config.bases
         ]
-        self._pool = wide_thread() if workers == 1 else stack.enter_context(ThreadPoolExecutor(workers))
+        self._pool = compute_thread() if workers == 1 else stack.enter_context(ThreadPoolExecutor(workers))
         self._tokens = model.tokenize(PROMPT, add_special=True, parse_special=False)
         self._row = [np.empty(model.vocabulary_size, np.float32) for _ in config.bases]
         self._length = 0
@@ -111,7 +111,7 @@ def high_level(path: Path, threads: int, stack: ExitStack) -> Callable[[int], No
                 yield
 
     advance = _drawing(pieces())
-    return lambda count: run_wide(lambda: advance(count))
+    return lambda count: run_on_compute_thread(lambda: advance(count))
 
 
 def _drawing(pieces: Iterator[None]) -> Callable[[int], None]:

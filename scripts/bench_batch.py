@@ -38,10 +38,10 @@ from abcli.config import BucketConfig, EngineConfig, GenerationConfig, SamplingC
 from abcli.engine.opening import Opened, open_engine
 from abcli.engine.workers import available_cores
 from abcli.generate import Generator
-from abcli.models.header import read_header
-from abcli.models.locate import locate_model
+from abcli.gguf.header import read_header
+from abcli.hub.locate import locate_model
+from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.sampler import SamplerChain
-from abcli.native.wide import run_wide
 from abcli.rope.bases import choose_bases
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -131,7 +131,9 @@ def measure_prompts(path: Path, buckets: int, options: argparse.Namespace) -> di
             cores = options.threads or available_cores()
             llama = Llama(str(path), n_ctx=size, n_threads=cores, n_threads_batch=cores, verbose=False)
             stack.callback(llama.close)
-            arrangements["llama_cpp.Llama"] = lambda: run_wide(lambda: answer_with_llama(llama, prompts, options.new))
+            arrangements["llama_cpp.Llama"] = lambda: run_on_compute_thread(
+                lambda: answer_with_llama(llama, prompts, options.new)
+            )
         return rounds(arrangements, options.rounds)
 
 

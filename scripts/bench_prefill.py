@@ -21,7 +21,7 @@ from rich.table import Table
 
 from abcli.config import EngineConfig, PrefillMode
 from abcli.engine.contexts import ContextsEngine
-from abcli.models.locate import locate_model
+from abcli.hub.locate import locate_model
 from abcli.native.model import Model
 from abcli.rope.bases import symmetric_multipliers
 

@@ -34,14 +34,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from abcli.config import EngineConfig, LoraConfig
 from abcli.engine.memory import Room, predict
 from abcli.errors import AbcliError
-from abcli.models.adapter import is_adapter, read_adapter, with_adapters
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint
-from abcli.models.header import read_header
-from abcli.models.inspection import inspect, inspect_adapter
-from abcli.models.verification import Verification
-from abcli.models.weights import scan_weights
-from abcli.native import trial
+from abcli.gguf.check import check_file
+from abcli.gguf.description import inspect, inspect_adapter
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.header import read_header
+from abcli.gguf.lora import is_adapter, read_adapter, with_adapters
+from abcli.gguf.verification import Verification
+from abcli.gguf.weights import scan_weights
+from abcli.native import crash_probe as trial
 from tests.support.lora import random_lora, write_lora
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 

@@ -27,8 +27,8 @@ from abcli.config import BucketConfig, EngineConfig, LoraConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import predict
-from abcli.models.adapter import check_model
-from abcli.native.library import echo_log
+from abcli.gguf.lora import check_model
+from abcli.native.llama import echo_log
 from abcli.native.model import Model
 from abcli.rope.bases import choose_bases
 

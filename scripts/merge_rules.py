@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.calibrate.run import GRID
+from abcli.calibrate.calibration import GRID
 from abcli.calibrate.selection import fitted
 from abcli.calibrate.table import Table, make_table
 from abcli.config import BucketConfig, EngineConfig, MergeRule, evaluations_directory
+from abcli.evals.model_under_test import Subject
 from abcli.evals.runner import TASKS, EvaluationSettings, make_questions
-from abcli.evals.subject import Subject
 from abcli.merge import merge_kept, pool_plausible
 from abcli.rope.bases import choose_bases
 

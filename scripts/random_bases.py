@@ -12,10 +12,10 @@ import sys
 
 import numpy as np
 
-from abcli.engine.rope_parameters import rope_parameters
-from abcli.models.check import check_file
-from abcli.models.locate import locate_model
+from abcli.gguf.check import check_file
+from abcli.hub.locate import locate_model
 from abcli.rope.frequencies import angular_frequencies
+from abcli.rope.parameters import rope_parameters
 from abcli.rope.search import candidate_multipliers, search_envelope, search_paper
 from abcli.rope.waveform import envelope, value_at_zero, waveforms
 

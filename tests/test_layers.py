@@ -16,31 +16,34 @@ LAYERS: dict[str, int] = {
     "errors": 0,
     "config": 0,
     "atomic": 0,
-    "wording": 0,
+    "text": 0,
     "merge": 1,
-    "rope": 1,
-    "models": 1,
-    "profiles": 2,
-    "native": 2,
-    "engine": 3,
-    "generate": 4,
+    "gguf": 1,
+    "rope": 2,
+    "hub": 2,
+    "grammar": 2,
+    "profiles": 3,
+    "native": 3,
+    "engine": 4,
+    "generate": 5,
     # Design has chat beside generate; a chat is built on the loop, so it stands above it.
-    "chat": 5,
-    "evals": 6,
-    "batch": 6,
-    "serve": 6,
-    "bench": 6,
+    "chat": 6,
+    "llm": 7,
+    "evals": 8,
+    "batch": 8,
+    "serve": 8,
+    "bench": 8,
     # It chooses by the scores that evaluations make.
-    "calibrate": 7,
-    "ui": 8,
-    "cli": 9,
+    "calibrate": 9,
+    "ui": 10,
+    "cli": 11,
 }
 PACKAGE = "abcli"
 NATIVE_MODULES = {"llama_cpp", "ctypes", "_ctypes"}
 NATIVE_PART = "native"
 EXIT_PART = "cli"
 # The entry of a child process: its exit status is its answer.
-EXIT_MODULES = {"abcli.native.trial"}
+EXIT_MODULES = {"abcli.native.crash_probe"}
 EXITS = {
     "sys.exit",
     "os._exit",
@@ -245,7 +248,7 @@ SOUND = {
     "rope/__init__.py": "from . import base\nfrom .base import theta\n",
     "rope/base.py": "theta = 1\n",
     "native/__init__.py": "import ctypes\nimport llama_cpp\n",
-    "native/trial.py": "import sys\nsys.exit(3)\n",
+    "native/crash_probe.py": "import sys\nsys.exit(3)\n",
     "engine/__init__.py": "",
     "engine/protocol.py": "from abcli import errors\nfrom abcli.native import x\nfrom ..rope.base import theta\n",
     "cli/__init__.py": "",

@@ -10,8 +10,8 @@ from abcli.engine.memory import Room, free_room, gibibytes, predict
 from abcli.engine.protocol import Engine
 from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.errors import OutOfMemoryError, UsageError
-from abcli.models.header import Header
-from abcli.wording import counted
+from abcli.gguf.header import Header
+from abcli.text import counted
 
 # llama.cpp's sequences: one for each slot, and a spare one.
 MOST_SLOTS = 255

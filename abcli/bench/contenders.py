@@ -13,11 +13,11 @@ from abcli.config import EngineConfig
 from abcli.engine.memory import CONTEXT_STEP
 from abcli.engine.protocol import Engine
 from abcli.engine.workers import available_cores
+from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.context import BatchPart, Sequences, context_parameters
-from abcli.native.library import CancelFlag
+from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
 from abcli.native.owner import Owner
-from abcli.native.wide import run_wide
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class RawPlayer(Owner):
         count = len(self._logits)
         parts = [BatchPart(sequence, self._length, tokens, output) for sequence in range(count)]
         rows = list(self._logits) if output else [None] * count
-        run_wide(lambda: self._context.decode(parts, rows), self._cancel.set)
+        run_on_compute_thread(lambda: self._context.decode(parts, rows), self._cancel.set)
         self._length += len(tokens)
 
 

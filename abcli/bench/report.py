@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from abcli import __version__
+from abcli.bench.measure import Findings
 from abcli.bench.plan import ONE_BUCKET, BenchSettings, Contender, Phase
 from abcli.bench.resident import Memory
 from abcli.bench.rounds import Spread
-from abcli.bench.run import Findings
 from abcli.bench.workshop import AutoChoice
 from abcli.config import EngineConfig
 

@@ -17,8 +17,8 @@ from abcli.config import EngineConfig, LoraConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import free_room, predict
-from abcli.models.adapter import check_model
-from abcli.models.header import Header
+from abcli.gguf.header import Header
+from abcli.gguf.lora import check_model
 from abcli.native.model import Model
 
 _NEW_TOKENS = 2

@@ -11,15 +11,15 @@ from abcli.bench.contenders import EnginePlayer, Player, RawPlayer, Text, sized
 from abcli.bench.plan import BenchSettings, Contender, EngineKind, PromptPhase
 from abcli.bench.resident import Memory, measure_memory
 from abcli.config import BucketConfig, EngineConfig
+from abcli.engine.choose import Speeds, choose, forget_speeds
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import CONTEXT_STEP, Room, free_room, gibibytes, predict
 from abcli.engine.opening import check_buckets
-from abcli.engine.probe import Speeds, choose, forget_speeds
 from abcli.errors import AbcliError, OutOfMemoryError
-from abcli.models.header import Header
+from abcli.gguf.header import Header
+from abcli.native.crash_probe import ensure_loadable
 from abcli.native.model import Model
-from abcli.native.trial import ensure_loadable
 from abcli.rope.bases import choose_bases
 
 

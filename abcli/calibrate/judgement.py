@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 
 from abcli import __version__
-from abcli.calibrate.run import CALIBRATED, Calibration
+from abcli.calibrate.calibration import CALIBRATED, Calibration
+from abcli.evals.model_under_test import Subject
 from abcli.evals.scores import Score as AnswerScore
 from abcli.evals.statistics import NATIVE, Estimate, LengthSummary, Summary, summarise
-from abcli.evals.subject import Subject
 from abcli.profiles.profile import Difference, Evidence, Profile, Score, utc_now
 
 

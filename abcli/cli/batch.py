@@ -21,6 +21,7 @@ from abcli.atomic import write_atomically
 from abcli.batch.cluster.pool import WorkerSetup
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.merging import merge_outputs
+from abcli.batch.progress import Progress, Stopwatch, Summary, left_to_do, shard_size, summarise
 from abcli.batch.reading import (
     JobReader,
     can_be_read_again,
@@ -30,7 +31,6 @@ from abcli.batch.reading import (
     input_file,
     read_jobs,
 )
-from abcli.batch.run import Progress, Stopwatch, Summary, left_to_do, shard_size, summarise
 from abcli.batch.scheduler import Totals
 from abcli.batch.sidecar import describe_generation
 from abcli.batch.slots import plan_slots
@@ -44,10 +44,10 @@ from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions
 from abcli.cli.setup import resolve_profile
 from abcli.config import NATIVE_RANDOM_SEED, BucketConfig, EngineConfig, GenerationConfig
 from abcli.errors import BatchError, CancelledError, UsageError
-from abcli.models.adapter import check_model
-from abcli.models.fingerprint import fingerprint
-from abcli.models.header import Header
-from abcli.models.locate import portable_name
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.header import Header
+from abcli.gguf.lora import check_model
+from abcli.hub.locate import portable_name
 from abcli.rope.bases import choose_bases
 from abcli.ui.batch import summary_text
 from abcli.ui.terminal import Terminal

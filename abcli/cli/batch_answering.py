@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from abcli.batch.cluster.driver import ClusterRun
 from abcli.batch.cluster.pool import WorkerSetup
 from abcli.batch.cluster.ray_pool import RayPool
-from abcli.batch.cluster.run import ClusterRun
 from abcli.batch.jobs import BadLine, Job, Result
-from abcli.batch.run import Progress, write_results
+from abcli.batch.progress import Progress, write_results
 from abcli.batch.scheduler import Scheduler, StopSwitch, Totals
 from abcli.batch.slots import reuse_rule
 from abcli.batch.writing import Output

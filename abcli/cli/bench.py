@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from abcli.bench.load import OtherLoad
+from abcli.bench.measure import Findings, Progress, benchmark
 from abcli.bench.plan import BenchSettings, EngineKind, PromptPhase
 from abcli.bench.report import Circumstances, Report, as_json, make_report
-from abcli.bench.run import Findings, Progress, benchmark
 from abcli.bench.workshop import ModelWorkshop, open_workshop
 from abcli.cli.figures import FigureOptions
 from abcli.cli.flags import flag
@@ -22,10 +22,10 @@ from abcli.config import DEFAULT_CONTEXT, MAX_BUCKETS, EngineChoice, EngineConfi
 from abcli.engine.memory import MAX_CONTEXT
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, UsageError
-from abcli.models.adapter import check_model
-from abcli.models.fingerprint import fingerprint
-from abcli.models.header import Header
-from abcli.native.library import devices, echo_log, version
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.header import Header
+from abcli.gguf.lora import check_model
+from abcli.native.llama import devices, echo_log, version
 from abcli.ui.bench import plan_text, show_bench, speed_figure
 from abcli.ui.plots import speed_image
 from abcli.ui.progress import stage_progress

@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar
 
 import typer
 
+from abcli.calibrate.calibration import PREFILL_MULTIPLIERS, Calibration, CalibrationSettings, calibrate
 from abcli.calibrate.judgement import Judgement, Verdict, about, judge, make_profile
-from abcli.calibrate.run import PREFILL_MULTIPLIERS, Calibration, CalibrationSettings, calibrate
 from abcli.cli.flags import flag
 from abcli.cli.options import ModelOptions
 from abcli.cli.questions import (
@@ -31,10 +31,10 @@ from abcli.config import (
     profiles_directory,
 )
 from abcli.errors import CancelledError, ProfileError, UsageError
+from abcli.evals.model_under_test import Subject
 from abcli.evals.report import MAX_DEPTHS, RecordedModel, make_report
 from abcli.evals.runner import TASKS
-from abcli.evals.subject import Subject
-from abcli.native.library import echo_log
+from abcli.native.llama import echo_log
 from abcli.profiles.lookup import default_profile
 from abcli.profiles.profile import NO_PROFILE, Profile, check_name
 from abcli.profiles.store import find, save

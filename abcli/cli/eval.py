@@ -24,6 +24,7 @@ from abcli.cli.questions import (
 from abcli.config import EngineConfig, evaluations_directory, profiles_directory
 from abcli.errors import CancelledError, ProfileError, UsageError
 from abcli.evals.configurations import Configuration, parse_configuration
+from abcli.evals.model_under_test import Subject
 from abcli.evals.report import (
     MAX_DEPTHS,
     RecordedModel,
@@ -32,10 +33,9 @@ from abcli.evals.report import (
     read_report,
 )
 from abcli.evals.runner import TASKS, EvaluationSettings, evaluate
-from abcli.evals.subject import Subject
-from abcli.models.adapter import check_model
-from abcli.models.fingerprint import fingerprint
-from abcli.native.library import echo_log
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.lora import check_model
+from abcli.native.llama import echo_log
 from abcli.profiles.lookup import default_profile, named_profile
 from abcli.profiles.profile import Profile
 from abcli.ui.progress import step_progress

@@ -26,12 +26,12 @@ from abcli.config import (
 )
 from abcli.engine.memory import MAX_CONTEXT, Prediction, Room, free_room, predict
 from abcli.errors import UsageError
-from abcli.models.adapter import check_model, is_adapter, read_adapter
-from abcli.models.check import check_kind_of_file
-from abcli.models.header import read_header
-from abcli.models.inspection import AdapterInspection, Inspection, inspect_adapter
-from abcli.models.inspection import inspect as inspect_header
-from abcli.models.locate import locate_model
+from abcli.gguf.check import check_kind_of_file
+from abcli.gguf.description import AdapterInspection, Inspection, inspect_adapter
+from abcli.gguf.description import inspect as inspect_header
+from abcli.gguf.header import read_header
+from abcli.gguf.lora import check_model, is_adapter, read_adapter
+from abcli.hub.locate import locate_model
 from abcli.rope.bases import choose_bases
 from abcli.ui.inspection import adapter_text, cost_text, inspection_text
 from abcli.ui.terminal import Terminal

@@ -12,7 +12,7 @@ from typing import Annotated
 from abcli.cli.flags import flag
 from abcli.config import LoraConfig
 from abcli.errors import UsageError
-from abcli.models.locate import is_file
+from abcli.hub.locate import is_file
 
 # What follows the last colon of FILE:SCALE; anything else belongs to the file's name.
 _NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|nan|inf(?:inity)?)", re.ASCII | re.IGNORECASE)

@@ -35,7 +35,7 @@ add_commands(app)
 def _show_version(wanted: bool) -> None:
     if wanted:
         # llama.cpp takes a while to load, and nothing else here needs it.
-        from abcli.native.library import devices, version
+        from abcli.native.llama import devices, version
 
         lines = [f"abcli {__version__}", version()]
         lines += [f"device {device.name}: {device.description}" for device in devices()]

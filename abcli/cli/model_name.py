@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from abcli.cli.flags import flag
 from abcli.errors import UsageError
-from abcli.models.names import SCHEME, names_hub
+from abcli.hub.names import SCHEME, names_hub
 
 
 @dataclass(frozen=True)

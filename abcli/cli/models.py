@@ -13,14 +13,14 @@ from rich.filesize import decimal
 
 from abcli.config import profiles_directory
 from abcli.errors import AbcliError, ModelFileError, ProfileError, UsageError
-from abcli.models import aliases as alias_file
-from abcli.models.adapter import is_adapter
-from abcli.models.catalogue import known_models
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint
-from abcli.models.library import ModelHere, Removal, models_here, plan_removal, remove
-from abcli.models.locate import LocalName, locate_model, resolve_name
-from abcli.models.names import HubName
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.lora import is_adapter
+from abcli.hub import aliases as alias_file
+from abcli.hub.catalogue import known_models
+from abcli.hub.installed import ModelHere, Removal, models_here, plan_removal, remove
+from abcli.hub.locate import LocalName, locate_model, resolve_name
+from abcli.hub.names import HubName
 from abcli.profiles.lookup import default_profile, may_have_profile
 from abcli.ui.terminal import Terminal, one_line
 

@@ -29,8 +29,8 @@ from abcli.config import (
     prompt_cache_directory,
 )
 from abcli.errors import PromptError, UsageError
+from abcli.hub.locate import locate_model
 from abcli.merge import check_pool_weights
-from abcli.models.locate import locate_model
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import parse_numbers
 from abcli.ui.download import fetch_shown

@@ -16,9 +16,9 @@ import typer
 from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.config import profiles_directory
 from abcli.errors import ProfileError, UsageError
-from abcli.models.adapter import check_model
-from abcli.models.fingerprint import fingerprint
-from abcli.models.locate import locate_model
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.lora import check_model
+from abcli.hub.locate import locate_model
 from abcli.profiles import catalogue, store
 from abcli.profiles.profile import MAX_BYTES, Difference, Profile, Score, check_name, decode, moment
 from abcli.ui.terminal import Terminal, one_line

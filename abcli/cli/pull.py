@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from abcli.errors import ModelFileError, UsageError
-from abcli.models.locate import BundledName, LocalName, locate_model, resolve_name
-from abcli.models.names import HubName
+from abcli.hub.locate import BundledName, LocalName, locate_model, resolve_name
+from abcli.hub.names import HubName
 from abcli.ui.download import fetch_shown
 from abcli.ui.terminal import Terminal
 

@@ -16,7 +16,7 @@ from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions
 from abcli.cli.setup import Ready, ready, resolve_profile
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.generate import Answer
-from abcli.models.locate import looks_like_model
+from abcli.hub.locate import looks_like_model
 from abcli.ui.terminal import Terminal, on_interrupt
 
 

@@ -14,14 +14,14 @@ from abcli.config import BucketConfig, EngineConfig, profiles_directory
 from abcli.engine.opening import Opened, open_engine
 from abcli.errors import ProfileError
 from abcli.generate import Generator
-from abcli.models.adapter import check_model
-from abcli.models.fingerprint import fingerprint
-from abcli.native.library import echo_log
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.lora import check_model
+from abcli.native.llama import echo_log
 from abcli.native.sampler import SamplerChain
 from abcli.profiles.lookup import default_profile, may_have_profile, named_profile
 from abcli.profiles.profile import NO_PROFILE, Profile
+from abcli.text import counted
 from abcli.ui.terminal import Terminal, one_line
-from abcli.wording import counted
 
 
 @dataclass(frozen=True)

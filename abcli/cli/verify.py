@@ -17,10 +17,10 @@ from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.cli.model_name import ModelNameOptions
 from abcli.config import LoraConfig
 from abcli.errors import UsageError
-from abcli.models.catalogue import known_models
-from abcli.models.locate import locate_model
-from abcli.models.verification import Check, Verification
-from abcli.native.trial import ensure_loadable
+from abcli.gguf.verification import Check, Verification
+from abcli.hub.catalogue import known_models
+from abcli.hub.locate import locate_model
+from abcli.native.crash_probe import ensure_loadable
 from abcli.ui.inspection import check_line
 from abcli.ui.terminal import Terminal
 

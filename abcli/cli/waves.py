@@ -18,14 +18,14 @@ from abcli.cli.flags import flag
 from abcli.cli.model_name import ModelNameOptions
 from abcli.cli.options import BucketOptions
 from abcli.config import MAX_BUCKETS, BucketConfig
-from abcli.engine.rope_parameters import rope_parameters
 from abcli.errors import UnsupportedModelError, UsageError
-from abcli.models.architectures import rotation
-from abcli.models.check import check_file
-from abcli.models.header import Header
-from abcli.models.locate import locate_model
+from abcli.gguf.architectures import rotation
+from abcli.gguf.check import check_file
+from abcli.gguf.header import Header
+from abcli.hub.locate import locate_model
 from abcli.rope.bases import choose_bases, parse_numbers
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
+from abcli.rope.parameters import rope_parameters
 from abcli.rope.search import candidate_multipliers, search_envelope, search_paper
 from abcli.rope.waveform import (
     EXTREMA_RADIUS,

@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
 from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
-from abcli.engine.rope_parameters import rope_parameters
 from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.slots import MIN_SHARED_TOKENS, TILED_TOKENS, SlotEngine, fitting
 from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
 from abcli.errors import CancelledError
-from abcli.models.fingerprint import fingerprint
-from abcli.models.header import Header, read_header
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.header import Header, read_header
+from abcli.native.compute_thread import compute_thread
 from abcli.native.context import BatchPart, Context
-from abcli.native.ggml import aligned_bytes
-from abcli.native.library import version
+from abcli.native.llama import version
 from abcli.native.model import Model
+from abcli.native.rotating.keys import aligned_bytes
 from abcli.native.state import parse_state
-from abcli.native.wide import wide_thread
 from abcli.rope.frequencies import RopeParameters
+from abcli.rope.parameters import rope_parameters
 
 __all__ = ["MIN_SHARED_TOKENS", "ContextsEngine"]
 
@@ -81,7 +81,7 @@ class ContextsEngine(SlotEngine):
 
             self._contexts = [make(base) for base in config.bases]
             if self.plan.workers == 1:
-                self._pool = wide_thread()
+                self._pool = compute_thread()
             else:
                 self._pool = stack.enter_context(
                     ThreadPoolExecutor(self.plan.workers, thread_name_prefix="abcli-bucket")
@@ -171,7 +171,7 @@ class ContextsEngine(SlotEngine):
         others = [context for context in self._contexts if context is not self._leader]
         self._leader.set_threads(self._cores)
         try:
-            self._run_all(lambda _index: self._leader.decode(parts, [None] * len(parts)), 1, wide_thread())
+            self._run_all(lambda _index: self._leader.decode(parts, [None] * len(parts)), 1, compute_thread())
         finally:
             self._leader.set_threads(self.plan.threads)
         for part in parts:

@@ -18,12 +18,12 @@ from abcli.engine.slots import TILED_TOKENS, SlotEngine
 from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import available_cores
 from abcli.errors import CancelledError, UnsupportedModelError
-from abcli.models.fingerprint import fingerprint
-from abcli.models.header import Header, read_header
-from abcli.native.fused import FusedContext, SlotPart
-from abcli.native.library import version
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.header import Header, read_header
+from abcli.native.compute_thread import compute_thread
+from abcli.native.llama import version
 from abcli.native.model import Model
-from abcli.native.wide import wide_thread
+from abcli.native.rotating.context import FusedContext, SlotPart
 
 _HINT = "use --engine contexts with this model"
 # What names the rank of compressed keys and values in a GGUF header.
@@ -57,7 +57,7 @@ class FusedEngine(SlotEngine):
         self._threads = config.threads or available_cores()
         self._all = range(len(config.bases))
         with ExitStack() as stack:
-            self._pool = wide_thread()
+            self._pool = compute_thread()
 
             def make() -> None:
                 leader = _leader_base(model, config)

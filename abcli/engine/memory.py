@@ -17,8 +17,8 @@ from abcli.engine.memory_shape import MemoryShape
 from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.engine.workers import available_cores, plan_workers
 from abcli.errors import OutOfMemoryError
-from abcli.models.header import Header
-from abcli.native.library import Device, devices, supports_offload
+from abcli.gguf.header import Header
+from abcli.native.llama import Device, devices, supports_offload
 
 # llama.cpp pads a context to a multiple of this (llama-context.cpp).
 CONTEXT_STEP = 256

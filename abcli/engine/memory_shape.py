@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from abcli.config import CacheType
-from abcli.models.architectures import window_layers
-from abcli.models.cursor import ArrayValue
-from abcli.models.header import Header, row_bytes
+from abcli.gguf.architectures import window_layers
+from abcli.gguf.cursor import ArrayValue
+from abcli.gguf.header import Header, row_bytes
 
 _FLOAT = 4
 # What a node of a graph costs in llama.cpp's bookkeeping, and the nodes it plans for (graph_max_nodes).

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from abcli.config import BucketConfig, EngineConfig
+from abcli.engine.choose import Choice, choose
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import MAX_CONTEXT, Prediction, check, gibibytes
-from abcli.engine.probe import Choice, choose
 from abcli.engine.protocol import Engine
 from abcli.errors import UnsupportedModelError, UsageError
-from abcli.models.adapter import check_model, warn_of_ignored
-from abcli.models.header import Header
+from abcli.gguf.header import Header
+from abcli.gguf.lora import check_model, warn_of_ignored
+from abcli.native.crash_probe import ensure_loadable
 from abcli.native.model import Model
-from abcli.native.trial import ensure_loadable
 from abcli.rope.bases import choose_bases
-from abcli.wording import counted
+from abcli.text import counted
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import AbcliError
-from abcli.native.ggml import aligned_bytes
+from abcli.native.rotating.keys import aligned_bytes
 
 VERSION = 1
 _MAGIC = b"ABCLIPFX"

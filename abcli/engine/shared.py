@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from abcli.errors import AbcliError
 from abcli.native.context import BatchPart, Context
-from abcli.native.ggml import (
+from abcli.native.rotating.keys import (
     GGML_TYPE_BF16,
     TURNABLE_TYPES,
     KeyBlock,

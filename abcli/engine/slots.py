@@ -14,9 +14,9 @@ from abcli.config import EngineConfig
 from abcli.engine.protocol import Progress
 from abcli.engine.stored import MIN_GAIN, StoredPrompts
 from abcli.errors import ContextFullError
-from abcli.native.library import CancelFlag
+from abcli.native.compute_thread import wait_for
+from abcli.native.llama import CancelFlag
 from abcli.native.owner import Owner
-from abcli.native.wide import wait_for
 
 # Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
 MIN_SHARED_TOKENS = 24

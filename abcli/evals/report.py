@@ -34,7 +34,7 @@ _HINT = "name a report that `abcli eval --output` has written"
 
 @dataclass(frozen=True)
 class RecordedModel:
-    """Which model was asked: `name` is its file's, `fingerprint` that of abcli.models.fingerprint."""
+    """Which model was asked: `name` is its file's, `fingerprint` that of abcli.gguf.fingerprint."""
 
     name: str
     fingerprint: str

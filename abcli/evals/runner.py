@@ -12,14 +12,14 @@ from abcli import __version__
 from abcli.errors import UsageError
 from abcli.evals.configurations import Configuration
 from abcli.evals.kv import kv
+from abcli.evals.model_under_test import Prefill, Subject
 from abcli.evals.needle import needle
 from abcli.evals.qa import qa
 from abcli.evals.questions import Question, Task, TaskSettings
 from abcli.evals.scores import Score
 from abcli.evals.scoring import score
-from abcli.evals.subject import Prefill, Subject
 from abcli.evals.tools import tools
-from abcli.native.library import version
+from abcli.native.llama import version
 
 TASKS: Mapping[str, Task] = {"needle": needle, "kv": kv, "qa": qa, "tools": tools}
 NEEDS_DATA = ("qa", "tools")

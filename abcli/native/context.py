@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from abcli.config import EngineConfig
 from abcli.errors import CancelledError, NativeError
-from abcli.native.library import CancelFlag, clear_log, log_tail, raise_interrupt
+from abcli.native.llama import CancelFlag, clear_log, log_tail, raise_interrupt
 from abcli.native.model import Model
 from abcli.native.owner import Owner
 

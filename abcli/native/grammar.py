@@ -10,7 +10,7 @@ from llama_cpp.llama_grammar import SchemaConverter
 
 from abcli.config import SamplingConfig
 from abcli.errors import GrammarError, UsageError
-from abcli.native import gbnf
+from abcli.grammar import gbnf
 
 MAX_SCHEMA_CHARACTERS = 1 << 18
 MAX_SCHEMA_DEPTH = 64

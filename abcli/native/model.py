@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import ModelFileError, NativeError, PromptError
-from abcli.models.adapter import Adapter
-from abcli.native.library import clear_log, initialise, log_tail, raise_interrupt
+from abcli.gguf.lora import Adapter
+from abcli.native.llama import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
 
 # Which numbers of a head RoPE turns together: (2i, 2i + 1), or (i, i + dimensions / 2).

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from abcli.config import NATIVE_RANDOM_SEED, SamplingConfig
 from abcli.errors import AbcliError, GrammarError, NativeError, UsageError
 from abcli.native.grammar import grammar_text
-from abcli.native.library import clear_log, log_tail
+from abcli.native.llama import clear_log, log_tail
 from abcli.native.model import Model
 from abcli.native.owner import Owner
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from abcli.errors import ProfileError
-from abcli.models.catalogue import catalogue_path
+from abcli.hub.catalogue import catalogue_path
 from abcli.profiles.profile import Profile, from_values
 
 __all__ = ["catalogue_path", "shipped"]

@@ -78,7 +78,7 @@ class Evidence:
 class Profile:
     """A bucket set calibrated for one model.
 
-    `fingerprint` is the hex of abcli.models.fingerprint, `model` the file's name for people, `length` the tokens of
+    `fingerprint` is the hex of abcli.gguf.fingerprint, `model` the file's name for people, `length` the tokens of
     the contexts it was calibrated on, `created` a time in UTC (ISO 8601). `prefill_base` None is the native base.
     `weights` are those of the merge rule `pool`, empty for equal ones and for other rules.
     `chosen` is the time at which the user made it the model's default, empty if never.

@@ -9,7 +9,7 @@ from time import perf_counter
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from abcli.batch.run import Progress, Summary
+from abcli.batch.progress import Progress, Summary
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.ui.progress import TimeLeft, time_text
 from abcli.ui.terminal import Terminal

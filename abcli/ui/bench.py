@@ -14,9 +14,9 @@ from abcli.bench.resident import Memory
 from abcli.bench.rounds import Spread
 from abcli.bench.workshop import AutoChoice
 from abcli.engine.memory import gibibytes
+from abcli.text import counted
 from abcli.ui.plots import SpeedCurve, SpeedPanel, SpeedPlot
 from abcli.ui.terminal import one_line, printable
-from abcli.wording import counted
 
 # The middle half of the rounds may differ by this share of the median before a remark is made.
 LARGE_SPREAD = 0.15

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from abcli.calibrate.calibration import Calibration
 from abcli.calibrate.judgement import Judgement, Verdict
-from abcli.calibrate.run import Calibration
 from abcli.calibrate.selection import Outcome
 from abcli.evals.configurations import Configuration
 from abcli.evals.statistics import CONFIDENCE, Estimate
-from abcli.wording import counted
+from abcli.text import counted
 
 # More would hide the table of the result.
 _MOST_TRIED = 6

@@ -10,8 +10,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
-from abcli.models.hub import Download, fetch
-from abcli.models.names import HubName
+from abcli.hub.fetch import Download, fetch
+from abcli.hub.names import HubName
 from abcli.ui.terminal import Terminal
 
 # Seconds between two lines where nobody watches a bar.
@@ -21,7 +21,7 @@ Clock = Callable[[], float]
 
 
 class DownloadScreen:
-    """Shows one download; see `abcli.models.hub.Watcher`. With `quiet` it only shows what must be known."""
+    """Shows one download; see `abcli.hub.fetch.Watcher`. With `quiet` it only shows what must be known."""
 
     def __init__(self, terminal: Terminal, *, quiet: bool = False, clock: Clock = perf_counter) -> None:
         self._terminal = terminal
@@ -71,7 +71,7 @@ class DownloadScreen:
 
 
 def fetch_shown(terminal: Terminal, name: HubName, *, quiet: bool = False) -> Path:
-    """Fetch a model of the hub and show how it goes. Raises what `abcli.models.hub.fetch` raises."""
+    """Fetch a model of the hub and show how it goes. Raises what `abcli.hub.fetch.fetch` raises."""
     screen = DownloadScreen(terminal, quiet=quiet)
     try:
         return fetch(name, screen)

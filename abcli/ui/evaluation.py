@@ -9,9 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from abcli.evals.statistics import Estimate, LengthSummary, Measures, Summary
+from abcli.text import counted
 from abcli.ui.plots import DepthCurve, DepthPanel, DepthPlot
 from abcli.ui.terminal import printable
-from abcli.wording import counted
 
 # From here on the intervals of the differences fit into a line together with the differences.
 _WIDE = 108

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from abcli.engine.memory import Prediction, Room, gibibytes
-from abcli.models.inspection import (
+from abcli.gguf.description import (
     AdapterInspection,
     Inspection,
     Rope,
@@ -14,7 +14,7 @@ from abcli.models.inspection import (
     Tokenizer,
     TypeShare,
 )
-from abcli.models.verification import Check
+from abcli.gguf.verification import Check
 from abcli.ui.terminal import one_line, printable
 
 _ROTATIONS = {

@@ -14,8 +14,8 @@ from abcli.batch.cluster.worker import Worker
 from abcli.batch.jobs import Job, Result
 from abcli.chat.messages import Message
 from abcli.config import BucketConfig, EngineConfig, GenerationConfig, SamplingConfig
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
 
 PATIENCE = 60
 

@@ -10,7 +10,7 @@ from abcli.batch.slots import MOST_SLOTS, SlotPlan, plan_slots
 from abcli.config import EngineConfig
 from abcli.engine.memory import Room, predict
 from abcli.errors import OutOfMemoryError, UsageError
-from abcli.models.header import Header, read_header
+from abcli.gguf.header import Header, read_header
 
 GIB = 1 << 30
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from abcli.bench.measure import Findings
 from abcli.bench.plan import BenchSettings, Contender, EngineKind, PromptPhase
 from abcli.bench.report import Circumstances, Report, make_report
 from abcli.bench.resident import Memory
-from abcli.bench.run import Findings
 from abcli.bench.workshop import AutoChoice
 from abcli.config import EngineConfig
 from abcli.errors import OutOfMemoryError, UnsupportedModelError

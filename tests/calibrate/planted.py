@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from abcli.config import EngineConfig
+from abcli.evals.model_under_test import Prefill
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.evals.questions import Question
-from abcli.evals.subject import Prefill
 from abcli.evals.traces import Node, Trace
 
 NATIVE_BASE = 10_000.0

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from abcli.calibrate.calibration import CALIBRATED, CalibrationSettings, calibrate
 from abcli.calibrate.judgement import Judgement, Verdict, about, decide, judge, make_profile
-from abcli.calibrate.run import CALIBRATED, CalibrationSettings, calibrate
 from abcli.evals.configurations import Configuration
 from abcli.evals.scores import Score
 from abcli.evals.statistics import Estimate

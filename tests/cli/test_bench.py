@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 import abcli.cli.bench as command_module
-from abcli.bench import run
+from abcli.bench import measure as run
 from abcli.bench.plan import BenchSettings
 from abcli.bench.resident import Memory, measure_memory
 from abcli.cli.bench import parse_counts
 from abcli.config import EngineConfig, engines_directory
 from abcli.engine import memory
 from abcli.errors import NativeError, UsageError
-from abcli.models.header import read_header
+from abcli.gguf.header import read_header
 from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import CTRL_C, PseudoTerminal
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import abcli.cli.calibrate as command_module
+from abcli.calibrate.calibration import CALIBRATED, CalibrationSettings
 from abcli.calibrate.judgement import Verdict
-from abcli.calibrate.run import CALIBRATED, CalibrationSettings
 from abcli.cli.calibrate import CalibrationOptions
 from abcli.config import MERGE_RULES, profiles_directory
 from abcli.evals import scorer
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
 from abcli.profiles import Profile, catalogue, choose, profiles, save
 from tests.cli.conftest import Command, Outcome
 from tests.cli.pseudo_terminal import PseudoTerminal

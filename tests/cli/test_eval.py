@@ -15,8 +15,8 @@ from abcli.cli.main import call
 from abcli.config import profiles_directory
 from abcli.evals import scorer
 from abcli.evals.report import read_report
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
 from abcli.profiles import catalogue, save
 from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import PseudoTerminal

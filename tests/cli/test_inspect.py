@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from abcli.engine import memory
-from abcli.models.header import read_header
+from abcli.gguf.header import read_header
 from tests.cli.conftest import Command
 from tests.support.tiny_gguf import write_tiny_model
 

@@ -12,8 +12,8 @@ import pytest
 from abcli.cli.lora import parse_lora, parse_loras
 from abcli.config import LoraConfig, profiles_directory
 from abcli.errors import UsageError
-from abcli.models.adapter import check_model
-from abcli.models.fingerprint import fingerprint
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.lora import check_model
 from abcli.profiles import catalogue
 from abcli.profiles.store import save
 from tests.cli.conftest import Command

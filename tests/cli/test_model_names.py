@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from abcli.models.aliases import set_alias
+from abcli.hub.aliases import set_alias
 from tests.cli.conftest import Command
 from tests.support.hub import HubStandIn
 

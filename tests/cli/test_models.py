@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from abcli.config import DEFAULT_MODEL_FILE, profiles_directory
-from abcli.models.aliases import aliases
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint
-from abcli.models.locate import locate_model
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
+from abcli.hub.aliases import aliases
+from abcli.hub.locate import locate_model
 from abcli.profiles import save
 from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import PseudoTerminal
@@ -32,8 +32,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder in which abcli looks for models of the user's."""
     path = tmp_path / "own"
     path.mkdir()
-    monkeypatch.setattr("abcli.models.locate.model_folders", lambda: (path,))
-    monkeypatch.setattr("abcli.models.library.model_folders", lambda: (path,))
+    monkeypatch.setattr("abcli.hub.locate.model_folders", lambda: (path,))
+    monkeypatch.setattr("abcli.hub.installed.model_folders", lambda: (path,))
     return path
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from abcli.config import BucketConfig, EngineConfig, profiles_directory
 from abcli.errors import AbcliError
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
 from abcli.profiles import Profile, catalogue, choose, encode, find, load, profiles, save, store
 from tests.cli.conftest import Command
 from tests.profiles.samples import FINGERPRINT, OTHER_FINGERPRINT, SAMPLE, profile

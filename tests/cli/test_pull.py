@@ -12,7 +12,7 @@ import pytest
 
 from abcli.cli.options import ModelOptions
 from abcli.errors import UsageError
-from abcli.models.aliases import set_alias
+from abcli.hub.aliases import set_alias
 from tests.cli.conftest import PATIENCE, Command, command_line
 from tests.support.hub import TOKEN, Fault, HubStandIn
 
@@ -186,7 +186,7 @@ def test_a_terminal_sees_a_bar(
 ) -> None:
     import io
 
-    from abcli.models.names import HubName
+    from abcli.hub.names import HubName
     from abcli.ui.download import fetch_shown
     from abcli.ui.terminal import Terminal
 

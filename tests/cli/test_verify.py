@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from abcli.config import DEFAULT_MODEL_FILE
-from abcli.models.catalogue import known_models
+from abcli.hub.catalogue import known_models
 from tests.cli.conftest import Command
 from tests.support.tiny_gguf import write_tiny_model
 

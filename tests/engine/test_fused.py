@@ -20,11 +20,11 @@ from abcli.engine.fused import FusedEngine
 from abcli.engine.protocol import Engine
 from abcli.errors import CancelledError, ContextFullError, NativeError, UnsupportedModelError
 from abcli.generate import Generator
-from abcli.native.devices import DeviceGraph
-from abcli.native.fused import FusedContext
 from abcli.native.model import Model
+from abcli.native.rotating.context import FusedContext
+from abcli.native.rotating.devices import DeviceGraph
+from abcli.native.rotating.turning import Turning
 from abcli.native.sampler import SamplerChain
-from abcli.native.turning import Turning
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)

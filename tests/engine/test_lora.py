@@ -15,12 +15,12 @@ import pytest
 from numpy.typing import NDArray
 
 from abcli.config import BucketConfig, EngineChoice, EngineConfig, LoraConfig
+from abcli.engine.choose import verify_fused
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.opening import open_engine
-from abcli.engine.probe import verify_fused
 from abcli.engine.protocol import Engine
-from abcli.models.adapter import check_model
+from abcli.gguf.lora import check_model
 from abcli.native.model import Model
 from tests.support.lora import random_lora, write_lora, write_merged
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model

@@ -18,9 +18,9 @@ from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import CONTEXT_STEP, Prediction, Room, available_memory, check, gibibytes, predict
 from abcli.errors import OutOfMemoryError
-from abcli.models.adapter import check_model
-from abcli.models.check import check_file
-from abcli.native.library import Device, echo_log
+from abcli.gguf.check import check_file
+from abcli.gguf.lora import check_model
+from abcli.native.llama import Device, echo_log
 from abcli.native.model import Model
 from tests.support.lora import is_projection, random_lora, write_lora
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from abcli.config import EngineConfig
 from abcli.engine import prompt_cache, prompt_file
 from abcli.engine.prompt_cache import MIN_TOKENS, STALE_SECONDS, CacheKey, Piece, PromptCache, clear, entries
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint as fingerprint_of
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint as fingerprint_of
 from abcli.native.context import BatchPart, Context
-from abcli.native.ggml import aligned_bytes
-from abcli.native.library import CancelFlag
+from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
+from abcli.native.rotating.keys import aligned_bytes
 
 KEY = CacheKey("model", 10000.0, "none", "f16", "f16", "on", "build 1", model_name="tiny.gguf")
 LIMIT = 1 << 30

@@ -46,8 +46,8 @@ import numpy as np
 from abcli.config import EngineConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
-from abcli.engine.probe import verify_fused
-from abcli.native.library import devices
+from abcli.engine.choose import verify_fused
+from abcli.native.llama import devices
 from abcli.native.model import Model
 
 library = llama._lib

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 
 from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
 from abcli.engine.contexts import ContextsEngine
-from abcli.engine.rope_parameters import rope_parameters
 from abcli.errors import CancelledError
 from abcli.generate import Generator
-from abcli.models.header import read_header
+from abcli.gguf.header import read_header
 from abcli.native.context import BatchPart, Context
-from abcli.native.ggml import KeyBlock, KeyRotator, aligned_bytes, as_float32
-from abcli.native.library import CancelFlag
+from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
+from abcli.native.rotating.keys import KeyBlock, KeyRotator, aligned_bytes, as_float32
 from abcli.native.sampler import SamplerChain
 from abcli.native.state import StateError, parse_state
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
+from abcli.rope.parameters import rope_parameters
 from tests.support.tiny_gguf import write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)

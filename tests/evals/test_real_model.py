@@ -12,11 +12,11 @@ import pytest
 from abcli.config import ENV_HOME, EngineConfig, GenerationConfig, SamplingConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.evals.configurations import Configuration, parse_configuration
+from abcli.evals.model_under_test import Subject
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.evals.runner import EvaluationSettings, make_questions
 from abcli.evals.scores import Score
 from abcli.evals.scoring import score
-from abcli.evals.subject import Subject
 from abcli.generate import Generator, common_prefix
 from abcli.native.sampler import SamplerChain
 from abcli.profiles import Profile

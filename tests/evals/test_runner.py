@@ -11,11 +11,11 @@ import pytest
 
 from abcli.config import EngineConfig
 from abcli.errors import CancelledError, EvaluationDataError, UsageError
-from abcli.evals import subject as subject_module
+from abcli.evals import model_under_test as subject_module
 from abcli.evals.configurations import Configuration
+from abcli.evals.model_under_test import Subject
 from abcli.evals.runner import NEEDS_DATA, TASKS, Evaluation, EvaluationSettings, describe, evaluate, make_questions
 from abcli.evals.scoring import score
-from abcli.evals.subject import Subject
 
 NATIVE = 1e4
 SETTINGS = EvaluationSettings("kv", (400, 500), limit=6, depths=3)

@@ -9,7 +9,7 @@ import pytest
 
 from abcli.config import EngineConfig
 from abcli.engine.fused import FusedEngine
-from abcli.native.library import echo_log
+from abcli.native.llama import echo_log
 from abcli.native.model import Model
 
 

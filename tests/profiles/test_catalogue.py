@@ -13,8 +13,8 @@ import pytest
 import abcli
 from abcli.config import DEFAULT_MODEL_FILE
 from abcli.errors import ProfileError
-from abcli.models.check import check_file
-from abcli.models.fingerprint import fingerprint
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
 from abcli.profiles import (
     catalogue,
     catalogue_path,
@@ -65,7 +65,7 @@ def test_the_catalogue_is_sound(real_model: Path) -> None:
 def test_the_catalogue_of_an_installed_package_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(abcli, "__file__", str(tmp_path / "abcli" / "__init__.py"))
     assert shipped() == []
-    checkout, packaged = tmp_path / "models", tmp_path / "abcli" / "models"
+    checkout, packaged = tmp_path / "models", tmp_path / "abcli" / "hub"
     for folder in (checkout, packaged):
         folder.mkdir(parents=True)
         write(folder / "catalogue.json", profile(model=folder.parent.name))

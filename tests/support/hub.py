@@ -282,7 +282,7 @@ def pointed_at(hub: HubStandIn, home: Path) -> Iterator[Path]:
     import huggingface_hub
     from huggingface_hub import constants
 
-    from abcli.models import transfer
+    from abcli.hub import transfer
 
     cache = home / "hub"
     with pytest.MonkeyPatch.context() as patch:

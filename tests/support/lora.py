@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from abcli.models.header import read_header
+from abcli.gguf.header import read_header
 from tests.support.tiny_gguf import add_value
 
 Array = npt.NDArray[np.float32]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 
-from abcli.batch.run import Progress, Summary, shard_size, summarise
+from abcli.batch.progress import Progress, Summary, shard_size, summarise
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.ui.batch import batch_progress, progress_text, summary_text
 from abcli.ui.terminal import Terminal

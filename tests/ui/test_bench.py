@@ -9,10 +9,10 @@ from xml.etree import ElementTree as ET
 import pytest
 from rich.console import Console
 
+from abcli.bench.measure import Findings, benchmark
 from abcli.bench.plan import BenchSettings, Contender
 from abcli.bench.report import Report, Row, Timing
 from abcli.bench.resident import Memory
-from abcli.bench.run import Findings, benchmark
 from abcli.bench.workshop import AutoChoice
 from abcli.ui.bench import memory_text, plan_text, remarks, show_bench, speed_figure
 from abcli.ui.plots import speed_image

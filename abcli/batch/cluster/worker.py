@@ -22,11 +22,11 @@ from abcli.config import EngineConfig
 from abcli.engine.opening import open_engine
 from abcli.errors import AbcliError, ModelFileError
 from abcli.generate import Generator
-from abcli.models.adapter import check_model
-from abcli.models.fingerprint import fingerprint
-from abcli.models.hub import Download, fetch
-from abcli.models.locate import locate_model
-from abcli.models.names import HubName
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.lora import check_model
+from abcli.hub.fetch import Download, fetch
+from abcli.hub.locate import locate_model
+from abcli.hub.names import HubName
 from abcli.native.sampler import SamplerChain
 
 # The longest that a question waits for a result, in seconds; how often a driver hears how far a worker is.

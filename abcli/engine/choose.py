@@ -1,0 +1,317 @@
+"""Which engine to use: whether the fused one is right for a model here, and whether it is the faster one.
+
+Both are found out at first use and remembered in a small file each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.atomic import write_atomically
+from abcli.config import EngineConfig, engines_directory
+from abcli.engine.contexts import ContextsEngine
+from abcli.engine.fused import FusedEngine, check_servable
+from abcli.engine.protocol import Engine
+from abcli.engine.workers import available_cores
+from abcli.errors import AbcliError, UnsupportedModelError
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.header import Header
+from abcli.native.compute_thread import run_on_compute_thread
+from abcli.native.llama import CancelFlag, devices, version
+from abcli.native.model import Model
+from abcli.native.rotating.context import FusedContext, SlotPart
+
+# Raised when the probe comes to look at more.
+PROBE_VERSION = 2
+# The text stands far from the beginning, where a wrong angle shows; its last tokens come one by one.
+_START = 997
+_TEXT = "The history of the lighthouse begins with fires that were lit on hills, for the sailors to steer by at night."
+_TEXT_TOKENS = 20
+_SINGLE_TOKENS = 4
+_PROBE_CONTEXT = 256
+# Largest mean KL divergence: a little on exact weights, a few times what rounding alone does on quantised ones.
+_LEAST_DIVERGENCE = 1e-4
+_MOST_DIVERGENCE = 0.1
+_FLOORS = 4.0
+# A base so near that only rounding tells it from the true one.
+_NUDGE = 1 + 1e-5
+# Largest error of a key relative to the layer's largest number: a few roundings of f16.
+_KEY_TOLERANCE = 4e-3
+# How long the comparison of speeds goes on, and how many rounds it takes at least.
+_SECONDS = 0.8
+_ROUNDS = 3
+_WARM_STEPS = 2
+
+Logs = NDArray[np.float64]
+Kind = Literal["fused", "contexts"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the fused engine gives what plain contexts give: mean KL divergence per bucket, and that of rounding."""
+
+    divergences: tuple[float, ...]
+    floor: float
+    reason: str
+
+    @property
+    def sound(self) -> bool:
+        """Whether it may be used."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Steps per second of both engines, at the beginning of a context."""
+
+    fused: float
+    contexts: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine to use, and why, in a few words."""
+
+    kind: Kind
+    reason: str
+
+
+Verify = Callable[[Model, EngineConfig], Verdict]
+Measure = Callable[[Model, EngineConfig, Header], Speeds]
+
+
+def choose(
+    model: Model,
+    config: EngineConfig,
+    header: Header,
+    verify: Verify | None = None,
+    measure: Measure | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Choice:
+    """The engine for `config.engine`; what has been found out before is not found out again, `say` is told what is.
+
+    "auto" takes contexts where the fused engine cannot serve, is not right, or is not faster. "fused" raises
+    UnsupportedModelError with the reason instead.
+    """
+    if config.engine == "contexts":
+        return Choice("contexts", "as asked for")
+    single = len(set(config.bases)) == 1
+    if config.engine == "auto" and single and (config.slots == 1 or len(config.bases) > 1):
+        return Choice("contexts", "there is one bucket")
+    try:
+        check_servable(model, header, config)
+        if single:
+            # Nothing is turned, so there is nothing to verify, nor would a verdict say anything of other bases.
+            asked = config.engine == "fused"
+            why = "as asked for" if asked else "there is one bucket, and each slot has cells of its own to pass over"
+            return Choice("fused", why)
+        verdict = _verdict(model, config, header, verify or verify_fused, say)
+        if not verdict.sound:
+            raise UnsupportedModelError(f"the fused engine refuses itself: {verdict.reason}", "use --engine contexts")
+        if config.engine == "fused":
+            return Choice("fused", "as asked for")
+        speeds = _speeds(model, config, header, measure or measure_engines, say)
+    except AbcliError as error:
+        if config.engine == "fused":
+            raise
+        return Choice("contexts", error.message)
+    kind: Kind = "fused" if speeds.fused > speeds.contexts else "contexts"
+    return Choice(kind, f"measured: {speeds.fused:.3g} steps/s fused, {speeds.contexts:.3g} in contexts")
+
+
+def forget_speeds(config: EngineConfig, header: Header) -> None:
+    """Let the next `choose` for `config` measure which engine is faster; what was remembered is dropped."""
+    # A file that cannot be removed only means that the old choice stays.
+    with suppress(OSError):
+        _speeds_name(config, header).unlink(missing_ok=True)
+
+
+def verify_fused(model: Model, config: EngineConfig) -> Verdict:
+    """Compare a short text in the fused context with a plain context per base. Raises what making them raises.
+
+    The first token attends to nothing else, so that its keys depend on its position alone and tell the angle itself,
+    in every layer; the divergence tells whether queries and keys fit together. The floor is what a base that is equal
+    but for rounding gives, or another batch shape, whichever is more.
+    """
+    cancel = CancelFlag()
+    return run_on_compute_thread(lambda: _compare(model, config, cancel), cancel.set)
+
+
+def _compare(model: Model, config: EngineConfig, cancel: CancelFlag) -> Verdict:
+    small = replace(
+        config,
+        context_size=_PROBE_CONTEXT,
+        slots=1,
+        batch_size=max(64, _TEXT_TOKENS * len(config.bases)),
+        ubatch_size=max(64, _TEXT_TOKENS * len(config.bases)),
+    )
+    native = float(np.float32(model.native_base))
+    own = native if native in config.bases else config.bases[0]
+
+    def context(*bases: float, base: float) -> FusedContext:
+        return FusedContext(model, bases, small, base, config.threads or available_cores(), cancel)
+
+    with context(*config.bases, base=own) as fused:
+        ours = _text(model, fused)
+        keys = [fused.keys_at(column, 0) for column in range(len(config.bases))]
+    theirs = {}
+    for base in dict.fromkeys(config.bases):
+        with context(base, base=base) as plain:
+            theirs[base] = _text(model, plain)[:, 0]
+            wrong = _wrong_layer(plain.keys_at(0, 0), [keys[i] for i, b in enumerate(config.bases) if b == base])
+            if wrong is not None:
+                return Verdict((), 0.0, f"the keys of layer {wrong} are not those of a context with base {base:g}")
+            if base == own:
+                singly = _text(model, plain, pieces=_TEXT_TOKENS)[:, 0]
+    with context(own * _NUDGE, base=own * _NUDGE) as nudged:
+        floors = [_divergence(theirs[own], logits) for logits in (_text(model, nudged)[:, 0], singly)]
+    divergences = tuple(_divergence(theirs[base], ours[:, bucket]) for bucket, base in enumerate(config.bases))
+    limit = min(_FLOORS * max(floors) + _LEAST_DIVERGENCE, _MOST_DIVERGENCE)
+    # Not a number is not below the limit either.
+    worst = float(np.max(divergences))
+    sound = worst <= limit
+    reason = "" if sound else f"its KL divergence from plain contexts is {worst:.2g}, the limit here is {limit:.2g}"
+    return Verdict(divergences, max(floors), reason)
+
+
+def measure_engines(model: Model, config: EngineConfig, header: Header) -> Speeds:
+    """Decode a few tokens with both engines in turn, for about a second. Raises what making them raises."""
+    small = replace(config, context_size=_PROBE_CONTEXT, prefill="exact", prompt_cache=None)
+    tokens = dict.fromkeys(range(config.slots), model.vocabulary_size // 2)
+    with ExitStack() as stack:
+        engines: list[Engine] = [
+            stack.enter_context(FusedEngine(model, small, header=header)),
+            stack.enter_context(ContextsEngine(model, small, header=header)),
+        ]
+        times: list[list[float]] = [[] for _ in engines]
+        for engine in engines:
+            for _ in range(_WARM_STEPS):
+                engine.step(tokens)
+        begin = perf_counter()
+        for _ in range(_PROBE_CONTEXT - _WARM_STEPS):
+            for engine, taken in zip(engines, times, strict=True):
+                start = perf_counter()
+                engine.step(tokens)
+                taken.append(perf_counter() - start)
+            if perf_counter() - begin > _SECONDS and len(times[0]) >= _ROUNDS:
+                break
+    fused, contexts = (1 / statistics.median(taken) for taken in times)
+    return Speeds(fused, contexts)
+
+
+def _verdict(model: Model, config: EngineConfig, header: Header, verify: Verify, say: Callable[[str], None]) -> Verdict:
+    name = _name("verdict", _circumstances(config, header))
+    known = _recall(name)
+    if known is not None:
+        with suppress(KeyError, TypeError, ValueError):
+            divergences = tuple(float(number) for number in known["divergences"])
+            return Verdict(divergences, float(known["floor"]), str(known["reason"]))
+    say("trying the fused engine (once for this model)")
+    verdict = verify(model, config)
+    _remember(name, asdict(verdict))
+    return verdict
+
+
+def _speeds(model: Model, config: EngineConfig, header: Header, measure: Measure, say: Callable[[str], None]) -> Speeds:
+    name = _speeds_name(config, header)
+    known = _recall(name)
+    if known is not None:
+        with suppress(KeyError, TypeError, ValueError):
+            return Speeds(float(known["fused"]), float(known["contexts"]))
+    say("measuring which engine is faster (once for this model and number of buckets)")
+    speeds = measure(model, config, header)
+    _remember(name, asdict(speeds))
+    return speeds
+
+
+def _speeds_name(config: EngineConfig, header: Header) -> Path:
+    more = [config.threads or available_cores(), len(config.bases), config.slots]
+    return _name("speeds", [*_circumstances(config, header), *more])
+
+
+def _circumstances(config: EngineConfig, header: Header) -> list[object]:
+    """All but the number of buckets on which right and fast depend."""
+    return [
+        PROBE_VERSION,
+        fingerprint(header),
+        version(),
+        [(device.name, device.description) for device in devices()],
+        config.gpu_layers,
+        config.flash_attention,
+        config.cache_type_k,
+        config.cache_type_v,
+    ]
+
+
+def _name(kind: str, circumstances: Sequence[object]) -> Path:
+    digest = hashlib.sha256(json.dumps(circumstances).encode()).hexdigest()
+    return engines_directory() / f"{kind}-{digest[:40]}.json"
+
+
+def _recall(path: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def _remember(path: Path, found: Mapping[str, object]) -> None:
+    # A full or read-only disk only means that it is found out again next time.
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(found).encode())
+
+
+def _text(model: Model, context: FusedContext, pieces: int = 1) -> Logs:
+    """Log-probabilities float64 [positions, buckets, vocabulary] of the last tokens of a text, computed afresh.
+
+    All but the last tokens are computed in `pieces` pieces.
+    """
+    columns = range(context.buckets)
+    tokens = model.tokenize(_TEXT, add_special=True, parse_special=False)[:_TEXT_TOKENS]
+    tokens += [model.vocabulary_size // 2] * (_TEXT_TOKENS - len(tokens))
+    for column in columns:
+        context.truncate(context.sequence(0, column), 0)
+    head = _TEXT_TOKENS - _SINGLE_TOKENS
+    ends = sorted({head * (piece + 1) // pieces for piece in range(pieces)} | set(range(head, _TEXT_TOKENS + 1)))
+    found = []
+    start = 0
+    for end in ends:
+        if end == start:
+            continue
+        logits = np.empty((len(columns), model.vocabulary_size), np.float32)
+        context.compute([SlotPart(0, _START + start, tokens[start:end])], columns, [logits])
+        if end >= head:
+            found.append(logits.astype(np.float64))
+        start = end
+    stacked = np.array(found)
+    stacked -= stacked.max(axis=-1, keepdims=True)
+    return np.asarray(stacked - np.log(np.exp(stacked).sum(axis=-1, keepdims=True)))
+
+
+def _divergence(left: Logs, right: Logs) -> float:
+    """Mean KL(left || right) over the positions, in nats."""
+    return float((np.exp(left) * (left - right)).sum(axis=-1).mean())
+
+
+def _wrong_layer(
+    wanted: Mapping[int, NDArray[np.float32]], found: Sequence[Mapping[int, NDArray[np.float32]]]
+) -> int | None:
+    """The first layer in which a bucket's key of the first token is another one."""
+    for layer in sorted(wanted):
+        limit = _KEY_TOLERANCE * float(np.abs(wanted[layer]).max())
+        if any(not float(np.abs(keys[layer] - wanted[layer]).max()) <= limit for keys in found):
+            return layer
+    return None

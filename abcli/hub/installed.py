@@ -1,0 +1,179 @@
+"""The models on this machine: those in the hub's cache and those in abcli's folders; and how to remove cached ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abcli.config import DEFAULT_MODEL_FILE
+from abcli.errors import AbcliError, ModelFileError
+from abcli.gguf.header import Header, read_header
+from abcli.hub.cache import CachedModel, cache_directory, cached_file, cached_models
+from abcli.hub.locate import DEFAULT_NAME, LocalName, model_folders, resolve_name
+from abcli.hub.names import HubName, choose_files, models_among, quant_of
+
+_SHORT_COMMIT = 12
+
+
+@dataclass(frozen=True)
+class ModelHere:
+    """A model on this machine; `files` are its parts in order, `size` their bytes.
+
+    `header` is None, and `problem` says why, for a file that cannot be read. `cached` is None for a file of the user's.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    size: int
+    quant: str
+    header: Header | None
+    cached: CachedModel | None
+    problem: str = ""
+
+
+def models_here(aliases: dict[str, str]) -> list[ModelHere]:
+    """Every model in abcli's folders, under an alias, or in the hub's cache; each file once, by its shortest name."""
+    own: dict[Path, ModelHere] = {}
+    for files in [*_in_folders(), *_under_aliases(aliases)]:
+        if (real := files[0].resolve()) not in own:
+            name = DEFAULT_NAME if files[0].name == DEFAULT_MODEL_FILE else str(files[0])
+            own[real] = _described(name, files, None)
+    return [*own.values(), *(_described(_cached_name(model), model.files, model) for model in cached_models())]
+
+
+def _in_folders() -> Iterable[tuple[Path, ...]]:
+    for folder in model_folders():
+        try:
+            names = [path.name for path in folder.iterdir() if path.is_file()]
+        except OSError:
+            continue
+        yield from (tuple(folder / part for part in parts) for parts in models_among(names).values())
+
+
+def _under_aliases(aliases: dict[str, str]) -> Iterable[tuple[Path, ...]]:
+    for target in aliases.values():
+        try:
+            found = resolve_name(target)
+        except AbcliError:
+            continue
+        if isinstance(found, LocalName) and found.path.is_file():
+            names = [path.name for path in found.path.parent.iterdir()]
+            parts = models_among(names).get(found.path.name, (found.path.name,))
+            yield tuple(found.path.with_name(part) for part in parts)
+
+
+def _cached_name(model: CachedModel) -> str:
+    """The shortest name that leads to a model of the cache."""
+    quant, commit = quant_of(model.name), model.commit[:_SHORT_COMMIT]
+    names = [HubName(model.repository, quant, revision=revision) for revision in ("", commit)] if quant else []
+    names[1:1] = [HubName(model.repository, file=model.name)]
+    names.append(HubName(model.repository, file=model.name, revision=model.commit))
+    return str(next((name for name in names if cached_file(name) == model.files[0]), names[-1]))
+
+
+def _described(name: str, files: tuple[Path, ...], cached: CachedModel | None) -> ModelHere:
+    header, problem, size = None, "", 0
+    try:
+        size = sum(path.stat().st_size for path in files)
+        header = read_header(files[0])
+    except ModelFileError as error:
+        problem = error.message
+    except OSError as error:
+        problem = f"cannot read {files[0]}: {error.strerror}"
+    quant = quant_of(cached.name if cached is not None else files[0].name)
+    return ModelHere(name, files, size, quant or _main_type(header), header, cached, problem)
+
+
+def _main_type(header: Header | None) -> str:
+    """The type that most bytes of the weights have, in capitals."""
+    if header is None:
+        return ""
+    sizes: Counter[str] = Counter()
+    for tensor in header.tensors:
+        sizes[tensor.type_name] += tensor.size_bytes
+    return max(sizes, key=lambda name: sizes[name]).upper() if sizes else ""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What `remove` would delete: the links of these models; `freed` are the bytes that no other link needs."""
+
+    models: tuple[CachedModel, ...]
+    freed: int
+
+
+def plan_removal(name: HubName) -> Removal:
+    """What of the cache `name` means: one model in every commit, or all of a repository without a quant or file.
+
+    A revision limits it to its commit. Raises ModelFileError if nothing of that name is in the cache.
+    """
+    models = [model for model in cached_models() if model.repository == name.repository]
+    if name.revision:
+        models = [model for model in models if name.revision in model.refs or model.commit.startswith(name.revision)]
+    if name.quant or name.file:
+        models = [model for model in models if _is_meant(name, model, models)]
+    if not models:
+        raise ModelFileError(f"{name} is not in {cache_directory()}", "`abcli models` shows what is there")
+    info, files = _scanned(models)
+    return Removal(tuple(models), int(info.delete_files(*files).expected_freed_size))
+
+
+def remove(removal: Removal) -> None:
+    """Delete models from the hub's cache, with what is left empty by that. Raises ModelFileError and OSError."""
+    info, files = _scanned(removal.models)
+    info.delete_files(*files).execute()
+    # A commit that holds nothing any more goes, too, and with the last one the repository.
+    info, _files = _scanned(())
+    repositories = {model.repository for model in removal.models}
+    empty = [
+        revision.commit_hash
+        for repository in info.repos
+        if repository.repo_type == "model" and repository.repo_id in repositories
+        for revision in repository.revisions
+        if not revision.files
+    ]
+    if empty:
+        info.delete_revisions(*empty).execute()
+
+
+def _is_meant(name: HubName, model: CachedModel, models: list[CachedModel]) -> bool:
+    here = [other.name for other in models if other.commit == model.commit]
+    parts = [part.as_posix() for other in models if other.commit == model.commit for part in _inside(other)]
+    try:
+        return choose_files(HubName(name.repository, name.quant, name.file), [*here, *parts])[0] == model.name
+    except ModelFileError:
+        return False
+
+
+def _inside(model: CachedModel) -> list[Path]:
+    """The parts of a model as paths in the repository."""
+    depth = len(Path(model.name).parts)
+    return [Path(*path.parts[-depth:]) for path in model.files]
+
+
+def _scanned(models: Iterable[CachedModel]) -> tuple[Any, list[Any]]:
+    """The library's picture of the cache, and its entries for the files of `models`. Raises ModelFileError."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        info = scan_cache_dir(cache_directory())
+    except CacheNotFound:
+        raise ModelFileError(f"there is no cache in {cache_directory()}", "there is nothing to remove") from None
+    wanted = {path.absolute() for model in models for path in model.files}
+    files = [
+        file
+        for repository in info.repos
+        for revision in repository.revisions
+        for file in revision.files
+        if file.file_path.absolute() in wanted
+    ]
+    if len(files) < len(wanted):
+        raise ModelFileError(
+            "the hub's cache is damaged: " + "; ".join(str(warning) for warning in info.warnings)[:300],
+            f"delete the repository's folder in {cache_directory()}",
+        )
+    return info, files

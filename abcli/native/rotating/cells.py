@@ -1,0 +1,261 @@
+"""The cells of a fused context, where they lie: keys and values copied from sequence to sequence, keys turned.
+
+It relies on what `Turning` proves: the token at position p of sequence s lies in cell p of stream s.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.native import ggml_api as api
+from abcli.native.ggml_api import TensorStruct
+from abcli.native.rotating.devices import Device, DeviceGraph, Devices
+from abcli.native.rotating.graph import CacheTensor, Observation, RopeNode
+from abcli.native.rotating.keys import aligned_bytes
+from abcli.native.state import MAGIC, StateError
+
+# ggml's CPU rotates these and no others.
+_TURNABLE = frozenset({llama.GGML_TYPE_F32, llama.GGML_TYPE_F16})
+_TENSORS_PER_LAYER = 8
+
+
+@dataclass(frozen=True)
+class Range:
+    """The tokens at positions `start` to `start + count`, in the cells from `cell` on."""
+
+    start: int
+    count: int
+    cell: int
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A piece of a state: `header` and then the numbers of `tensor`."""
+
+    header: bytes
+    tensor: CacheTensor
+
+
+class DeviceCache:
+    """Keys and values of all layers of a fused context."""
+
+    def __init__(self, observation: Observation, follows: frozenset[int], devices: Devices) -> None:
+        """`follows` are the ROPE operations that use the context's base."""
+        self._keys = observation.keys
+        self._values = observation.values
+        self._ropes = observation.ropes
+        self._follows = follows
+        self._devices = devices
+
+    @property
+    def obstacle(self) -> str:
+        """Why keys cannot be turned, empty if they can."""
+        for layer, keys in self._keys.items():
+            rope = self._rope(keys)
+            if rope is None:
+                continue
+            if keys.type_id not in _TURNABLE:
+                return "keys that are neither f32 nor f16 cannot be turned where they lie"
+            if rope.first_dimension or keys.width % rope.width:
+                return f"the keys of layer {layer} are no whole heads"
+        return "" if self._keys else "the model keeps no keys"
+
+    @property
+    def turning_layers(self) -> int:
+        """The number of layers whose keys follow the base."""
+        return sum(self._rope(keys) is not None for keys in self._keys.values())
+
+    def give(self, source: int, target: int, where: Range, old: float, new: float) -> None:
+        """Copy a range from sequence `source`, under base `old`, to `target`, its keys turned to base `new`.
+
+        Both sequences hold the range in the same cells; the devices' positions are set. Raises NativeError.
+        """
+
+        def build(context: int, device: Device, layers: Sequence[int]) -> list[int]:
+            return self._copies(context, device, layers, (source, target), where, (old, new))
+
+        self._on_each_device(build)
+
+    def read(self, sequence: int, where: Range) -> NDArray[np.uint8]:
+        """The range's keys and values as bytes in the form of llama.cpp's state (`abcli.native.state`), one cache."""
+        sections = list(self._sections(where))
+        sizes = [len(section.header) + section.tensor.row_bytes * where.count for section in sections]
+        data = aligned_bytes(sum(sizes))
+        at = 0
+        for section, size in zip(sections, sizes, strict=True):
+            data[at : at + len(section.header)] = np.frombuffer(section.header, np.uint8)
+            self._transfer(section.tensor, sequence, where, data[at + len(section.header) : at + size], out=True)
+            at += size
+        return data
+
+    def write(self, sequence: int, where: Range, data: NDArray[np.uint8]) -> None:
+        """Put bytes from `read` into the range's cells. Raises StateError if they are of another form."""
+        at = 0
+        for section in self._sections(where):
+            body = at + len(section.header)
+            end = body + section.tensor.row_bytes * where.count
+            if end > len(data) or data[at:body].tobytes() != section.header:
+                raise StateError("the state was written with other cells, layers or types")
+            self._transfer(section.tensor, sequence, where, data[body:end], out=False)
+            at = end
+        if at != len(data):
+            raise StateError(f"the state has {len(data) - at} bytes too many")
+
+    def key_row(self, sequence: int, layer: int, cell: int) -> NDArray[np.float32]:
+        """The key of one cell of an f32 or f16 cache, float32 [numbers]."""
+        keys = self._keys[layer]
+        kind = np.float32 if keys.type_id == llama.GGML_TYPE_F32 else np.float16
+        row = np.empty(keys.width, kind)
+        offset = (sequence * keys.cells + cell) * keys.row_bytes
+        api.tensor_get(keys.pointer, row.ctypes.data, offset, row.nbytes)
+        return row.astype(np.float32)
+
+    @property
+    def readable_layers(self) -> list[int]:
+        """The layers whose keys are f32 or f16."""
+        return [layer for layer, keys in self._keys.items() if keys.type_id in _TURNABLE]
+
+    def _rope(self, keys: CacheTensor) -> RopeNode | None:
+        """The rotation that keys of this layer take part in, None if they do not follow the base."""
+        return self._ropes[keys.rope] if keys.rope in self._follows and keys.rope is not None else None
+
+    def _on_each_device(self, build: Callable[[int, Device, Sequence[int]], list[int]]) -> None:
+        layers: dict[int, tuple[Device, list[int]]] = {}
+        for layer, keys in self._keys.items():
+            device = self._devices.of(TensorStruct.from_address(keys.pointer))
+            layers.setdefault(device.backend, (device, []))[1].append(layer)
+        with ExitStack() as stack:
+            for device, chosen in layers.values():
+                graph = DeviceGraph(
+                    device.backend,
+                    _TENSORS_PER_LAYER * len(chosen) + 8,
+                    lambda context, device=device, chosen=chosen: build(context, device, chosen),  # type: ignore[misc]
+                )
+                stack.enter_context(graph).compute()
+
+    def _copies(
+        self,
+        context: int,
+        device: Device,
+        layers: Sequence[int],
+        streams: tuple[int, int],
+        where: Range,
+        bases: tuple[float, float],
+    ) -> list[int]:
+        results = []
+        for layer in layers:
+            keys, values = self._keys[layer], self._values.get(layer)
+            rope = self._rope(keys)
+            if rope is None or bases[0] == bases[1]:
+                results.append(_copy_rows(context, keys, streams, where))
+            else:
+                angles = device.inverse_angles((rope.parameters, *bases))
+                results.append(_turn_rows(context, keys, rope, streams, where, device.positions(where.count), angles))
+            if values is not None:
+                copy = _copy_columns if values.transposed else _copy_rows
+                results.append(copy(context, values, streams, where))
+        return results
+
+    def _sections(self, where: Range) -> Iterator[_Section]:
+        transposed = any(values.transposed for values in self._values.values())
+        cells = b"".join(struct.pack("<iIi", where.start + index, 1, 0) for index in range(where.count))
+        begin = struct.pack("<IIII", MAGIC, 0, 1, where.count) + cells
+        begin += struct.pack("<II", transposed, len(self._keys))
+        for keys in self._keys.values():
+            yield _Section(begin + struct.pack("<iQ", keys.type_id, keys.row_bytes), keys)
+            begin = b""
+        for values in self._values.values():
+            if values.transposed:
+                element = values.row_bytes // values.width
+                header = struct.pack("<iII", values.type_id, element, values.width)
+            else:
+                header = struct.pack("<iQ", values.type_id, values.row_bytes)
+            yield _Section(header, values)
+
+    @staticmethod
+    def _transfer(tensor: CacheTensor, sequence: int, where: Range, data: NDArray[np.uint8], *, out: bool) -> None:
+        """Read (`out`) or write the range's numbers of one tensor."""
+        address, row = data.ctypes.data, tensor.row_bytes
+        if not tensor.transposed:
+            function = api.tensor_get if out else api.tensor_set
+            function(tensor.pointer, address, (sequence * tensor.cells + where.cell) * row, len(data))
+            return
+        element = row // tensor.width
+        function = api.tensor_get_2d if out else api.tensor_set_2d
+        function(
+            tensor.pointer,
+            address,
+            sequence * tensor.cells * row + where.cell * element,
+            where.count * element,
+            tensor.width,
+            tensor.cells * element,
+            where.count * element,
+        )
+
+
+def _place(context: int, tensor: CacheTensor, count: int, offset: int) -> int:
+    """A vector of `count` numbers over the tensor's memory from byte `offset` on."""
+    native = TensorStruct.from_address(tensor.pointer)
+    vector = api.new_1d(context, tensor.type_id, count)
+    api.check(api.place(native.buffer, vector, native.data + offset))
+    return int(vector)
+
+
+def _copy_rows(context: int, tensor: CacheTensor, streams: tuple[int, int], where: Range) -> int:
+    old, new = (
+        _place(context, tensor, tensor.width * where.count, (stream * tensor.cells + where.cell) * tensor.row_bytes)
+        for stream in streams
+    )
+    result = api.copy(context, old, new)
+    api.check(api.view_init(result))
+    return int(result)
+
+
+def _copy_columns(context: int, tensor: CacheTensor, streams: tuple[int, int], where: Range) -> int:
+    element = tensor.row_bytes // tensor.width
+
+    def columns(stream: int) -> int:
+        whole = _place(context, tensor, tensor.width * tensor.cells, stream * tensor.cells * tensor.row_bytes)
+        step = tensor.cells * element
+        size = step * tensor.width
+        view = api.view_4d(context, whole, where.count, tensor.width, 1, 1, step, size, size, where.cell * element)
+        api.check(api.view_init(view))
+        return int(view)
+
+    result = api.copy(context, *(columns(stream) for stream in streams))
+    api.check(api.view_init(result))
+    return int(result)
+
+
+def _turn_rows(
+    context: int,
+    keys: CacheTensor,
+    rope: RopeNode,
+    streams: tuple[int, int],
+    where: Range,
+    positions: int,
+    inverse_angles: int,
+) -> int:
+    """The operation that writes the source's keys, turned, to the target's cells."""
+    native = TensorStruct.from_address(keys.pointer)
+    source, target = (native.data + (stream * keys.cells + where.cell) * keys.row_bytes for stream in streams)
+    old = api.new_3d(context, keys.type_id, rope.width, keys.width // rope.width, where.count)
+    api.check(api.place(native.buffer, old, source))
+    new = api.rope(
+        context,
+        old,
+        positions,
+        inverse_angles,
+        rope.parameters.dimensions,
+        api.MODE_NEOX if rope.parameters.neox else api.MODE_NORMAL,
+        *(0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0),
+    )
+    api.check(api.place(native.buffer, new, target))
+    return int(new)

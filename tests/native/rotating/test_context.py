@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from abcli.config import EngineConfig
+from abcli.errors import NativeError, UnsupportedModelError
+from abcli.native import ggml_api as api
+from abcli.native.llama import CancelFlag
+from abcli.native.model import Model
+from abcli.native.rotating.context import FusedContext, SlotPart
+from abcli.native.rotating.turning import EvalCallback, Layout
+from abcli.native.state import StateError, parse_state
+from tests.support.tiny_gguf import write_tiny_model
+
+BASES = (5_000.0, 10_000.0, 20_000.0)
+TOKENS = [index * 7 % 250 for index in range(60)]
+
+
+def config(path: Path, **changes: Any) -> EngineConfig:
+    exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off"}
+    return EngineConfig(path, BASES, **{"context_size": 256, "threads": 2, **exact, **changes})
+
+
+def fused(model: Model, **changes: Any) -> FusedContext:
+    return FusedContext(model, BASES, config(model.path, **changes), 10_000.0, 2, CancelFlag())
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    path = tmp_path_factory.mktemp("models") / "gemma.gguf"
+    with Model(write_tiny_model(path, architecture="gemma3", layers=7, rope_base=10_000.0)) as model:
+        yield model
+
+
+def logits_of(context: FusedContext, tokens: list[int], **settings: Any) -> np.ndarray:
+    out = np.empty((1, 3, 320), np.float32)
+    context.compute([SlotPart(0, 0, tokens)], range(3), out, **settings)
+    return out[0]
+
+
+def test_the_layout_of_ggmls_tensors_is_the_one_known() -> None:
+    api.check_tensor_layout()
+
+
+def test_another_layout_of_tensors_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = list(api.TensorStruct._fields_)
+    fields[2], fields[3] = fields[3], fields[2]
+
+    class Swapped(ctypes.Structure):
+        _fields_ = tuple(fields)
+
+    monkeypatch.setattr(api, "TensorStruct", Swapped)
+    api.check_tensor_layout.cache_clear()
+    try:
+        with pytest.raises(NativeError, match="lays out tensors"):
+            api.check_tensor_layout()
+    finally:
+        api.check_tensor_layout.cache_clear()
+
+
+def test_queries_and_keys_of_a_layer_are_turned_together(model: Model) -> None:
+    with fused(model) as context:
+        assert [rope.base for rope in context.observation.ropes] == [10_000.0] * 4
+        assert context.observation.closes == (False, True, False, True)
+        assert context.follows == {0, 1, 2, 3}
+        assert {keys.rope for keys in context.observation.keys.values()} <= {0, 1, 2, 3}
+
+
+def test_layers_with_a_base_of_their_own_are_told_apart_even_if_it_is_the_same(gemma: Model) -> None:
+    with fused(gemma) as context:
+        # Six of seven layers see a window and keep base 10,000, which the context has too.
+        assert {rope.base for rope in context.observation.ropes} == {10_000.0}
+        assert context.follows == {10, 11}
+        assert context.turning_layers == 1
+
+
+def test_values_are_known_to_lie_in_columns_without_flash_attention(model: Model) -> None:
+    for attention, transposed in (("on", False), ("off", True)):
+        with fused(model, flash_attention=attention) as context:
+            assert {values.transposed for values in context.observation.values.values()} == {transposed}
+
+
+def test_state_bytes_are_read_and_written_in_pieces(gemma: Model) -> None:
+    for attention in ("on", "off"):
+        with fused(gemma, flash_attention=attention) as context:
+            first = logits_of(context, TOKENS).copy()
+            pieces = [context.read_cells(0, 0, start, start + 20) for start in (0, 20)]
+            (cache,) = parse_state(pieces[1])
+            assert list(cache.positions) == list(range(20, 40))
+            assert len(cache.layers) == 7
+            for column in range(3):
+                context.truncate(context.sequence(0, column), 0)
+            for start, data in zip((0, 20), pieces, strict=True):
+                context.write_cells(0, 0, start, TOKENS[start : start + 20], data)
+            out = np.empty((1, 1, 320), np.float32)
+            context.compute([SlotPart(0, 40, TOKENS[40:])], [0], out, careful=True)
+            np.testing.assert_allclose(out[0, 0], first[0], atol=1e-4)
+
+
+def test_foreign_state_bytes_are_refused(model: Model) -> None:
+    with fused(model) as context:
+        logits_of(context, TOKENS)
+        data = context.read_cells(0, 0, 0, 20)
+        broken = [data[:-1], np.append(data, np.uint8(0)), data[:100], data[:0]]
+        for index in (0, 8, 12, 16, 260, 266):
+            broken.append(data.copy())
+            broken[-1][index] ^= 0xFF
+        for each in broken:
+            context.truncate(context.sequence(0, 1), 0)
+            with pytest.raises(StateError):
+                context.write_cells(0, 1, 0, TOKENS[:20], each)
+
+
+def test_a_key_elsewhere_than_at_its_position_is_noticed(model: Model) -> None:
+    with fused(model) as context:
+        out = np.empty((1, 3, 320), np.float32)
+        # The first token of an empty sequence gets the first cell, whatever its position.
+        context.compute([SlotPart(0, 7, [1])], range(3), out)
+        context.truncate(context.sequence(0, 0), 0)
+        for column in (1, 2):
+            context.truncate(context.sequence(0, column), 0)
+        with pytest.raises(NativeError, match="elsewhere than at its position"):
+            context.compute([SlotPart(0, 7, [1])], range(3), out, careful=True)
+        for column in range(3):
+            context.truncate(context.sequence(0, column), 0)
+        assert np.isfinite(logits_of(context, TOKENS, careful=True)).all()
+
+
+def test_another_graph_than_the_one_seen_is_refused(model: Model) -> None:
+    with fused(model) as context:
+        ropes = context._turning._ropes
+        context._turning._ropes = ropes[:-1]
+        with pytest.raises(NativeError, match="not the one that was seen"):
+            logits_of(context, TOKENS)
+        context._turning._ropes = (*ropes, ropes[0])
+        for column in range(3):
+            context.truncate(context.sequence(0, column), 0)
+        with pytest.raises(NativeError, match="4 rotations where 5"):
+            logits_of(context, TOKENS)
+        context._turning._ropes = ropes
+        for column in range(3):
+            context.truncate(context.sequence(0, column), 0)
+        logits_of(context, TOKENS)
+
+
+def test_reserved_cells_cost_no_computation(model: Model) -> None:
+    with fused(model) as context:
+        context.reserve(0, 1, 0, TOKENS)
+        assert context.length(context.sequence(0, 1)) == len(TOKENS)
+        assert context.length(context.sequence(0, 0)) == 0
+
+
+def test_what_a_handler_raises_comes_out_as_it_should(model: Model) -> None:
+    class Failing:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
+        def ask(self, _tensor: int) -> bool:
+            raise self.error
+
+        def done(self, _tensor: int) -> bool:
+            raise AssertionError
+
+    callback = EvalCallback()
+    for raised, wanted in (
+        (ValueError("x"), NativeError),
+        (NativeError("x"), NativeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+
+        def decode() -> None:
+            assert callback._call(0, True, None)
+            # The rest of the graph is left out.
+            assert not callback._call(0, False, None)
+
+        with pytest.raises(wanted):
+            callback.run(Failing(raised), decode)
+
+
+def test_the_sequences_of_neighbouring_slots_have_no_gaps(model: Model) -> None:
+    with FusedContext(model, BASES, config(model.path, slots=3), 10_000.0, 2, CancelFlag(), leader=9_000.0) as context:
+        assert [context.sequence(slot, column) for slot in range(3) for column in range(3)] == list(range(9))
+        assert [context.sequence(slot, 3) for slot in range(3)] == [9, 10, 11]
+    assert Layout(BASES, 2, 1).rows == 6
+
+
+def test_a_model_without_rotations_is_refused(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "gpt2.gguf", architecture="gpt2")
+    with Model(path) as model, pytest.raises(UnsupportedModelError, match="no rotation"):
+        fused(model)
