@@ -90,7 +90,11 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """llama.cpp's sampler settings under llama.cpp's names and defaults (common/common.h)."""
+    """llama.cpp's sampler settings under llama.cpp's names and defaults (common/common.h).
+
+    At most one of `grammar` (GBNF), `json_schema`, `regex` (ECMA-262, matching the whole answer) and `lark` is given;
+    `schema_lenient` leaves out what cannot be enforced of a schema.
+    """
 
     seed: int = -1
     temperature: float = 0.8
@@ -116,6 +120,9 @@ class SamplingConfig:
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str = ""
     json_schema: str = ""
+    regex: str = ""
+    lark: str = ""
+    schema_lenient: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from abcli.config import GenerationConfig, SamplingConfig
 from abcli.engine.protocol import Engine, Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Generator, Piece
+from abcli.grammar.constraint import KINDS
 
 # An answer as it grows; closing it early keeps in the conversation what there is.
 Pieces = Generating[Piece, None, None]
@@ -149,6 +150,8 @@ class Chat:
             self.generation = replace(self.generation, max_tokens=value)
             return
         changes: dict[str, Any] = {_FIELD_OF.get(name, name): value}
+        if name in KINDS:  # one takes the place of another
+            changes = {**dict.fromkeys(KINDS, ""), **changes}
         sampling = replace(self.generation.sampling, **changes)
         self._check_sampling(sampling)
         self.generation = replace(self.generation, sampling=sampling)
@@ -164,6 +167,10 @@ class Chat:
 
 
 def _parsed(name: str, text: str, kind: type) -> object:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise UsageError(f"{name} {text!r} is neither true nor false", f"write it like /set {name} true")
+        return text == "true"
     try:
         return kind(text)
     except ValueError:

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ from abcli.errors import BatchError, CancelledError, UsageError
 from abcli.gguf.fingerprint import fingerprint
 from abcli.gguf.header import Header
 from abcli.gguf.lora import check_model
+from abcli.grammar.check import check
 from abcli.hub.locate import portable_name
 from abcli.rope.bases import choose_bases
 from abcli.ui.batch import summary_text
@@ -74,7 +75,7 @@ class _Task:
     buckets: BucketConfig
     header: Header
 
-    def read(self, seed: int) -> JobReader:
+    def read(self, seed: int, on_remark: Callable[[str], None]) -> JobReader:
         """The input from its beginning, under the run's seed."""
         sampling = replace(self.generation.sampling, seed=seed)
         return read_jobs(
@@ -86,6 +87,7 @@ class _Task:
             context=self.parts.context,
             system=self.parts.system,
             vocabulary_size=self.header.vocabulary_size,
+            on_remark=on_remark,
         )
 
     def settings(self, chat_template: str | None) -> dict[str, Any]:
@@ -155,6 +157,7 @@ def batch(
     if model_options.prompt_cache or model_options.prompt_cache_dir is not None:
         raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
     generation = answer_options.config(sampling_options.config())
+    check(generation.sampling)
     source_parts = input_options.parts()
     config, buckets = resolve_profile(terminal, model, model_options, bucket_options)
     header = check_model(config.model, config.lora)
@@ -169,7 +172,9 @@ def batch(
     plan = None if on_cluster else plan_slots(wanted, config, header, lines)
     watch, totals = Stopwatch(), Totals()
     with ExitStack() as stack:
-        output, reader = _open_ends(stack, task, destination, output_options, model_options.chat_template)
+        output, reader = _open_ends(
+            stack, task, destination, output_options, model_options.chat_template, terminal.warn
+        )
         progress = Progress(lines)
         if output.resumed:
             terminal.note(f"continuing {destination}, which has {len(output.done):,} results")
@@ -219,14 +224,19 @@ def _split_words(words: list[str]) -> tuple[str | None, str]:
 
 
 def _open_ends(
-    stack: ExitStack, task: _Task, destination: Path, options: OutputOptions, chat_template: str | None
+    stack: ExitStack,
+    task: _Task,
+    destination: Path,
+    options: OutputOptions,
+    chat_template: str | None,
+    on_remark: Callable[[str], None],
 ) -> tuple[Output, JobReader]:
     """The output, bound to the task, and the input under the output's seed; both are left to `stack`."""
     seed = task.generation.sampling.seed
     again = can_be_read_again(task.source)
     if not again and seed < 0:
         seed = randbelow(NATIVE_RANDOM_SEED)
-    reader = stack.enter_context(task.read(seed))
+    reader = stack.enter_context(task.read(seed, on_remark))
     output = open_output(
         destination,
         task.settings(chat_template),
@@ -242,7 +252,7 @@ def _open_ends(
     )
     stack.enter_context(output)
     if again and output.seed != seed:
-        reader = stack.enter_context(task.read(output.seed))
+        reader = stack.enter_context(task.read(output.seed, on_remark))
     return output, reader
 
 

@@ -14,10 +14,11 @@ from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
 from abcli.chat.template import load_template
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
-from abcli.cli.setup import Ready, ready, resolve_profile
+from abcli.cli.setup import Ready, check_constraint, ready, resolve_profile
 from abcli.config import SamplingConfig, history_file, sessions_directory
 from abcli.engine.memory import gibibytes
 from abcli.errors import UsageError
+from abcli.grammar.constraint import constraint_of
 from abcli.native.sampler import validate
 from abcli.ui.chat_screen import COMMANDS, ChatScreen
 from abcli.ui.lines import EditorReader, LineReader, StreamReader
@@ -51,6 +52,7 @@ def chat(
         raise UsageError("--no-save and --session contradict each other", "drop one of them")
     generation = answer_options.config(sampling_options.config())
     terminal = Terminal()
+    check_constraint(terminal, generation.sampling)
     engine_config, buckets = resolve_profile(terminal, model_word, model_options, bucket_options)
     store = None if no_save else SessionStore(sessions_directory())
     with ExitStack() as stack:
@@ -60,8 +62,10 @@ def chat(
 
         def check(sampling: SamplingConfig) -> None:
             validate(sampling, opened.engine.vocabulary_size)
+            if constraint_of(sampling) != constraint_of(talk.generation.sampling):
+                check_constraint(terminal, sampling)
 
-        check(generation.sampling)
+        validate(generation.sampling, opened.engine.vocabulary_size)
         template = load_template(opened.model, model_options.chat_template)
         talk = Chat(loaded.generator, opened.engine, template, opened.model.piece, generation, check, overflow=overflow)
         current = _session(loaded, generation.sampling, resumed, session, terminal)

@@ -309,19 +309,28 @@ class SamplingOptions:
             "--logit-bias",
         ),
     ] = None
-    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = (
-        _SAMPLING.grammar
-    )
-    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
     json_schema: Annotated[str, flag("JSON schema the answer must follow.", "--json-schema", "-j", metavar="JSON")] = (
         _SAMPLING.json_schema
     )
     json_schema_file: Annotated[Path | None, flag("The same from a file.", "--json-schema-file")] = None
+    schema_lenient: Annotated[
+        bool, flag("Leave out what cannot be enforced of a schema, and say so.", "--schema-lenient")
+    ] = _SAMPLING.schema_lenient
+    regex: Annotated[str, flag("Regular expression the whole answer must match.", "--regex", metavar="PATTERN")] = (
+        _SAMPLING.regex
+    )
+    lark: Annotated[str, flag("Lark grammar the answer must follow.", "--lark", metavar="LARK")] = _SAMPLING.lark
+    lark_file: Annotated[Path | None, flag("The same from a file.", "--lark-file")] = None
+    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = (
+        _SAMPLING.grammar
+    )
+    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
 
     def config(self) -> SamplingConfig:
         """The sampler's settings; files are read. Raises UsageError and PromptError (unreadable files)."""
         grammar = _text_or_file(self.grammar, self.grammar_file, "--grammar")
         schema = _text_or_file(self.json_schema, self.json_schema_file, "--json-schema")
+        lark = _text_or_file(self.lark, self.lark_file, "--lark")
         breakers = self.dry_sequence_breaker
         return SamplingConfig(
             seed=self.seed,
@@ -348,6 +357,9 @@ class SamplingOptions:
             logit_bias=tuple(parse_logit_bias(text) for text in self.logit_bias or ()),
             grammar=grammar,
             json_schema=schema,
+            regex=self.regex,
+            lark=lark,
+            schema_lenient=self.schema_lenient,
         )
 
 

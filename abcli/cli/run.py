@@ -13,7 +13,7 @@ from abcli.chat.files import decode_prompt, read_text_file
 from abcli.chat.messages import Message
 from abcli.chat.template import load_template
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
-from abcli.cli.setup import Ready, ready, resolve_profile
+from abcli.cli.setup import Ready, check_constraint, ready, resolve_profile
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.generate import Answer
 from abcli.hub.locate import looks_like_model
@@ -54,6 +54,7 @@ def run(
     _check_raw(raw=raw, parse_special=parse_special, system=system)
     generation = answer_options.config(sampling_options.config())
     terminal = Terminal()
+    check_constraint(terminal, generation.sampling)
     engine_config, buckets = resolve_profile(terminal, model, model_options, bucket_options)
     with ready(terminal, engine_config, buckets, verbose=model_options.verbose) as loaded:
         opened = loaded.opened

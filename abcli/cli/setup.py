@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from abcli.cli.options import ModelOptions, ProfiledBucketOptions
-from abcli.config import BucketConfig, EngineConfig, profiles_directory
+from abcli.config import BucketConfig, EngineConfig, SamplingConfig, profiles_directory
 from abcli.engine.opening import Opened, open_engine
 from abcli.errors import ProfileError
 from abcli.generate import Generator
 from abcli.gguf.fingerprint import fingerprint
 from abcli.gguf.lora import check_model
+from abcli.grammar.check import check
 from abcli.native.llama import echo_log
 from abcli.native.sampler import SamplerChain
 from abcli.profiles.lookup import default_profile, may_have_profile, named_profile
@@ -56,6 +57,15 @@ def ready(terminal: Terminal, config: EngineConfig, buckets: BucketConfig, *, ve
         make_sampler = partial(SamplerChain, model, context_size=engine.context_size)
         generator = stack.enter_context(Generator(engine, model, make_sampler, buckets.merge, buckets.weights))
         yield Ready(opened, generator, buckets)
+
+
+def check_constraint(terminal: Terminal, sampling: SamplingConfig) -> None:
+    """Check the schema or grammar that answers have to follow, and warn of what of it is not enforced.
+
+    Raises UsageError if there is more than one, GrammarError if it cannot be used.
+    """
+    for remark in check(sampling):
+        terminal.warn(remark)
 
 
 def resolve_profile(

@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 
 from abcli.errors import ModelFileError, NativeError, PromptError
 from abcli.gguf.lora import Adapter
+from abcli.grammar.constraint import Constraint
+from abcli.grammar.guidance import Matcher, Matchers
 from abcli.native.llama import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
+from abcli.native.vocabulary import read_vocabulary
 
 # Which numbers of a head RoPE turns together: (2i, 2i + 1), or (i, i + dimensions / 2).
 Rotation = Literal["pairs", "halves"]
@@ -71,6 +74,12 @@ class Model(Owner):
         self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
         self._piece_buffer = ctypes.create_string_buffer(256)
+        self.closed = False
+
+    def close(self) -> None:
+        """Free the weights; a second call does nothing."""
+        self.closed = True
+        super().close()
 
     def apply_adapters(self, context: Any) -> None:
         """Let a new `llama_context` of this model compute with its adapters."""
@@ -146,6 +155,17 @@ class Model(Owner):
         if token < 0:
             return ""
         return (llama.llama_vocab_get_text(self.vocabulary, token) or b"").decode("utf-8", "replace")
+
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """Follows an answer under the constraint, which is not a GBNF grammar; each is compiled once for the model.
+
+        Raises GrammarError for one that cannot be used, UnsupportedModelError for a vocabulary that cannot.
+        """
+        return self._matchers.start(constraint)
+
+    @cached_property
+    def _matchers(self) -> Matchers:
+        return Matchers(read_vocabulary(self), self.path.name)
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer (`llama_vocab_is_eog`)."""
