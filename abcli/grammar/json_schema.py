@@ -19,6 +19,7 @@ from abcli.grammar.schema_keywords import Keywords, beyond, wrong
 MAX_CHARACTERS = 1 << 18
 MAX_DEPTH = 64
 MAX_PROPERTIES = 2_000  # of one object; llguidance compares each with all others
+MAX_ALL_PROPERTIES = 5_000
 MAX_PATTERN_PROPERTIES = 64
 
 # These say nothing where their value is as given, and cannot be enforced elsewhere.
@@ -115,6 +116,7 @@ class _Translator:
         self._choices: list[_Choice] = []
         self._places: dict[int, str] = {}
         self._keywords = Keywords(lenient)
+        self._properties_count = 0
         self._property_pairs = 0
         self._pattern_properties = 0
 
@@ -230,9 +232,10 @@ class _Translator:
     def _properties(self, value: Any, place: str, base: str, depth: int) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise wrong(place, "an object of schemas")
+        self._properties_count += len(value)
         self._property_pairs += len(value) ** 2
-        if len(value) > MAX_PROPERTIES or self._property_pairs > MAX_PROPERTIES**2:
-            raise beyond(place, f"more than {MAX_PROPERTIES:,} properties", "use additionalProperties")
+        if self._property_pairs > MAX_PROPERTIES**2 or self._properties_count > MAX_ALL_PROPERTIES:
+            raise beyond(place, f"{len(value):,} properties, or too many in all", "use additionalProperties")
         copy = {}
         for name, schema in value.items():
             where = inside(place, name)
