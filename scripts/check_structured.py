@@ -24,8 +24,9 @@ from typing import Any
 import jsonschema
 import numpy as np
 
-from abcli.config import DEFAULT_MODEL_FILE
+from abcli.config import DEFAULT_MODEL_FILE, ModelConfig
 from abcli.errors import GrammarError
+from abcli.gguf.checked import check_model
 from abcli.grammar.constraint import Constraint
 from abcli.grammar.guidance import Matcher
 from abcli.native.model import Model
@@ -176,7 +177,7 @@ def main() -> int:
     # Patterns that Python reads with a doubt.
     warnings.simplefilter("ignore", FutureWarning)
     failed = 0
-    with Model(options.model) as model:
+    with Model(check_model(ModelConfig(options.model))) as model:
         if options.suite:
             failed += check_suite(model, options.suite)
         if options.schemas:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from abcli.chat.messages import ROLES, Message, Role
-from abcli.config import GenerationConfig, SamplingConfig
 from abcli.errors import AbcliError, PromptError
 from abcli.grammar.constraint import KINDS
-from abcli.native.sampler import validate
+from abcli.sampling import GenerationConfig, SamplingConfig, check_sampling
 
 OPENAI_URL = "/v1/chat/completions"
 
@@ -179,7 +178,7 @@ def _sampling(name: str, value: Any) -> Any:
 
 def _check(sampling: SamplingConfig, vocabulary_size: int) -> None:
     try:
-        validate(sampling, vocabulary_size)
+        check_sampling(sampling, vocabulary_size)
     except AbcliError as error:
         raise PromptError(f"a setting of the line cannot be used: {error.message}", error.hint) from None
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from abcli.config import SamplingConfig
 from abcli.errors import AbcliError, GrammarError
 from abcli.grammar import gbnf
 from abcli.grammar.constraint import Constraint, constraint_of
 from abcli.grammar.guidance import compile_constraint
+from abcli.sampling import SamplingConfig
 
 _KEPT = 64
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from abcli.config import SamplingConfig
 from abcli.errors import UsageError
+from abcli.sampling import SamplingConfig
 
 Kind = Literal["grammar", "json_schema", "regex", "lark"]
 

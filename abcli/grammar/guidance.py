@@ -318,11 +318,6 @@ class Matcher:
             raise NativeError(f"llguidance does not take token {token}, which it allowed")
         self._check()
 
-    def reset(self) -> None:
-        """Begin anew."""
-        self._native.reset()
-        self._check()
-
     def _check(self) -> None:
         """In the error state llguidance allows what ends an answer, so that a failed one would look complete."""
         if self._native.is_error():

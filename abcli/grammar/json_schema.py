@@ -70,7 +70,7 @@ def _parsed(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise GrammarError(
             f"the JSON schema is not JSON: {error.msg} in line {error.lineno}, column {error.colno}",
-            "correct it; a file is given with --json-schema-file, not as text",
+            "correct it; a file is given with `json_schema_file`, not as text",
         ) from None
     except RecursionError:
         raise GrammarError("the JSON schema cannot be read: it nests too deep", "use $defs and $ref") from None

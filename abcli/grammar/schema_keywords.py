@@ -20,7 +20,7 @@ MAX_LENGTH = 1_000_000
 NO_LIMIT = 2**31 - 1  # what generated schemas write for "any number"
 
 _BOUNDS = {"minimum": True, "exclusiveMinimum": True, "maximum": False, "exclusiveMaximum": False}
-_LENIENT = "leave it out, or enforce the rest with --schema-lenient"
+_LENIENT = "leave it out, or enforce the rest with `schema_lenient`"
 # llguidance's \uXXXX would spell the name of a property so that it is taken for another one: without it these cannot
 # be written.
 _UNWRITABLE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")

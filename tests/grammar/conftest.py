@@ -9,19 +9,15 @@ import pytest
 
 from abcli.grammar.constraint import Constraint, Kind
 from abcli.grammar.guidance import Matcher, Matchers, Vocabulary
-from abcli.native.model import Model
-from abcli.native.vocabulary import read_vocabulary
+from tests.native.conftest import model
+from tests.support.models import open_model
+
+__all__ = ["model"]
 
 END = 256
 BYTES = Vocabulary(
     [bytes([byte]) for byte in range(256)] + [b"\xff<end>", b"\xff<unused>"], [END], lambda text: list(text.encode())
 )
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    with Model(tiny_model) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +28,8 @@ def in_bytes() -> Matchers:
 @pytest.fixture(scope="session")
 def in_words(real_model) -> tuple[Matchers, Callable[[str], list[int]], int]:
     """The real model's matchers, its tokenizer and the token that ends its answers."""
-    with Model(real_model) as opened:
-        vocabulary = read_vocabulary(opened)
+    with open_model(real_model) as opened:
+        vocabulary = opened.read_vocabulary()
         words = {piece: token for token, piece in enumerate(vocabulary.tokens)}
     longest = max(map(len, words))
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import SamplingConfig
 from abcli.errors import GrammarError, UsageError
 from abcli.grammar.check import check
 from abcli.grammar.guidance import compile_constraint
+from abcli.sampling import SamplingConfig
 from tests.grammar.conftest import constraint, writes
 
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_enforced_is_refused_with_its_place_or_left_out(in_bytes,
     with pytest.raises(GrammarError) as caught:
         compile_constraint(constraint(schema))
     assert f" {place}" in caught.value.message
-    assert "--schema-lenient" in caught.value.hint
+    assert "`schema_lenient`" in caught.value.hint
     compiled = compile_constraint(constraint(schema, lenient=True))
     assert any(remark.startswith(place) and remark.endswith("is not enforced") for remark in compiled.remarks)
     assert writes(in_bytes, constraint(schema, lenient=True), '{"a": 1}' if "Prop" not in place else '{"a": {}}') or (
