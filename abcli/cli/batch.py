@@ -155,7 +155,7 @@ def batch(
     if model_options.prompt_cache or model_options.prompt_cache_dir is not None:
         raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
     generation = answer_options.config(sampling_options.config())
-    source_parts = input_options.parts()
+    source_parts = input_options.parts(answer_options.text)
     config, buckets = resolve_profile(terminal, model, model_options, bucket_options)
     header = check_model(config.model, config.lora)
     config = replace(

@@ -13,7 +13,7 @@ from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
 from abcli.chat.template import load_template
-from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
+from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
 from abcli.cli.setup import Ready, ready, resolve_profile
 from abcli.config import SamplingConfig, history_file, sessions_directory
 from abcli.engine.memory import gibibytes
@@ -67,7 +67,7 @@ def chat(
         current = _session(loaded, generation.sampling, resumed, session, terminal)
         talk.restore(current)
         if system is not None:
-            talk.conversation.system = check_argument(system, "--system")
+            talk.conversation.system = answer_options.text(system, "--system")
         interactive = sys.stdin.isatty()
         reader: LineReader = EditorReader(history_file(), list(COMMANDS)) if interactive else StreamReader()
         screen = ChatScreen(

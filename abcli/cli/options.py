@@ -33,6 +33,7 @@ from abcli.hub.locate import locate_model
 from abcli.merge import check_pool_weights
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import parse_numbers
+from abcli.text import unescaped
 from abcli.ui.download import fetch_shown
 from abcli.ui.terminal import Terminal
 
@@ -362,13 +363,30 @@ class AnswerOptions:
     )
     stop: Annotated[list[str] | None, flag("Text that ends the answer; repeatable.", "--stop", "-r")] = None
     ignore_eos: Annotated[bool, flag("Go on after the model ends its answer.", "--ignore-eos")] = False
+    escape: Annotated[
+        bool | None,
+        flag(
+            r"Read \n, \r, \t, \', \", \\ and \xHH in texts on the command line.",
+            "--escape/--no-escape",
+            "-e",
+            show_default="in --stop and --dry-sequence-breaker only",
+        ),
+    ] = None
 
     def config(self, sampling: SamplingConfig) -> GenerationConfig:
         """How to generate one answer. Raises UsageError."""
         if self.predict < -1:
             raise UsageError(f"--predict {self.predict} is impossible", "choose 0 or more, or -1")
-        base = GenerationConfig(sampling, self.predict, tuple(self.stop or ()))
+        stops, breakers = tuple(self.stop or ()), sampling.dry_breakers
+        if self.escape is not False:
+            stops = tuple(read_escapes(text, "--stop") for text in stops)
+            breakers = tuple(read_escapes(text, "--dry-sequence-breaker") for text in breakers)
+        base = GenerationConfig(replace(sampling, dry_breakers=breakers), self.predict, stops)
         return replace(base, ignore_eos=self.ignore_eos)
+
+    def text(self, text: str, what: str) -> str:
+        """A prompt from the command line. Raises PromptError."""
+        return read_escapes(check_argument(text, what), what) if self.escape else check_argument(text, what)
 
 
 def parse_logit_bias(text: str) -> tuple[int, float]:
@@ -392,6 +410,16 @@ def check_argument(text: str, what: str) -> str:
             f"{what} is not UTF-8: at character {error.start:,}", "check the terminal's encoding"
         ) from None
     return text
+
+
+def read_escapes(text: str, what: str) -> str:
+    """`text` with its escape sequences read. Raises PromptError."""
+    try:
+        return unescaped(text)
+    except UnicodeDecodeError:
+        raise PromptError(
+            f"{what} {text!r:.100} is not UTF-8 after its escapes are read", "write \\xHH for each byte of UTF-8"
+        ) from None
 
 
 def _text_or_file(text: str, path: Path | None, flag: str) -> str:

@@ -50,7 +50,8 @@ def run(
     model, text = split_words(words or [], has_model=model_options.model is not None, has_prompt=prompt is not None)
     if prompt is not None and text is not None:
         raise UsageError("the prompt is given twice", "give --prompt or PROMPT")
-    text = gather_prompt(prompt if prompt is not None else text, file)
+    text = prompt if prompt is not None else text
+    text = gather_prompt(answer_options.text(text, "the prompt") if text is not None else None, file)
     _check_raw(raw=raw, parse_special=parse_special, system=system)
     generation = answer_options.config(sampling_options.config())
     terminal = Terminal()
@@ -61,7 +62,7 @@ def run(
             tokens = opened.model.tokenize(text, add_special=True, parse_special=parse_special)
         else:
             template = load_template(opened.model, model_options.chat_template)
-            messages = [Message("system", check_argument(system, "--system"))] if system is not None else []
+            messages = [Message("system", answer_options.text(system, "--system"))] if system is not None else []
             tokens = template.tokens([*messages, Message("user", text)])
         with on_interrupt(loaded.generator.cancel), terminal.prefill_progress() as progress:
             answer = None

@@ -200,6 +200,22 @@ def test_the_real_model_fills_a_schema(real_model: Path, abcli: Command) -> None
     assert (type(made["city"]), type(made["capital"])) == (str, bool)
 
 
+def test_escapes_are_read_as_in_llama_cpp(tiny_model: Path, abcli: Command) -> None:
+    arguments = (tiny_model, "hello", "--grammar", 'root ::= "ab\\ncd"', "-k", 1)
+    assert report(abcli, *arguments, "-r", r"\n")["text"] == "ab"
+    assert report(abcli, *arguments, "-r", r"\n", "--no-escape")["text"] == "ab\ncd"
+    assert (
+        abcli("run", *arguments, "-r", r"\xff").problem()[0]
+        == r"--stop '\\xff' is not UTF-8 after its escapes are read"
+    )
+
+    def prompt_tokens(*flags: str) -> int:
+        return int(report(abcli, tiny_model, r"a\nb", "--raw", "-n", 0, "-k", 1, *flags)["usage"]["prompt_tokens"])
+
+    # Each letter is a token here.
+    assert (prompt_tokens(), prompt_tokens("--escape"), prompt_tokens("-e")) == (4, 3, 3)
+
+
 def test_stop_strings_end_the_answer_and_are_not_part_of_it(tiny_model: Path, abcli: Command) -> None:
     arguments = (tiny_model, "hello", "-s", 1, "--grammar", 'root ::= "abcdefgh"')
     found = report(abcli, *arguments, "--stop", "x", "--stop", "de")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -359,6 +360,8 @@ def test_a_proxy_that_does_not_do_its_work(
             fetch(NAME, Log())
     assert words in caught.value.message
     assert "ALL_PROXY" in caught.value.hint
+    del caught
+    gc.collect()
 
 
 @pytest.mark.parametrize("address", ["http://[x", "http://x:99999", "ftp://x", "huggingface.co"])
