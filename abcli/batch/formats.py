@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from abcli.chat.messages import ROLES, Message, Role
-from abcli.config import GenerationConfig, SamplingConfig
+from abcli.config import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig
 from abcli.errors import AbcliError, GrammarError, PromptError
 from abcli.native.grammar import grammar_text
 from abcli.native.sampler import validate
@@ -83,8 +83,7 @@ def own_request(record: Mapping[str, Any], generation: GenerationConfig, vocabul
         messages = _messages(record["messages"])
     settings = {key: value for key, value in record.items() if key not in ("id", "prompt", "messages", "metadata")}
     _refuse_unknown(settings, (*_SIMPLE, *_OTHER_SETTINGS), "put data of your own into metadata")
-    extra = {"id": record["id"]} if isinstance(record.get("id"), int) else {}
-    return Request(messages, _generation(settings, generation, vocabulary_size), extra)
+    return Request(messages, _generation(settings, generation, vocabulary_size))
 
 
 def openai_request(record: Mapping[str, Any], generation: GenerationConfig, vocabulary_size: int) -> Request:
@@ -147,7 +146,9 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
     sampling: dict[str, Any] = {}
     answer: dict[str, Any] = {}
     for name, value in _given(settings).items():
-        if name in _SIMPLE:
+        if name == "seed":
+            sampling[name] = _seed(value)
+        elif name in _SIMPLE:
             sampling[name] = _simple(value, name, _SIMPLE[name])
         elif name == "json_schema":
             # Its properties are generated in the order in which they are written.
@@ -248,6 +249,12 @@ def _simple(value: Any, name: str, kind: type) -> Any:
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise PromptError(f"{name} is {_shown(value)}", f"make it {wanted}")
     return value
+
+
+def _seed(value: Any) -> int:
+    """A seed for llama.cpp: OpenAI's have 64 bits and a sign; -1 leaves it to the run, as in llama.cpp."""
+    seed: int = _simple(value, "seed", int)
+    return seed if seed == -1 else seed % NATIVE_RANDOM_SEED
 
 
 def _limit(value: Any) -> int:

@@ -65,9 +65,9 @@ def validate(config: SamplingConfig, vocabulary_size: int) -> None:
         raise UsageError(
             f"--temp {config.temperature} is too small", f"use 0 for greedy, or {_SMALLEST_TEMPERATURE:g} or more"
         )
-    if config.seed >= NATIVE_RANDOM_SEED:
+    if not -1 <= config.seed < NATIVE_RANDOM_SEED:
         raise UsageError(
-            f"--seed {config.seed} is too large", f"use 0 to {NATIVE_RANDOM_SEED - 1}, or -1 for a random one"
+            f"--seed {config.seed} is not possible", f"use 0 to {NATIVE_RANDOM_SEED - 1}, or -1 for a random one"
         )
     if config.mirostat not in (0, 2):
         raise UsageError(f"--mirostat {config.mirostat} is not possible", "use 0 (off) or 2")
