@@ -36,9 +36,7 @@ def read_document(chunks: Iterator[bytes], name: str, *, is_json: bool) -> tuple
     whole = bytes(data)
     records: list[Record] | None = None
     try:
-        if len(whole) > MAX_TEXT_BYTES:
-            raise PromptError(f"{name} is one JSON document of more than {MAX_TEXT_BYTES >> 20} MiB", _HINT)
-        records = [_record(number, item) for number, item in enumerate(_items(decode_prompt(whole, name), name), 1)]
+        records = [_record(number, item) for number, item in enumerate(_items(whole, name), 1)]
     except PromptError:
         if is_json and not _is_first_of_lines(whole):
             raise
@@ -77,8 +75,11 @@ def _is_first_of_lines(data: bytes) -> bool:
     return first.rstrip().endswith(b"]") and bool(rest.strip())
 
 
-def _items(text: str, name: str) -> list[str]:
+def _items(data: bytes, name: str) -> list[str]:
     """The JSON of each item of an array, or of the objects one after the other. Raises PromptError."""
+    if len(data) > MAX_TEXT_BYTES:
+        raise PromptError(f"{name} is one JSON document of more than {MAX_TEXT_BYTES >> 20} MiB", _HINT)
+    text = decode_prompt(data, name)
     try:
         begin = _skipped(text, 0)
         return list(_array_items(text, begin) if text[begin] == "[" else _values(text, begin))

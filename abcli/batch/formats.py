@@ -146,10 +146,9 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
     sampling: dict[str, Any] = {}
     answer: dict[str, Any] = {}
     for name, value in _given(settings).items():
-        if name == "seed":
-            sampling[name] = _seed(value)
-        elif name in _SIMPLE:
-            sampling[name] = _simple(value, name, _SIMPLE[name])
+        if name in _SIMPLE:
+            simple = _simple(value, name, _SIMPLE[name])
+            sampling[name] = _native_seed(simple) if name == "seed" else simple
         elif name == "json_schema":
             # Its properties are generated in the order in which they are written.
             sampling[name] = _text(value, name) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -251,9 +250,8 @@ def _simple(value: Any, name: str, kind: type) -> Any:
     return value
 
 
-def _seed(value: Any) -> int:
+def _native_seed(seed: int) -> int:
     """A seed for llama.cpp: OpenAI's have 64 bits and a sign; -1 leaves it to the run, as in llama.cpp."""
-    seed: int = _simple(value, "seed", int)
     return seed if seed == -1 else seed % NATIVE_RANDOM_SEED
 
 
@@ -287,7 +285,7 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
 
 
 def _text(value: Any, name: str) -> str:
-    """A text that a tokenizer can read: JSON can spell halves of characters."""
+    """A text that a tokenizer can read: JSON can spell halves of characters. A byte order mark is dropped."""
     if not isinstance(value, str):
         raise PromptError(f"{name} is {_shown(value)}", "make it a text")
     try:
@@ -297,7 +295,7 @@ def _text(value: Any, name: str) -> str:
         raise PromptError(f"{name} has half a character, {half}, at {error.start:,}", "remove it") from None
     if "\0" in value:
         raise PromptError(f"{name} has a NUL character at {value.index(chr(0)):,}", "remove it")
-    return value
+    return value.removeprefix("\ufeff")
 
 
 def _checked_prompt(text: str) -> str:

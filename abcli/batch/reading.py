@@ -28,6 +28,7 @@ from abcli.batch.records import (
     text_records,
 )
 from abcli.batch.templates import Template, check_fields
+from abcli.chat.files import refuse_foreign
 from abcli.config import NATIVE_RANDOM_SEED, GenerationConfig
 from abcli.errors import AbcliError, PromptError, UsageError
 
@@ -38,7 +39,6 @@ _ANY_VOCABULARY = 1 << 31
 _TABLES = (".csv", ".tsv")
 _OBJECTS = (".jsonl", ".ndjson", ".json")
 _JSON: tuple[InputFormat, ...] = ("jsonl", "openai")
-_FOREIGN_MARKS = ((b"\xff\xfe", "UTF-16 or UTF-32"), (b"\xfe\xff", "UTF-16"), (b"\0\0\xfe\xff", "UTF-32"))
 _DIGEST_BYTES = 1 << 20
 
 
@@ -325,9 +325,7 @@ def _check_beginning(first: Line, name: str) -> None:
     """Raise PromptError for an input of which nothing can be read."""
     if isinstance(first.problem, DamagedError):
         raise first.problem
-    for mark, encoding in _FOREIGN_MARKS:
-        if first.data.startswith(mark):
-            raise PromptError(f"{name} is {encoding}, not UTF-8", "save it as UTF-8")
+    refuse_foreign(first.data, name)
 
 
 def _object_of(line: Line | None) -> Mapping[str, Any] | None:

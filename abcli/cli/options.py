@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from abcli.chat.files import read_text_file
+from abcli.chat.files import decode_prompt, read_text_file
 from abcli.cli.flags import flag
 from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.cli.model_name import ModelNameOptions
@@ -402,14 +402,15 @@ def parse_logit_bias(text: str) -> tuple[int, float]:
 
 
 def check_argument(text: str, what: str) -> str:
-    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates."""
+    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates.
+
+    Like the text of a file it may begin with a byte order mark, which is dropped. Raises PromptError.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"{what} is not UTF-8: at character {error.start:,}", "check the terminal's encoding"
-        ) from None
-    return text
+        return decode_prompt(text.encode("utf-8", "surrogateescape"), what)
+    except (PromptError, UnicodeEncodeError) as error:
+        message = error.message if isinstance(error, PromptError) else f"{what} is not UTF-8"
+        raise PromptError(message, "check the terminal's encoding") from None
 
 
 def read_escapes(text: str, what: str) -> str:
@@ -424,7 +425,7 @@ def read_escapes(text: str, what: str) -> str:
 
 def _text_or_file(text: str, path: Path | None, flag: str) -> str:
     if path is None:
-        return text
+        return check_argument(text, flag)
     if text:
         raise UsageError(f"{flag} and {flag}-file are both given", "give one of them")
     return read_text_file(path)

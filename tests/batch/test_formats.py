@@ -225,3 +225,12 @@ def test_a_seed_is_always_the_same_one_and_never_random(tmp_path_factory: pytest
     first, again = job(path), job(path, defaults=GenerationConfig(SamplingConfig(seed=8)))
     assert first.generation.sampling.seed == again.generation.sampling.seed
     assert 0 <= first.generation.sampling.seed < NATIVE_RANDOM_SEED
+
+
+def test_texts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": "\ufeffp", "json_schema": '\ufeff{"const": 1}'}, {"prompt": "p\ufeff"}])
+    first, second = jobs(path)
+    assert isinstance(first, Job)
+    assert isinstance(second, Job)
+    assert (first.messages[0].content, second.messages[0].content) == ("p", "p\ufeff")
+    assert first.generation.sampling.json_schema == '{"const": 1}'

@@ -216,6 +216,21 @@ def test_escapes_are_read_as_in_llama_cpp(tiny_model: Path, abcli: Command) -> N
     assert (prompt_tokens(), prompt_tokens("--escape"), prompt_tokens("-e")) == (4, 3, 3)
 
 
+def test_text_of_the_command_line_may_begin_with_a_byte_order_mark(
+    tiny_model: Path, abcli: Command, tmp_path: Path
+) -> None:
+    mark, schema, grammar = "\ufeff", '{"const": true}', 'root ::= "yes"'
+    assert answer(abcli, tiny_model, "hello", "-k", 1, "-j", mark + schema) == "true"
+    assert answer(abcli, tiny_model, "hello", "-k", 1, "--grammar", mark + grammar) == "yes"
+    for flag, text in (("--json-schema-file", schema), ("--grammar-file", grammar)):
+        path = tmp_path / "text"
+        path.write_text(mark + text, encoding="utf-8")
+        assert answer(abcli, tiny_model, "hello", "-k", 1, flag, path) in ("true", "yes")
+    flags = ("--temp", 0, "-n", 4, "-k", 1)
+    marked = report(abcli, tiny_model, mark + "hello", "-sys", mark + "be kind", *flags)
+    assert marked["usage"] == report(abcli, tiny_model, "hello", "-sys", "be kind", *flags)["usage"]
+
+
 def test_stop_strings_end_the_answer_and_are_not_part_of_it(tiny_model: Path, abcli: Command) -> None:
     arguments = (tiny_model, "hello", "-s", 1, "--grammar", 'root ::= "abcdefgh"')
     found = report(abcli, *arguments, "--stop", "x", "--stop", "de")
