@@ -20,7 +20,7 @@ from abcli.engine.memory import gibibytes
 from abcli.errors import UsageError
 from abcli.native.sampler import validate
 from abcli.ui.chat_screen import COMMANDS, ChatScreen
-from abcli.ui.lines import EditorReader, LineReader, StreamReader
+from abcli.ui.lines import line_reader
 from abcli.ui.terminal import Terminal
 
 
@@ -69,7 +69,7 @@ def chat(
         if system is not None:
             talk.conversation.system = answer_options.text(system, "--system")
         interactive = sys.stdin.isatty()
-        reader: LineReader = EditorReader(history_file(), list(COMMANDS)) if interactive else StreamReader()
+        reader = line_reader(history_file(), list(COMMANDS))
         screen = ChatScreen(
             terminal,
             reader,

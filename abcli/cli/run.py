@@ -70,7 +70,7 @@ def run(
                 for piece in loaded.generator.stream(0, tokens, generation, progress):
                     answer = piece.answer
                     if not as_json:
-                        terminal.write(piece.text)
+                        terminal.write_answer(piece.text)
             except AbcliError:
                 terminal.end_line()
                 raise

@@ -91,12 +91,11 @@ class ChatScreen:
         message = entry.text
         if not message.strip() and not self._attached:
             return
-        if message.startswith("/") and not entry.is_block:
-            name, _, argument = message.partition(" ")
+        if not entry.is_block and (name := command_name(message)):
             command = COMMANDS.get(name)
             if command is None:
                 raise UsageError(f"there is no command {name}", "/help lists them; a space before / makes it text")
-            command.action(self, argument.strip())
+            command.action(self, message[len(name) :].strip())
             return
         text = "\n\n".join([*self._attached, message] if message.strip() else self._attached)
         with self._saving():
@@ -198,7 +197,7 @@ class ChatScreen:
                             f"the context is full: left out are the oldest {_turns(self.chat.dropped_turns)}"
                         )
                     answer = piece.answer
-                    self.terminal.write(piece.text)
+                    self.terminal.write_answer(piece.text)
             finally:
                 self.terminal.end_line()
         if answer is None:
@@ -232,6 +231,14 @@ class ChatScreen:
     def _fail(self, error: AbcliError) -> None:
         self.failed = True
         self.terminal.error(error)
+
+
+def command_name(message: str) -> str:
+    """The command that a message begins with, known or misspelt; empty for text, also if that begins with a path."""
+    name = message.split(maxsplit=1)[0] if message.startswith("/") else ""
+    if name in COMMANDS:
+        return name
+    return "" if "/" in name[1:] or not name[1:].isalpha() or Path(name).exists() else name
 
 
 def _turns(count: int) -> str:
