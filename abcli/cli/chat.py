@@ -13,12 +13,14 @@ from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
 from abcli.chat.template import load_template
+from abcli.cli.flags import flag
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
 from abcli.cli.setup import Ready, ready, resolve_profile
 from abcli.config import SamplingConfig, history_file, sessions_directory
 from abcli.engine.memory import gibibytes
 from abcli.errors import UsageError
 from abcli.native.sampler import validate
+from abcli.text import counted
 from abcli.ui.chat_screen import COMMANDS, ChatScreen
 from abcli.ui.lines import line_reader
 from abcli.ui.terminal import Terminal
@@ -39,7 +41,7 @@ def chat(
         typer.Option(help="When the context is full: stop with an error, or leave out the oldest turns."),
     ] = "error",
     stats: Annotated[
-        bool | None, typer.Option("--stats/--no-stats", help="Speeds after each answer.", show_default="on a terminal")
+        bool | None, flag("Speeds after each answer.", "--stats/--no-stats", show_default="on a terminal")
     ] = None,
     model_options: ModelOptions,
     bucket_options: ProfiledBucketOptions,
@@ -128,9 +130,10 @@ def _session(
 def _greet(terminal: Terminal, loaded: Ready, talk: Chat) -> None:
     engine = loaded.opened.engine
     bases = ", ".join(f"{base:g}" for base in engine.bases)
-    terminal.note(f"{loaded.opened.header.name}: {len(engine.bases)} buckets at RoPE bases {bases}")
+    count = counted(len(engine.bases), "bucket")
+    terminal.note(f"{loaded.opened.header.name}: {count} at RoPE base{'s' * (len(engine.bases) > 1)} {bases}")
     size = gibibytes(loaded.opened.memory.total)
     terminal.note(f"context of {engine.context_size:,} tokens; about {size} of memory at most")
     if talk.conversation.turns:
-        terminal.note(f"resumed after {talk.conversation.turns} turns")
+        terminal.note(f"resumed after {counted(talk.conversation.turns, 'turn')}")
     terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")

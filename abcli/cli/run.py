@@ -12,6 +12,7 @@ import typer
 from abcli.chat.files import decode_prompt, read_text_file
 from abcli.chat.messages import Message
 from abcli.chat.template import load_template
+from abcli.cli.flags import flag
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
 from abcli.cli.setup import Ready, ready, resolve_profile
 from abcli.errors import AbcliError, PromptError, UsageError
@@ -39,7 +40,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     stats: Annotated[
         bool | None,
-        typer.Option("--stats/--no-stats", help="Speeds on standard error.", show_default="on a terminal"),
+        flag("Speeds on standard error.", "--stats/--no-stats", show_default="on a terminal"),
     ] = None,
     model_options: ModelOptions,
     bucket_options: ProfiledBucketOptions,

@@ -19,6 +19,7 @@ from abcli.engine.workers import available_cores, plan_workers
 from abcli.errors import OutOfMemoryError
 from abcli.gguf.header import Header
 from abcli.native.llama import Device, devices, supports_offload
+from abcli.text import counted
 
 # llama.cpp pads a context to a multiple of this (llama-context.cpp).
 CONTEXT_STEP = 256
@@ -173,7 +174,7 @@ def check(config: EngineConfig, header: Header, *, force: bool = False) -> Predi
     where = "on the device " if prediction.host <= room.host else ""
     needed, free = (prediction.device, room.device) if prediction.host <= room.host else (prediction.host, room.host)
     raise OutOfMemoryError(
-        f"{buckets} {'bucket' if buckets == 1 else 'buckets'} of {config.context_size:,} tokens need "
+        f"{counted(buckets, 'bucket')} of {config.context_size:,} tokens need "
         f"{gibibytes(needed)} of memory {where}({parts}), but {gibibytes(free)} are free",
         prediction.advice(room),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,12 +103,17 @@ def check_file(path: Path) -> Header:
     check_kind_of_model(header)
     check_tokenizer(header)
     check_hyperparameters(header)
-    if not tensors:
-        raise UnsupportedModelError(f"{path} has no weights, only metadata", CHAT_MODEL_HINT)
+    check_weights(header, tensors)
     check_tensor_types(header, tensors)
     check_embeddings(header, tensors)
     others = tensors[len(header.tensors) :]
     return replace(header, other_parts_bytes=sum(tensor.size_bytes for tensor in others))
+
+
+def check_weights(header: Header, tensors: Sequence[TensorInfo]) -> None:
+    """Raise UnsupportedModelError for a file without any."""
+    if not tensors:
+        raise UnsupportedModelError(f"{header.path} has no weights, only metadata", CHAT_MODEL_HINT)
 
 
 def split_paths(header: Header) -> tuple[Path, ...]:

@@ -16,6 +16,7 @@ from abcli.gguf.check import (
     check_kind_of_file,
     check_kind_of_model,
     check_part,
+    check_weights,
     split_paths,
 )
 from abcli.gguf.cursor import FETCH_AGAIN
@@ -31,6 +32,7 @@ from abcli.gguf.lora import (
     with_adapters,
 )
 from abcli.gguf.weights import Scan, check_finite
+from abcli.text import counted
 
 Status = Literal["ok", "failed", "skipped"]
 _READ_BYTES = 4 << 20
@@ -162,7 +164,8 @@ class Verification:
     def _header(self) -> str:
         check_kind_of_file(self.path)
         self.header = header = read_header(self.path)
-        return f"GGUF version {header.version}, {len(header.metadata)} keys, {len(header.tensors)} tensors"
+        counts = f"{counted(len(header.metadata), 'key')}, {counted(len(header.tensors), 'tensor')}"
+        return f"GGUF version {header.version}, {counts}"
 
     def _layout(self, header: Header) -> str:
         check_integrity(header)
@@ -173,7 +176,7 @@ class Verification:
         self._tensors = list(header.tensors)
         for part in paths[1:]:
             self._tensors += check_part(part, header)
-        return "a single file" if len(paths) == 1 else f"{len(paths)} files, {len(self._tensors)} tensors"
+        return "a single file" if len(paths) == 1 else f"{len(paths)} files, {counted(len(self._tensors), 'tensor')}"
 
     def _kind(self, header: Header) -> str:
         check_kind_of_model(header)
@@ -190,9 +193,10 @@ class Verification:
 
     def _hyperparameters(self, header: Header) -> str:
         check_hyperparameters(header)
-        return f"{header.layers} layers of {header.embedding_length} dimensions"
+        return f"{counted(header.layers, 'layer')} of {header.embedding_length} dimensions"
 
     def _types(self, header: Header) -> str:
+        check_weights(header, self._tensors)
         check_tensor_types(header, self._tensors)
         return ", ".join(sorted({tensor.type_name for tensor in self._tensors}))
 
@@ -203,6 +207,7 @@ class Verification:
         return f"{header.vocabulary_size:,} tokens{note}"
 
     def _embeddings(self, header: Header) -> str:
+        check_weights(header, self._tensors)
         check_embeddings(header, self._tensors)
         return f"{header.vocabulary_size:,} rows"
 
@@ -223,8 +228,7 @@ def _finite(scans: Iterable[Scan]) -> str:
 
 def _matrices(adapter: Adapter) -> str:
     ranks = " and ".join(str(rank) for rank in adapter.ranks)
-    count = len(adapter.pairs)
-    return f"{count} {'pair' if count == 1 else 'pairs'} of matrices of rank {ranks}"
+    return f"{counted(len(adapter.pairs), 'pair')} of matrices of rank {ranks}"
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

@@ -12,6 +12,7 @@ from abcli.chat.files import read_text_file
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.generate import Generator
+from abcli.text import counted
 from abcli.ui.lines import Entry, LineReader, read_message
 from abcli.ui.terminal import Terminal, on_interrupt
 
@@ -151,9 +152,8 @@ class ChatScreen:
         self.terminal.note(f"session  {session.name or 'not saved yet'}")
         self.terminal.note(f"model    {session.model}")
         self.terminal.note(f"bases    {', '.join(f'{base:g}' for base in session.bases)}; merge {session.merge}")
-        self.terminal.note(
-            f"context  {self.chat.used_tokens}/{self.chat.context_size} tokens, {_turns(self.chat.conversation.turns)}"
-        )
+        turns = counted(self.chat.conversation.turns, "turn")
+        self.terminal.note(f"context  {self.chat.used_tokens}/{self.chat.context_size} tokens, {turns}")
         for name, value in self.chat.settings().items():
             self.terminal.note(f"{name} = {value}")
 
@@ -171,7 +171,7 @@ class ChatScreen:
             raise UsageError("/load needs a file name", "e.g. /load chat.json")
         self.chat.restore(import_session(Path(argument).expanduser()))
         self._save()
-        self.terminal.note(f"loaded {_turns(self.chat.conversation.turns)}")
+        self.terminal.note(f"loaded {counted(self.chat.conversation.turns, 'turn')}")
 
     def read(self, argument: str) -> None:
         """Place a file before the next message."""
@@ -179,7 +179,7 @@ class ChatScreen:
             raise UsageError("/read needs a file name", "e.g. /read notes.txt, then ask about it")
         text = read_text_file(Path(argument).expanduser())
         self._attached.append(text)
-        self.terminal.note(f"read {len(text):,} characters; they go before your next message")
+        self.terminal.note(f"read {counted(len(text), 'character')}, to go before your next message")
 
     def _show(self, answering: Callable[[Callable[[int, int], None]], Pieces]) -> None:
         """Stream an answer; Ctrl-C stops it."""
@@ -194,7 +194,7 @@ class ChatScreen:
                 for piece in pieces:
                     if answer is None and self.chat.dropped_turns:
                         self.terminal.warn(
-                            f"the context is full: left out are the oldest {_turns(self.chat.dropped_turns)}"
+                            f"the context is full: left out are the oldest {counted(self.chat.dropped_turns, 'turn')}"
                         )
                     answer = piece.answer
                     self.terminal.write_answer(piece.text)
@@ -239,10 +239,6 @@ def command_name(message: str) -> str:
     if name in COMMANDS:
         return name
     return "" if "/" in name[1:] or not name[1:].isalpha() or Path(name).exists() else name
-
-
-def _turns(count: int) -> str:
-    return f"{count} turn" + "s" * (count != 1)
 
 
 COMMANDS = {

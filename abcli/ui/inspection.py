@@ -15,6 +15,7 @@ from abcli.gguf.description import (
     TypeShare,
 )
 from abcli.gguf.verification import Check
+from abcli.text import counted
 from abcli.ui.terminal import one_line, printable
 
 _ROTATIONS = {
@@ -100,7 +101,7 @@ def cost_text(prediction: Prediction, room: Room) -> str:
     """What a set-up needs and whether there is room for it."""
     config = prediction.config
     buckets = len(config.bases)
-    title = f"{buckets} {'bucket' if buckets == 1 else 'buckets'}, context of {config.context_size:,} tokens"
+    title = f"{counted(buckets, 'bucket')}, context of {config.context_size:,} tokens"
     if config.slots > 1:
         title += f" for each of {config.slots} slots"
     rows = [(_ITEMS[item.name], gibibytes(item.total)) for item in prediction.items if item.total]

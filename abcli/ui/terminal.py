@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from abcli.errors import AbcliError
+from abcli.text import counted
 from abcli.ui.wrapping import WordWrap
 
 try:
@@ -139,12 +140,12 @@ class Terminal:
 
 def statistics_line(statistics: Statistics, used: int, available: int, buckets: int) -> str:
     """E.g. "prompt 31 (12 cached) 310 tok/s | answer 40 32.1 tok/s | context 71/4096 | agreement 81 %"."""
-    prompt = f"prompt {statistics.prompt_tokens} tokens"
+    prompt = f"prompt {counted(statistics.prompt_tokens, 'token')}"
     if statistics.cached_tokens:
         prompt += f" ({statistics.cached_tokens} cached)"
     prompt += _speed(statistics.prefilled_tokens, statistics.prefill_seconds)
     # The first token comes with the prefill, so the decode time covers one token less.
-    answer = f"answer {statistics.completion_tokens} tokens"
+    answer = f"answer {counted(statistics.completion_tokens, 'token')}"
     answer += _speed(statistics.completion_tokens - 1, statistics.decode_seconds)
     parts = [prompt, answer, f"context {used}/{available}"]
     if buckets > 1:
