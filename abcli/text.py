@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_GIB = 1 << 30
 _ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|([nrt'\"\\]))")
 _CHARACTERS = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
@@ -24,3 +25,10 @@ def unescaped(text: str) -> str:
         return bytes.fromhex(match[1].decode()) if match[1] else _CHARACTERS.get(match[2], match[2])
 
     return _ESCAPE.sub(character, text.encode("utf-8", "surrogateescape")).decode("utf-8")
+
+
+def gibibytes(size: int) -> str:
+    """A number of bytes for people, in binary units: "1.5 GiB", "20 MiB"."""
+    if size >= _GIB:
+        return f"{size / _GIB:.1f} GiB" if size < 10 * _GIB else f"{size / _GIB:,.0f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"

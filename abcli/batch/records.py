@@ -14,7 +14,7 @@ from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.text import counted
 
 MAX_LINE_BYTES = 1 << 24
-_SPLIT_HINT = "split it, or put what all prompts share into --context"
+_SPLIT_HINT = "split it, or put what all prompts share into `context`"
 
 
 @dataclass(frozen=True)

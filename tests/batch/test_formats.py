@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.reading import seed_for
-from abcli.config import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig
+from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig
 from tests.batch.inputs import OWN, job, jobs, openai, write
 
 
@@ -61,7 +61,7 @@ def test_a_schema_of_a_line_takes_the_place_of_the_runs_grammar(tmp_path: Path) 
         ({"temperature": "hot"}, 'temperature is "hot"'),
         ({"temperature": True}, "temperature is true"),
         ({"temperature": 10**400}, "cannot be used"),
-        ({"top_p": 2}, "--top-p 2"),
+        ({"top_p": 2}, "`top_p` 2"),
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"seed": 1.5}, "seed is 1.5"),
         ({"max_tokens": -2}, "max_tokens is -2"),
