@@ -29,9 +29,10 @@ from rich.table import Table
 
 from abcli.bench.rounds import Rounds, Spread, Turn, take_turns
 from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.engine.make import make_engine
 from abcli.engine.workers import available_cores
 from abcli.generate import Generator
+from abcli.gguf.header import read_header
 from abcli.hub.locate import locate_model
 from abcli.merge import Merger
 from abcli.native.compute_thread import compute_thread, run_on_compute_thread
@@ -86,7 +87,7 @@ class RawContexts:
 
 def ours(model: Model, config: EngineConfig, stack: ExitStack) -> Callable[[int], None]:
     """abcli's own loop: engine, merge, sampler, text."""
-    engine = stack.enter_context(ContextsEngine(model, config))
+    engine = stack.enter_context(make_engine("contexts", model, config, read_header(config.model)))
     generator = stack.enter_context(Generator(engine, model, partial(SamplerChain, model)))
     tokens = model.tokenize(PROMPT, add_special=True, parse_special=False)
     settings = GenerationConfig(SamplingConfig(seed=1), ignore_eos=True)
@@ -190,7 +191,7 @@ def measure_memory(path: Path, buckets: int) -> dict[str, float]:
         config = EngineConfig(path, bases, context_size=CONTEXT, prefill="exact")
         lines: list[str] = []
         echo_log(lines.append)
-        with ContextsEngine(model, config) as engine:
+        with make_engine("contexts", model, config, read_header(config.model)) as engine:
             engine.prefill(0, [index % 1000 for index in range(CONTEXT - 2)])
             engine.step({0: 1})
             sizes = re.findall(r"(?:KV|compute|output) +buffer size *(?:=|is) +([0-9.]+) MiB", "".join(lines))

@@ -188,7 +188,7 @@ def open_work(
     opened = stack.enter_context(open_engine(config, BucketConfig(count=buckets)))
     make_sampler = partial(SamplerChain, opened.model, context_size=size)
     generator = stack.enter_context(Generator(opened.engine, opened.model, make_sampler))
-    return Work(opened, generator, reuse_rule(config, opened.engine))
+    return Work(opened, generator, reuse_rule(opened.engine))
 
 
 def source_tokens(opened: Opened, texts: Sequence[Path] | None) -> list[int]:

@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from abcli.config import EngineConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.engine.engine import Engine
+from abcli.engine.make import make_engine
+from abcli.gguf.header import read_header
 from abcli.hub.locate import locate_model
 from abcli.native.model import Model
 from abcli.rope.bases import symmetric_multipliers
@@ -38,9 +40,7 @@ def divergence(left: Logs, right: Logs) -> NDArray[np.float64]:
     return np.asarray((np.exp(left) * (left - right)).sum(axis=1))
 
 
-def compare(
-    exact: ContextsEngine, shared: ContextsEngine, prompt: list[int], native: int
-) -> dict[str, NDArray[np.float64]]:
+def compare(exact: Engine, shared: Engine, prompt: list[int], native: int) -> dict[str, NDArray[np.float64]]:
     """The three divergences of one prompt, each [buckets]."""
     for engine in (exact, shared):
         engine.truncate(0, 0)
@@ -78,8 +78,11 @@ def main() -> None:
         shared_config = EngineConfig(path, bases, context_size=size, prefill="shared")
         tokens = model.tokenize(text, add_special=False, parse_special=False)
         lengths = np.geomspace(options.shortest, options.longest, options.prompts).astype(int)
-        with ContextsEngine(model, exact_config) as exact, ContextsEngine(model, shared_config) as shared:
-            note = shared.prefill_note
+        with (
+            make_engine("contexts", model, exact_config, read_header(path)) as exact,
+            make_engine("contexts", model, shared_config, read_header(path)) as shared,
+        ):
+            note = str(shared.sharing)
             for number, length in enumerate(lengths):
                 start = chance.randrange(0, len(tokens) - int(length))
                 found = compare(exact, shared, tokens[start : start + int(length)], multipliers.index(1.0))

@@ -24,8 +24,7 @@ from typing import Any
 import psutil
 
 from abcli.config import BucketConfig, EngineConfig, LoraConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.make import make_engine
 from abcli.engine.memory import predict
 from abcli.gguf.lora import check_model
 from abcli.native.llama import echo_log
@@ -91,8 +90,10 @@ def measure(path: Path, buckets: int, context: int, arguments: argparse.Namespac
     config = EngineConfig(path, bases, context_size=context, cache_type_k=cache, cache_type_v=cache)
     config = replace(config, slots=arguments.slots, prefill=arguments.prefill, engine="fused" if fused else "contexts")
     prediction = predict(config, header)
-    make: Any = FusedEngine if fused else ContextsEngine
-    with Model(path, adapters=header.adapters) as model, make(model, config, header=header) as engine:
+    with (
+        Model(path, adapters=header.adapters) as model,
+        make_engine("fused" if fused else "contexts", model, config, header) as engine,
+    ):
         # A context that tried something out and went says so in the log; its buffers are none of the set-up's.
         loaded = _logged("".join(log), prediction.contexts)
         count = min(PROMPT_TOKENS, context - 2)

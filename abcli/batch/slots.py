@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 from abcli.batch.prefixes import ReuseRule
 from abcli.config import EngineConfig
+from abcli.engine.engine import Engine
 from abcli.engine.memory import Room, free_room, gibibytes, predict
-from abcli.engine.protocol import Engine
-from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.errors import OutOfMemoryError, UsageError
 from abcli.gguf.header import Header
 from abcli.text import counted
@@ -92,8 +91,6 @@ def _fits(needed: Room, room: Room) -> bool:
     return needed.host <= room.host and needed.device <= room.device
 
 
-def reuse_rule(config: EngineConfig, engine: Engine) -> ReuseRule:
-    """How much prompts may take over from one another in `engine`, which was made with `config`."""
-    if not engine.prefill_note.startswith("shared"):
-        return ReuseRule()
-    return ReuseRule(2 if config.prefill == "shared" else MIN_SHARED_TOKENS)
+def reuse_rule(engine: Engine) -> ReuseRule:
+    """How much prompts may take over from one another in `engine`."""
+    return ReuseRule(engine.least_shared)

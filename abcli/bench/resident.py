@@ -14,8 +14,7 @@ import psutil
 
 from abcli.bench.contenders import Text
 from abcli.config import EngineConfig, LoraConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.make import make_engine
 from abcli.engine.memory import free_room, predict
 from abcli.gguf.header import Header
 from abcli.gguf.lora import check_model
@@ -81,8 +80,10 @@ def main() -> None:
     config = EngineConfig(**given | {"model": Path(given["model"]), "bases": tuple(given["bases"]), "lora": loras})
     header = check_model(config.model, config.lora)
     free = free_room(config).device
-    kind = FusedEngine if config.engine == "fused" else ContextsEngine
-    with Model(config.model, config.gpu_layers, header.adapters) as model, kind(model, config, header=header) as engine:
+    with (
+        Model(config.model, config.gpu_layers, header.adapters) as model,
+        make_engine("fused" if config.engine == "fused" else "contexts", model, config, header) as engine,
+    ):
         prompt = max(1, min(asked["prompt_tokens"], config.context_size - _NEW_TOKENS))
         text = Text.random(prompt, _NEW_TOKENS, model.vocabulary_size)
         engine.prefill(0, text.prompt)

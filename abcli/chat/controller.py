@@ -13,7 +13,7 @@ from abcli.chat.conversation import Conversation, Fitted, Overflow, fit
 from abcli.chat.session import Session
 from abcli.chat.template import ChatTemplate
 from abcli.config import GenerationConfig, SamplingConfig
-from abcli.engine.protocol import Engine, Progress
+from abcli.engine.engine import Engine, Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Generator, Piece
 

@@ -66,7 +66,7 @@ class Run:
                     loaded.generator,
                     lambda job: template.tokens(job.messages),
                     switch,
-                    reuse=reuse_rule(config, engine),
+                    reuse=reuse_rule(engine),
                     totals=self.totals,
                     on_step=show,
                 ),

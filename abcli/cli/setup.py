@@ -49,10 +49,10 @@ def ready(terminal: Terminal, config: EngineConfig, buckets: BucketConfig, *, ve
             )
         if verbose:
             bases = ", ".join(f"{base:g}" for base in engine.bases)
-            terminal.note(f"{model.description}; bases {bases}; merge {buckets.merge}; {engine.prefill_note}")
+            terminal.note(f"{model.description}; bases {bases}; merge {buckets.merge}; {engine.sharing}")
             terminal.note(f"engine {opened.engine_choice.kind}: {opened.engine_choice.reason}")
-        if config.prefill == "shared" and len(engine.bases) > 1 and not engine.prefill_note.startswith("shared"):
-            terminal.warn(f"--prefill shared is not possible: {engine.prefill_note}")
+        if config.prefill == "shared" and len(engine.bases) > 1 and not engine.sharing.shared:
+            terminal.warn(f"--prefill shared is not possible: {engine.sharing}")
         make_sampler = partial(SamplerChain, model, context_size=engine.context_size)
         generator = stack.enter_context(Generator(engine, model, make_sampler, buckets.merge, buckets.weights))
         yield Ready(opened, generator, buckets)

@@ -10,10 +10,9 @@ from time import perf_counter
 
 from abcli.config import BucketConfig, EngineConfig
 from abcli.engine.choose import Choice, choose
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.engine import Engine
+from abcli.engine.make import make_engine
 from abcli.engine.memory import MAX_CONTEXT, Prediction, check, gibibytes
-from abcli.engine.protocol import Engine
 from abcli.errors import UnsupportedModelError, UsageError
 from abcli.gguf.header import Header
 from abcli.gguf.lora import check_model, warn_of_ignored
@@ -42,7 +41,7 @@ class Opened:
 def open_engine(
     config: EngineConfig,
     buckets: BucketConfig,
-    warn: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = lambda _line: None,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Iterator[Opened]:
     """Check and load `config.model`, choose the bases and make an engine; all is freed after the block.
@@ -67,8 +66,7 @@ def open_engine(
     with Model(config.model, config.gpu_layers, header.adapters) as model:
         check_buckets(model, len(bases))
         choice = choose(model, config, header, say=say)
-        kind = FusedEngine if choice.kind == "fused" else ContextsEngine
-        with kind(model, config, warn, header) as engine:
+        with make_engine(choice.kind, model, config, header, warn) as engine:
             yield Opened(model, engine, header, perf_counter() - begin, choice, memory)
 
 

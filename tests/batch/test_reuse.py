@@ -9,8 +9,8 @@ import pytest
 
 from abcli.batch.slots import reuse_rule
 from abcli.config import BucketConfig, EngineConfig, PrefillMode
+from abcli.engine.engine import MIN_SHARED_TOKENS
 from abcli.engine.opening import open_engine
-from abcli.engine.slots import MIN_SHARED_TOKENS
 
 DOCUMENT = [index * 37 % 250 for index in range(100)]
 QUESTION = list(range(5, 15))
@@ -23,7 +23,7 @@ def test_a_prompt_has_the_same_logits_whatever_ran_before(tiny_model: Path, pref
     config = EngineConfig(tiny_model, (), context_size=256, slots=2, threads=1, prefill=prefill)
     with open_engine(config, BucketConfig(count=3)) as opened:
         engine = opened.engine
-        rule = reuse_rule(config, engine)
+        rule = reuse_rule(engine)
         assert rule.least == least
         alone = engine.prefill(0, prompt).copy()
         engine.truncate(0, 0)
@@ -46,4 +46,4 @@ def test_a_prompt_has_the_same_logits_whatever_ran_before(tiny_model: Path, pref
 def test_one_bucket_takes_over_all_it_can(tiny_model: Path) -> None:
     config = EngineConfig(tiny_model, (), context_size=256, threads=1)
     with open_engine(config, BucketConfig(count=1)) as opened:
-        assert reuse_rule(config, opened.engine).least == 1
+        assert reuse_rule(opened.engine).least == 1

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from abcli.config import BucketConfig, EngineChoice, EngineConfig, LoraConfig
 from abcli.engine.choose import verify_fused
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.engine import Engine
+from abcli.engine.make import Kind, make_engine
 from abcli.engine.opening import open_engine
-from abcli.engine.protocol import Engine
 from abcli.gguf.lora import check_model
 from abcli.native.model import Model
+from tests.support.engines import stepped
 from tests.support.lora import random_lora, write_lora, write_merged
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
 
@@ -35,7 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "partial": {"architecture": "stablelm"},
     "sliding window": {"architecture": "gemma3", "layers": 7},
 }
-ENGINES = {"contexts": ContextsEngine, "fused": FusedEngine}
+ENGINES: tuple[Kind, ...] = ("contexts", "fused")
 # How far rounding takes logits apart whose deviation is 2.
 TOLERANCE = 2e-3
 
@@ -58,7 +58,7 @@ def engine_of(settings: EngineConfig) -> Iterator[Engine]:
     header = check_model(settings.model, settings.lora)
     with (
         Model(settings.model, adapters=header.adapters) as model,
-        ENGINES[settings.engine](model, settings, header=header) as engine,
+        make_engine(settings.engine, model, settings, header) as engine,
     ):
         yield engine
 
@@ -66,9 +66,9 @@ def engine_of(settings: EngineConfig) -> Iterator[Engine]:
 def logits(settings: EngineConfig) -> NDArray[np.float32]:
     """The logits [steps, buckets, vocabulary] after a prompt, and after two more tokens."""
     with engine_of(settings) as engine:
-        assert engine.prefill_note.startswith("exact" if settings.prefill == "exact" else "shared")
+        assert engine.sharing.shared == (settings.prefill != "exact")
         found = [engine.prefill(0, TOKENS).copy()]
-        found += [engine.step({0: token})[0].copy() for token in (3, 5)]
+        found += [stepped(engine, {0: token})[0] for token in (3, 5)]
     return np.array(found)
 
 

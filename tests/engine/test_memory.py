@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 from abcli.config import EngineConfig, LoraConfig
 from abcli.engine import memory
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import CONTEXT_STEP, Prediction, Room, available_memory, check, gibibytes, predict
 from abcli.errors import OutOfMemoryError
 from abcli.gguf.check import check_file
 from abcli.gguf.lora import check_model
 from abcli.native.llama import Device, echo_log
 from abcli.native.model import Model
+from tests.support.engines import contexts_engine, fused_engine
 from tests.support.lora import is_projection, random_lora, write_lora
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
 
@@ -50,7 +49,7 @@ def buffers(log: list[str], kind: str) -> float:
 def measured(config: EngineConfig, log: list[str]) -> tuple[Prediction, dict[str, float]]:
     """The prediction and llama.cpp's own sizes in MiB of the engine of `config`."""
     header = check_file(config.model)
-    with Model(config.model, 0) as model, ContextsEngine(model, config, header=header):
+    with Model(config.model, 0) as model, contexts_engine(model, config, header=header):
         found = {"caches": buffers(log, "KV") + buffers(log, "RS"), "outputs": buffers(log, "output")}
         found |= {"compute": buffers(log, "compute")}
     return predict(config, header), found
@@ -86,7 +85,7 @@ def test_one_context_for_all_buckets(tmp_path: Path, log: list[str]) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", **SHAPES["wide"])
     config = EngineConfig(path, BASES, context_size=1000, slots=2, gpu_layers=0, prefill="exact", engine="fused")
     prediction = predict(config, check_file(path))
-    with Model(path, 0) as model, FusedEngine(model, config):
+    with Model(path, 0) as model, fused_engine(model, config):
         pass
     # The smaller one, which finds out what follows the base, has gone.
     largest = {kind: max(sizes(log, kind)) for kind in ("KV", "compute", "output")}
@@ -120,7 +119,7 @@ def test_adapters_are_counted(tmp_path: Path, log: list[str], kind: str, rank: i
     header = check_model(path, [LoraConfig(adapter)])
     prediction, without = predict(config, header), predict(config, check_file(path))
     assert without.item("adapters").total == 0
-    with Model(path, 0, header.adapters) as model, ContextsEngine(model, config, header=header) as engine:
+    with Model(path, 0, header.adapters) as model, contexts_engine(model, config, header=header) as engine:
         # llama.cpp plans its buffers anew at the first batch.
         engine.prefill(0, [1, 2, 3])
     assert prediction.item("adapters").total / 2**20 == pytest.approx(buffers(log, "LoRA"), abs=0.02)

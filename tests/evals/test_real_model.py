@@ -10,7 +10,6 @@ import llama_cpp
 import pytest
 
 from abcli.config import ENV_HOME, EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.contexts import ContextsEngine
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.prompts import TokenizedQuestion
@@ -20,6 +19,7 @@ from abcli.evals.scoring import score
 from abcli.generate import Generator, common_prefix
 from abcli.native.sampler import SamplerChain
 from abcli.profiles import Profile
+from tests.support.engines import contexts_engine
 from tests.support.tiny_gguf import write_tiny_model
 
 COMPARED = ("native", "spread3", "spread3;merge=mean", "spread3;merge=pool;weights=1.4,-0.6,0.2")
@@ -75,7 +75,7 @@ def greedy_answers(
         return SamplerChain(model, sampling)
 
     answers: list[list[list[int]]] = [[] for _ in rules]
-    with ContextsEngine(model, config) as engine:
+    with contexts_engine(model, config) as engine:
         generators = [Generator(engine, model, make_sampler, item.merge, item.weights) for item in rules]
         for question in questions:
             if len(bases) == 1:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from abcli.config import EngineConfig
-from abcli.engine.fused import FusedEngine
 from abcli.native.llama import echo_log
 from abcli.native.model import Model
+from tests.support.engines import fused_engine
 
 
 @pytest.fixture
@@ -39,6 +39,6 @@ def test_nor_is_one_while_a_context_is_made(tiny_model: Path, request: pytest.Fi
     with Model(tiny_model) as model:
         request.getfixturevalue("interrupting")
         with pytest.raises(KeyboardInterrupt):
-            FusedEngine(model, settings)
-        with FusedEngine(model, settings) as engine:
+            fused_engine(model, settings)
+        with fused_engine(model, settings) as engine:
             assert engine.prefill(0, [1, 2]).shape == (2, model.vocabulary_size)

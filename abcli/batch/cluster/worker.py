@@ -113,7 +113,7 @@ class Worker:
                     generator,
                     lambda job: template.tokens(job.messages),
                     self._switch,
-                    reuse=reuse_rule(config, engine),
+                    reuse=reuse_rule(engine),
                     totals=self._totals,
                 )
                 self._scheduler = scheduler

@@ -25,6 +25,7 @@ from abcli.native.model import Model
 from abcli.native.rotating.cells import DeviceCache, Range
 from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.graph import Observation, Observer
+from abcli.native.rotating.keys import PROBE_POSITION, agree
 from abcli.native.rotating.turning import EvalCallback, Handler, Idle, Layout, Skip, Turning
 
 # llama.cpp's LLAMA_MAX_SEQ.
@@ -35,10 +36,6 @@ _CELL_STEP = 256
 _ROWS_PER_THREAD = 32
 # Another base than the context's, to see which rotations follow the base.
 _OTHER_BASE = 1.5
-# Where the proof of sharing looks: far enough that a wrong angle shows.
-_PROBE_POSITION = 997
-# Largest error of a turned key relative to the layer's largest number: a few roundings of f16.
-_KEY_TOLERANCE = 4e-3
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ class FusedContext(Sequences):
             return self._cells.obstacle
         others = [column for column in range(len(self.bases)) if column != source]
         target = max(others, key=lambda column: abs(log(self.bases[column] / self.bases[source])))
-        where = Range(min(_PROBE_POSITION, self._slot_cells - 1), 1, 0)
+        where = Range(min(PROBE_POSITION, self._slot_cells - 1), 1, 0)
         part = SlotPart(0, where.start, (self._token,))
         try:
             self.compute([part], [target], None)
@@ -216,7 +213,7 @@ class FusedContext(Sequences):
             for column in (source, target):
                 self.truncate(self.sequence(0, column), 0)
         for layer, keys in wanted.items():
-            if float(np.abs(found[layer] - keys).max()) > _KEY_TOLERANCE * float(np.abs(keys).max()):
+            if not agree(found[layer], keys):
                 return f"the keys of layer {layer} do not follow the base as RoPE turns them"
         return ""
 
