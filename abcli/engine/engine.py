@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from abcli.engine.backend import Backend, Part, Sharing
 from abcli.engine.prompt_cache import Piece, PromptCache
-from abcli.errors import CancelledError, ContextFullError
+from abcli.errors import ContextFullError
 from abcli.native.llama import CancelFlag
 from abcli.native.owner import Owner
 from abcli.native.state import StateError
@@ -130,16 +130,14 @@ class Engine(Owner):
         """Append one token to each slot named, and one piece in all to the prompts that wait.
 
         The logits [buckets, vocab] of each slot named, in the mapping's order, and of each whose prompt is complete
-        now. They do not depend on what else is computed. With no slot named, at least one prompt must wait. Raises as
-        `begin` does.
+        now; but for rounding they do not depend on what else is computed. With no slot named, at least one prompt must
+        wait. Raises as `begin` does.
         """
         if not (tokens or self._waiting) or any(slot in self._waiting for slot in tokens):
             raise ValueError("a step needs a slot or a waiting prompt, and no slot is named whose prompt waits")
         for slot in tokens:
             self._check_room(len(self._tokens[slot]) + 1)
         with self._computing():
-            if self._cancel.is_set():
-                raise CancelledError
             rows = dict(tokens)
             complete = self._advance(rows)
             if rows:
@@ -278,6 +276,8 @@ class Engine(Owner):
         self._keep(slot, 0)
         for piece in self._cache.read(entry):
             # The last piece may go beyond what is wanted; which tokens stand there, only to be forgotten, is all one.
+            if piece.end > self.context_size:
+                break
             beyond = max(0, piece.end - entry.common)
             known = wanted[piece.start : piece.end - beyond]
             try:

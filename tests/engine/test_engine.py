@@ -296,6 +296,17 @@ def test_stored_prompts_are_begun_where_the_disk_ends(tmp_path: Path, leader: fl
     assert warnings == []
 
 
+def test_a_stored_piece_that_a_slot_has_no_room_for_is_left_out(tmp_path: Path) -> None:
+    cached(tmp_path, [], FakeBackend(answer, BASES, 1, shared=True, piece=64)).prefill(0, DOCUMENT)
+    backend = FakeBackend(answer, BASES, 1, shared=True, piece=64)
+    engine = cached(tmp_path, [], backend)
+    engine.context_size = 220
+    assert engine.begin(0, DOCUMENT[:210]) == 210 - 3 * 64
+    while not engine.step({}):
+        pass
+    check(engine, backend, {})
+
+
 @pytest.mark.parametrize(("piece", "kept"), [(1, 0), (2, 20)])
 @pytest.mark.parametrize("error", [NativeError("out of order"), CancelledError(), KeyboardInterrupt()])
 def test_a_failure_while_reading_concerns_its_slot_alone(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,18 +178,6 @@ def test_the_prompt_cache_tells_adapters_apart(tmp_path: Path, tiny_model: Path)
                 stored = logits(config(tiny_model, *loras, engine=engine, **kept))
                 np.testing.assert_allclose(stored, fresh, atol=TOLERANCE)
     assert len(list((tmp_path / "prompts").glob("*.prefix"))) == len(ENGINES) * len(variants)
-
-
-def test_an_engine_without_a_header_knows_the_adapters_of_its_model(tmp_path: Path, tiny_model: Path) -> None:
-    adapter = write_lora(tmp_path / "a.gguf", random_lora(tiny_model))
-    header = check_model(tiny_model, [LoraConfig(adapter)])
-    with Model(tiny_model, adapters=header.adapters) as model:
-        for engine in ENGINES.values():
-            settings = replace(config(tiny_model, prompt_cache=tmp_path / "prompts"), prefill="shared")
-            for given in (header, None):
-                with engine(model, settings, header=given) as made:
-                    made.prefill(0, TOKENS)
-    assert len(list((tmp_path / "prompts").glob("*.prefix"))) == len(ENGINES)
 
 
 def test_memory_stays_flat(tmp_path: Path, tiny_model: Path) -> None:

@@ -30,9 +30,11 @@ def config(path: Path, bases: tuple[float, ...], prefill: Any) -> EngineConfig:
 
 
 @pytest.mark.parametrize("kind", ["contexts", "fused"])
-@pytest.mark.parametrize(("bases", "prefill"), [(BASES[1:2], "exact"), (BASES, "exact"), (BASES, "shared")])
+@pytest.mark.parametrize(
+    ("bases", "prefill", "length"), [(BASES[1:2], "exact", 3000), (BASES, "shared", 3000), (BASES, "exact", 700)]
+)
 def test_four_answers_advance_by_a_token_with_each_piece_of_a_long_prompt(
-    tiny_model: Path, kind: Kind, bases: tuple[float, ...], prefill: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, kind: Kind, bases: tuple[float, ...], prefill: Any, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     largest = 0
     decode = Sequences.decode
@@ -48,14 +50,14 @@ def test_four_answers_advance_by_a_token_with_each_piece_of_a_long_prompt(
         engine_of(kind, model, config(tiny_model, bases, prefill)) as engine,
         Generator(engine, model, lambda settings: SamplerChain(model, settings)) as generator,
     ):
-        alone = [[piece.answer for piece in generator.stream(0, p, GREEDY)][-1].tokens for p in (*SHORT, LONG)]
+        alone = [[piece.answer for piece in generator.stream(0, p, GREEDY)][-1].tokens for p in (*SHORT, LONG[:length])]
         engine.truncate(0, 0)
         answers = [generator.start(slot, prompt, GREEDY) for slot, prompt in enumerate(SHORT)]
         while not all(answer.tokens for answer in answers):
             generator.step()
         seen: list[tuple[int, int]] = []
         before = [len(answer.tokens) for answer in answers]
-        answers.append(generator.start(4, LONG, GREEDY, lambda done, total: seen.append((done, total))))
+        answers.append(generator.start(4, LONG[:length], GREEDY, lambda done, total: seen.append((done, total))))
         steps = 0
         while not answers[4].tokens:
             gained = generator.step()
@@ -63,8 +65,8 @@ def test_four_answers_advance_by_a_token_with_each_piece_of_a_long_prompt(
             if steps + max(before) <= GREEDY.max_tokens:
                 assert [piece.answer.slot for piece in gained][:4] == [0, 1, 2, 3]
         size = PIECE // (len(bases) if kind == "fused" and prefill == "exact" else 1)
-        assert steps == ceil((len(LONG) - (prefill == "shared")) / size)
-        assert seen == [(min(size * n, len(LONG)) if n < steps else len(LONG), len(LONG)) for n in range(1, steps + 1)]
+        assert steps == ceil((length - (prefill == "shared")) / size)
+        assert seen == [(min(size * n, length) if n < steps else length, length) for n in range(1, steps + 1)]
         assert [len(answer.tokens) for answer in answers[:4]] == [min(40, tokens + steps) for tokens in before]
         while generator.step():
             pass
