@@ -12,8 +12,6 @@ import argparse
 import json
 import statistics
 import sys
-from contextlib import ExitStack
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -21,12 +19,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from abcli.config import BucketConfig, EngineConfig, GenerationConfig, SamplingConfig
 from abcli.engine.make import Kind
-from abcli.engine.opening import open_engine
 from abcli.generate import Generator
-from abcli.hub.locate import locate_model
-from abcli.native.sampler import SamplerChain
+from abcli.llm import load
+from abcli.profiles.profile import NO_PROFILE
+from abcli.sampling import GenerationConfig, SamplingConfig
 
 
 def main() -> None:
@@ -53,19 +50,11 @@ def main() -> None:
 
 def measure(kind: Kind, buckets: int, options: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds of the longest piece and the longest gap, in seconds."""
-    config = EngineConfig(
-        *(locate_model(options.model), ()),
-        context_size=options.prompt + 128,
-        slots=options.answers + 1,
-        threads=options.threads,
-        engine=kind,
-    )
     pieces, gaps = [], []
-    with ExitStack() as stack:
-        opened = stack.enter_context(open_engine(config, BucketConfig(count=buckets)))
-        engine, model = opened.engine, opened.model
-        generator = stack.enter_context(Generator(engine, model, partial(SamplerChain, model)))
-        tokens = np.random.default_rng(0).integers(0, model.vocabulary_size, options.prompt).tolist()
+    sizes = {"ctx_size": options.prompt + 128, "slots": options.answers + 1, "threads": options.threads}
+    with load(options.model, buckets=buckets, engine=kind, profile=NO_PROFILE, **sizes) as llm:
+        engine, generator = llm.engine, llm.generator
+        tokens = np.random.default_rng(0).integers(0, llm.vocabulary_size, options.prompt).tolist()
         for _ in range(options.rounds):
             pieces.append(times_of_steps(generator, options.answers, tokens))
             engine.truncate(options.answers, 0)

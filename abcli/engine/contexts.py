@@ -9,11 +9,10 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
+from abcli.config import Buckets, ContextConfig
 from abcli.engine.backend import TILED_TOKENS, Part, Sharing
 from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers, run_all
-from abcli.gguf.header import Header
 from abcli.native.compute_thread import compute_thread
 from abcli.native.context import BatchPart, Context
 from abcli.native.llama import CancelFlag, version
@@ -27,31 +26,31 @@ from abcli.rope.parameters import rope_parameters
 class ContextsBackend(Owner):
     """Implements `Backend`. The contexts share the weights; each has its own cache, buffers and RoPE base."""
 
-    def __init__(self, model: Model, config: EngineConfig, header: Header) -> None:
-        """Make one context per base of `config`; the model stays the caller's and must outlive the backend.
+    def __init__(self, model: Model, config: ContextConfig, buckets: Buckets) -> None:
+        """Make one context per bucket; the model stays the caller's and must outlive the backend.
 
         Raises NativeError if a context cannot be made.
         """
-        self.buckets = len(config.bases)
+        self.buckets = len(buckets.bases)
         self.cancel = CancelFlag()
         self._cores = config.threads or available_cores()
         self.plan: WorkerPlan = plan_workers(self.buckets, self._cores)
         cells = config.context_size * config.slots
-        self._rope = rope_parameters(header, neox=model.rotation == "halves", context_size=cells)
+        self._rope = rope_parameters(model.checked.header, neox=model.rotation == "halves", context_size=cells)
         self.cell_format = (repr(self._rope), version())
         with ExitStack() as stack:
 
             def make(base: float) -> Context:
                 return stack.enter_context(Context(model, base, config, cells, self.plan.threads, self.cancel))
 
-            self._contexts = [make(base) for base in config.bases]
+            self._contexts = [make(base) for base in buckets.bases]
             self._pool: Executor = compute_thread()
             if self.plan.workers > 1:
                 pool = ThreadPoolExecutor(self.plan.workers, thread_name_prefix="abcli-bucket")
                 self._pool = stack.enter_context(pool)
             self._shared: SharedPrefill | None = None
             self.leader = 0
-            self.sharing = self._try_sharing(model, config, header, make, stack)
+            self.sharing = self._try_sharing(model, config, buckets, make, stack)
             self.bases = tuple(context.base for context in self._contexts)
             self._piece = min(self._contexts[0].batch_size, self._contexts[0].ubatch_size)
             if model.sliding_window > 0 and (self.sharing.shared or config.prompt_cache is not None):
@@ -131,18 +130,18 @@ class ContextsBackend(Owner):
             context.set_threads(self.plan.threads)
 
     def _try_sharing(
-        self, model: Model, config: EngineConfig, header: Header, make: Callable[[float], Context], stack: ExitStack
+        self, model: Model, config: ContextConfig, buckets: Buckets, make: Callable[[float], Context], stack: ExitStack
     ) -> Sharing:
         """Prepare shared prefill if it is wanted and proves right; a leader that is no bucket is one more column."""
-        if config.prefill == "exact" or len(config.bases) == 1:
+        if config.prefill == "exact" or self.buckets == 1:
             return Sharing(False)
         if model.rotation is None:
             return Sharing(False, "the positions of this model have several parts (M-RoPE)")
-        base = float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
+        base = buckets.prefill_base
         leader = next((context for context in self._contexts if context.base == base), None) or make(base)
         shared = SharedPrefill(
             self._rope,
-            header.key_length,
+            model.checked.header.key_length,
             model.vocabulary_size // 2,
             lambda job, count: run_all(self._pool, job, count, self.cancel),
         )

@@ -9,18 +9,17 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
+from abcli.config import Buckets, ContextConfig
 from abcli.engine.backend import TILED_TOKENS, Part, Sharing
 from abcli.engine.workers import available_cores, run_all
 from abcli.errors import UnsupportedModelError
-from abcli.gguf.header import Header
 from abcli.native.compute_thread import compute_thread
 from abcli.native.llama import CancelFlag, version
 from abcli.native.model import Model
 from abcli.native.owner import Owner
 from abcli.native.rotating.context import FusedContext, SlotPart
 
-_HINT = "use --engine contexts with this model"
+_HINT = "use `engine=contexts` with this model"
 # What names the rank of compressed keys and values in a GGUF header.
 _MLA_KEY = "attention.kv_lora_rank"
 _EXPERTS_KEY = "expert_count"
@@ -31,14 +30,14 @@ _BATCH_ROWS = 16
 class FusedBackend(Owner):
     """Implements `Backend` with one context whose rows are turned to each bucket's base as they are computed."""
 
-    def __init__(self, model: Model, config: EngineConfig, header: Header) -> None:
+    def __init__(self, model: Model, config: ContextConfig, buckets: Buckets) -> None:
         """Make the context; the model stays the caller's and must outlive the backend.
 
         Raises UnsupportedModelError for a model that it cannot serve, with the reason, and NativeError if the context
         cannot be made.
         """
-        check_servable(model, header, config)
-        self.buckets = len(config.bases)
+        self.buckets = len(buckets.bases)
+        check_servable(model, config, self.buckets)
         self.cancel = CancelFlag()
         self._slot_cells = config.context_size
         self._dropped: NDArray[np.float32] = np.empty((self.buckets, model.vocabulary_size), np.float32)
@@ -47,7 +46,7 @@ class FusedBackend(Owner):
         with ExitStack() as stack:
 
             def make() -> None:
-                self.leader, self._context, self.sharing = _open(model, config, header, self.cancel)
+                self.leader, self._context, self.sharing = _open(model, config, buckets, self.cancel)
                 stack.callback(self._context.close)
 
             self._run(make)
@@ -129,42 +128,42 @@ class FusedBackend(Owner):
         run_all(compute_thread(), lambda _index: job(), 1, self.cancel)
 
 
-def check_servable(model: Model, header: Header, config: EngineConfig) -> None:
+def check_servable(model: Model, config: ContextConfig, buckets: int) -> None:
     """Raise UnsupportedModelError, with the reason, for a model that one batch cannot serve under several bases."""
-    buckets = len(config.bases)
     if model.is_recurrent:
         reason = "keeps a recurrent state, of which the buckets of one batch cannot drop a part"
     elif model.has_rope and model.rotation is None:
         reason = "has positions of several parts (M-RoPE)"
-    elif header.integer(_MLA_KEY):
+    elif model.checked.header.integer(_MLA_KEY):
         reason = "keeps compressed keys and values (MLA)"
     elif buckets > 1 and not model.has_rope:
         reason = "does not use RoPE, so there is no base to vary"
     elif buckets > min(config.ubatch_size, config.batch_size):
         raise UnsupportedModelError(
             f"{buckets} buckets do not fit into a batch of {min(config.ubatch_size, config.batch_size)} tokens",
-            "ask for larger batches (--batch-size, --ubatch-size) or fewer buckets",
+            "ask for larger batches (`batch_size`, `ubatch_size`) or fewer buckets",
         )
     else:
         return
     raise UnsupportedModelError(f"{model.path} ({model.architecture}) {reason}", _HINT)
 
 
-def _sharing_obstacle(config: EngineConfig, header: Header) -> Sharing | None:
+def _sharing_obstacle(model: Model, config: ContextConfig, buckets: int) -> Sharing | None:
     """Why prompts must be computed in every bucket as far as is known beforehand; None if nothing is known."""
-    if config.prefill == "exact" or len(config.bases) == 1:
+    if config.prefill == "exact" or buckets == 1:
         return Sharing(False)
-    if header.integer(_EXPERTS_KEY):
+    if model.checked.header.integer(_EXPERTS_KEY):
         # A graph that is left out leaves the choice of experts undefined, which llama.cpp reads to copy weights.
         return Sharing(False, "the model has experts, and one batch cannot leave them out")
     return None
 
 
-def _open(model: Model, config: EngineConfig, header: Header, cancel: CancelFlag) -> tuple[int, FusedContext, Sharing]:
+def _open(
+    model: Model, config: ContextConfig, buckets: Buckets, cancel: CancelFlag
+) -> tuple[int, FusedContext, Sharing]:
     """The leader's column, the context, and how prompts are computed."""
-    bases, threads = config.bases, config.threads or available_cores()
-    base = float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
-    sharing = _sharing_obstacle(config, header)
+    bases, base, threads = buckets.bases, buckets.prefill_base, config.threads or available_cores()
+    sharing = _sharing_obstacle(model, config, len(bases))
     extra = None
     if base not in bases:
         base, extra = (bases[0], None) if sharing is not None else (base, base)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.make import Kind
+from abcli.config import Buckets, ContextConfig
+from abcli.engine.make import Kind, make_engine
 from abcli.generate import Generator
 from abcli.native.context import Sequences
-from abcli.native.model import Model
 from abcli.native.sampler import SamplerChain
-from tests.support.engines import engine_of
+from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.models import open_model, set_up
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
 PIECE = 256
@@ -23,10 +23,10 @@ SHORT = [[17 * slot + index * 7 % 83 for index in range(20 + 9 * slot)] for slot
 GREEDY = GenerationConfig(SamplingConfig(temperature=0.0), max_tokens=40, ignore_eos=True)
 
 
-def config(path: Path, bases: tuple[float, ...], prefill: Any) -> EngineConfig:
+def config(bases: tuple[float, ...], prefill: Any) -> tuple[ContextConfig, Buckets]:
     exact: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off"}
     sizes: dict[str, Any] = {"context_size": 3100, "slots": 5, "ubatch_size": PIECE, "threads": 2}
-    return EngineConfig(path, bases, prefill=prefill, **exact, **sizes)
+    return set_up(bases, prefill=prefill, **exact, **sizes)
 
 
 @pytest.mark.parametrize("kind", ["contexts", "fused"])
@@ -46,8 +46,8 @@ def test_four_answers_advance_by_a_token_with_each_piece_of_a_long_prompt(
 
     monkeypatch.setattr(Sequences, "decode", counted)
     with (
-        Model(tiny_model) as model,
-        engine_of(kind, model, config(tiny_model, bases, prefill)) as engine,
+        open_model(tiny_model) as model,
+        make_engine(kind, model, *config(bases, prefill)) as engine,
         Generator(engine, model, lambda settings: SamplerChain(model, settings)) as generator,
     ):
         alone = [[piece.answer for piece in generator.stream(0, p, GREEDY)][-1].tokens for p in (*SHORT, LONG[:length])]
@@ -77,8 +77,8 @@ def test_four_answers_advance_by_a_token_with_each_piece_of_a_long_prompt(
 @pytest.mark.parametrize("kind", ["contexts", "fused"])
 def test_a_prompt_is_dropped_within_a_piece_and_the_others_go_on(tiny_model: Path, kind: Kind) -> None:
     with (
-        Model(tiny_model) as model,
-        engine_of(kind, model, config(tiny_model, BASES, "auto")) as engine,
+        open_model(tiny_model) as model,
+        make_engine(kind, model, *config(BASES, "auto")) as engine,
         Generator(engine, model, lambda settings: SamplerChain(model, settings)) as generator,
     ):
         (alone,) = ([piece.answer for piece in generator.stream(0, SHORT[1], GREEDY)][-1].tokens,)

@@ -43,12 +43,13 @@ from dataclasses import replace
 from pathlib import Path
 import llama_cpp.llama_cpp as llama
 import numpy as np
-from abcli.config import EngineConfig
+from abcli.config import BucketConfig, ContextConfig, ModelConfig
 from abcli.engine.choose import verify_fused
 from abcli.engine.make import make_engine
-from abcli.gguf.header import read_header
+from abcli.gguf.checked import check_model
 from abcli.native.llama import devices
 from abcli.native.model import Model
+from abcli.rope.bases import resolve_buckets
 
 library = llama._lib
 add = library.ggml_backend_rpc_add_server
@@ -68,15 +69,14 @@ def divergence(left, right):
     return float((np.exp(logs(left)) * (logs(left) - logs(right))).sum(axis=-1).max())
 
 
-config = EngineConfig(path, (5e3, 1e4, 2e4), context_size=256, slots=2, threads=2, gpu_layers=layers)
+config = ContextConfig(context_size=256, slots=2, threads=2)
+buckets = resolve_buckets(BucketConfig(bases=(5e3, 1e4, 2e4)), 1e4)
 tokens = [index * 7 % 250 for index in range(120)]
 result = {"devices": [device.name for device in devices()]}
-with Model(path, layers) as model:
+with Model(check_model(ModelConfig(path, layers))) as model:
     for prefill in ("exact", "shared"):
         chosen = replace(config, prefill=prefill)
-        header = read_header(path)
-        kinds = ("contexts", "fused")
-        reference, engine = (make_engine(kind, model, chosen, header) for kind in kinds)
+        reference, engine = (make_engine(kind, model, chosen, buckets) for kind in ("contexts", "fused"))
         with reference, engine:
             found = [divergence(reference.prefill(1, tokens), engine.prefill(1, tokens))]
             for token in range(10):
@@ -89,7 +89,7 @@ with Model(path, layers) as model:
             result[prefill] = {"note": str(engine.sharing), "divergence": max(found)}
             opened = engine._backend._context.devices.opened
             result["kinds"] = sorted("cpu" if device.is_cpu else "other" for device in opened)
-    result["sound"] = verify_fused(model, replace(config, slots=1)).sound
+    result["sound"] = verify_fused(model, replace(config, slots=1), buckets.bases).sound
 print(json.dumps(result))
 """
 

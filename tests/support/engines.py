@@ -1,35 +1,18 @@
-"""Engines of a model in a test, by the settings that matter there."""
+"""Engines in a test, and what the tests ask of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
 from abcli.engine.engine import Engine
-from abcli.engine.make import Kind, make_engine
-from abcli.gguf.header import read_header
-from abcli.native.model import Model
+from abcli.engine.make import make_engine
 
-
-def engine_of(
-    kind: Kind, model: Model, config: EngineConfig, warn: Callable[[str], None] = lambda _line: None
-) -> Engine:
-    """An engine of one kind for a model that was loaded without checks."""
-    return make_engine(kind, model, config, replace(read_header(model.path), adapters=model.adapters), warn)
-
-
-def contexts_engine(model: Model, config: EngineConfig, warn: Callable[[str], None] = lambda _line: None) -> Engine:
-    """An engine with a context for each bucket."""
-    return engine_of("contexts", model, config, warn)
-
-
-def fused_engine(model: Model, config: EngineConfig, warn: Callable[[str], None] = lambda _line: None) -> Engine:
-    """An engine with one context for all buckets."""
-    return engine_of("fused", model, config, warn)
+contexts_engine = partial(make_engine, "contexts")
+fused_engine = partial(make_engine, "fused")
 
 
 def stepped(engine: Engine, tokens: Mapping[int, int]) -> NDArray[np.float32]:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import SamplingConfig
 from abcli.engine.backend import Part, Sharing
 from abcli.engine.engine import Engine
 from abcli.errors import CancelledError
 from abcli.native.llama import CancelFlag
 from abcli.native.state import StateError
+from abcli.sampling import SamplingConfig
 
 # Tokens 0..255 are bytes; this one ends an answer.
 END = 256

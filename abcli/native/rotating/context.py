@@ -16,7 +16,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import UnsupportedModelError
 from abcli.native.context import BatchPart, Sequences, context_parameters
 from abcli.native.ggml_api import check_tensor_layout
@@ -58,13 +58,13 @@ class FusedContext(Sequences):
         self,
         model: Model,
         bases: Sequence[float],
-        config: EngineConfig,
+        config: ContextConfig,
         base: float,
         threads: int,
         cancel: CancelFlag,
         leader: float | None = None,
     ) -> None:
-        """`bases` are the buckets', `base` the context's own: equal bases cost nothing. `config.bases` is not read.
+        """`bases` are the buckets', `base` the context's own: equal bases cost nothing.
 
         Raises UnsupportedModelError for a model whose rotations cannot be varied within a batch, NativeError if
         llama.cpp cannot make the context.
@@ -79,7 +79,7 @@ class FusedContext(Sequences):
             raise UnsupportedModelError(
                 f"{config.slots} slots with {len(self.bases)} buckets are {sequences} sequences, but llama.cpp's batch "
                 f"takes {MAX_SEQUENCES}",
-                "use fewer slots or buckets, or --engine contexts",
+                "use fewer slots or buckets, or `engine=contexts`",
             )
         self._callback = EvalCallback()
         cells = -(-config.context_size // _CELL_STEP) * _CELL_STEP
@@ -101,7 +101,7 @@ class FusedContext(Sequences):
             if any(other != base for other in self.bases):
                 self.follows = _follows(model, config, base * _OTHER_BASE, cancel, self.observation)
                 if not self.follows:
-                    raise UnsupportedModelError("no rotation of the model follows the RoPE base", "use --buckets 1")
+                    raise UnsupportedModelError("no rotation of the model follows the RoPE base", "use `buckets=1`")
             self.devices = stack.enter_context(Devices(self.ubatch_size))
             self._turning = Turning(self._handle, self._callback, base, self.observation, self.follows, self.devices)
             stack.callback(self._turning.close)
@@ -273,7 +273,7 @@ class FusedContext(Sequences):
 
 
 def _follows(
-    model: Model, config: EngineConfig, base: float, cancel: CancelFlag, observation: Observation
+    model: Model, config: ContextConfig, base: float, cancel: CancelFlag, observation: Observation
 ) -> frozenset[int]:
     """Which ROPE operations have another base in a context with another base; some layers keep their own."""
     callback = EvalCallback()
@@ -288,6 +288,6 @@ def _follows(
         callback.run(observer, lambda: other.decode([part], [None]))
         ropes = observer.result().ropes
     if len(ropes) != len(observation.ropes):
-        raise UnsupportedModelError("the model's graph changes with the RoPE base", "use --engine contexts")
+        raise UnsupportedModelError("the model's graph changes with the RoPE base", "use `engine=contexts`")
     pairs = enumerate(zip(observation.ropes, ropes, strict=True))
     return frozenset(index for index, (ours, theirs) in pairs if ours.base != theirs.base)

@@ -57,7 +57,7 @@ class Device(Owner):
         with ExitStack() as stack:
             backend = api.device_init(handle, None)
             if not backend:
-                raise NativeError("ggml cannot open a device a second time", "use --engine contexts")
+                raise NativeError("ggml cannot open a device a second time", "use `engine=contexts`")
             stack.callback(api.backend_free, backend)
             self.is_cpu: bool = api.device_type(handle) == api.BACKEND_DEVICE_TYPE_CPU
             self.backend: int = backend
@@ -112,7 +112,7 @@ class Device(Owner):
         """A vector of 4-byte numbers in memory of its own on the device."""
         buffer = api.buffer_alloc(api.device_buffer_type(self._handle), 4 * count + _ALIGNMENT)
         if not buffer:
-            raise NativeError("the device has no memory for a small table", "use fewer buckets or --engine contexts")
+            raise NativeError("the device has no memory for a small table", "use fewer buckets or `engine=contexts`")
         self._tensors.callback(api.buffer_free, buffer)
         tensor = api.new_1d(self._context(1), type_id, count)
         api.check(api.place(buffer, tensor, api.buffer_base(buffer)))

@@ -112,7 +112,7 @@ class Observer:
         if mode not in (api.MODE_NORMAL, api.MODE_NEOX):
             raise UnsupportedModelError(
                 f"the model's positions have several parts (ggml's RoPE mode {mode}), which one batch cannot vary",
-                "use --engine contexts with this model",
+                "use `engine=contexts` with this model",
             )
         factors = self._factors.get(node.src[2]) if node.src[2] else None
         parameters = RopeParameters(

@@ -202,7 +202,7 @@ class Turning:
             self.forget()
             raise NativeError(
                 f"llama.cpp computed {met} rotations where {wanted} were expected",
-                "use --engine contexts with this model",
+                "use `engine=contexts` with this model",
             )
         self._learned = self._expected.layout
 
@@ -256,7 +256,7 @@ class Turning:
         if index >= len(self._ropes) or not _matches(node, self._ropes[index], layout):
             raise NativeError(
                 f"llama.cpp's rotation {index} is not the one that was seen before",
-                "use --engine contexts with this model",
+                "use `engine=contexts` with this model",
             )
         if self._turns and index in self._follows:
             self._members.append((tensor, self._ropes[index]))
@@ -329,7 +329,7 @@ class Turning:
             api.tensor_get(node.src[1], found.ctypes.data, 0, found.nbytes)
             if np.array_equal(found, wanted):
                 return
-        raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use --engine contexts")
+        raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use `engine=contexts`")
 
 
 def _matches(node: TensorStruct, rope: RopeNode, layout: Layout) -> bool:
