@@ -119,6 +119,8 @@ graph_overhead = ggml_function("ggml_graph_overhead_custom", _size, _size, ctype
 node_count = ggml_function("ggml_graph_n_nodes", _int, _pointer)
 # struct ggml_tensor ** ggml_graph_nodes(struct ggml_cgraph * cgraph);
 graph_nodes = ggml_function("ggml_graph_nodes", _pointer, _pointer)
+# struct ggml_tensor * ggml_graph_get_tensor(const struct ggml_cgraph * cgraph, const char * name);
+graph_tensor = ggml_function("ggml_graph_get_tensor", _pointer, _pointer, _text)
 # enum ggml_status ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 scheduler_compute = ggml_function("ggml_backend_sched_graph_compute_async", _int, _pointer, _pointer)
 # ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors(struct ggml_context * ctx, ggml_backend_t backend);

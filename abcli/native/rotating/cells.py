@@ -21,7 +21,7 @@ from abcli.native.ggml_api import TensorStruct
 from abcli.native.rotating.devices import Device, DeviceGraph, Devices
 from abcli.native.rotating.graph import CacheTensor, Observation, RopeNode
 from abcli.native.rotating.keys import aligned_bytes
-from abcli.native.rotating.turning import Visit
+from abcli.native.rotating.turning import Visit, input_of
 from abcli.native.state import MAGIC, StateError
 from abcli.rope.frequencies import angular_frequencies
 
@@ -113,7 +113,7 @@ class DeviceCache:
         cells = {keys.pointer: keys.cells for keys in self._keys.values()}
         checked: set[int] = set()
 
-        def visit(tensor: int) -> None:
+        def visit(tensor: int, graph: int) -> None:
             operation = ctypes.c_int.from_address(tensor + _OPERATION_OFFSET).value
             if api.operation(operation, tensor) != b"SET_ROWS":
                 return
@@ -122,11 +122,12 @@ class DeviceCache:
             if node.view_src not in cells or node.src[1] in checked:
                 return
             checked.add(node.src[1])
-            indices = TensorStruct.from_address(node.src[1])
+            source = input_of(node.src[1], graph)
+            indices = TensorStruct.from_address(source)
             found = np.empty(indices.ne[0], np.int64)
             wanted = sequences * cells[node.view_src] + positions
             if indices.type == api.GGML_TYPE_I64 and len(found) == len(wanted):
-                api.tensor_get(node.src[1], found.ctypes.data, 0, found.nbytes)
+                api.tensor_get(source, found.ctypes.data, 0, found.nbytes)
                 if np.array_equal(found, wanted):
                     return
             raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use --engine contexts")

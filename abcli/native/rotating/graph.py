@@ -69,7 +69,7 @@ class Observer:
     def __init__(self) -> None:
         self._nodes: list[tuple[int, TensorStruct, bytes]] = []
 
-    def visit(self, tensor: int) -> None:
+    def visit(self, tensor: int, _graph: int) -> None:
         """Take down one node."""
         node = TensorStruct.from_buffer_copy(TensorStruct.from_address(tensor))
         self._nodes.append((tensor, node, api.operation(node.op, tensor)))

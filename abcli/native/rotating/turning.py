@@ -29,7 +29,8 @@ NODES_PER_ROTATION = 7
 # GGML_STATUS_FAILED
 _STATUS_FAILED = -1
 
-Visit = Callable[[int], None]
+# Gets a node and, where that is not computed yet and has not got its inputs, the graph.
+Visit = Callable[[int, int], None]
 
 
 class Turning(Protocol):
@@ -46,7 +47,7 @@ class Turning(Protocol):
     ) -> None:
         """Call `decode`, which computes one batch of `rows` rows that are to be turned, or of rows that are not (0).
 
-        `visit` gets every node of the graph before it is computed; without `compute`, llama.cpp gives the tokens their
+        `visit` gets every node of the graph before it is computed (see `input_of`); without `compute`, llama.cpp gives the tokens their
         cells and computes nothing. Raises what `decode` and `visit` raise, and NativeError if turning fails.
         """
 
@@ -154,7 +155,7 @@ class InGraph(Owner):
         if self._visit is not None:
             try:
                 for tensor in _nodes(graph):
-                    self._visit(tensor)
+                    self._visit(tensor, graph)
                 if self._context:
                     free = api.memory_size(self._context) - api.used_memory(self._context)
                     self.free_nodes = free // api.tensor_overhead()
@@ -170,6 +171,16 @@ class InGraph(Owner):
             raise UnsupportedModelError("the model rotates numbers in a form that one batch cannot vary", "")
         self._rows = node.ne[2]
         return tables.turn(context, rotated, Rotation(rope.parameters, rope.width), weights_of(node.src[0]))
+
+
+def input_of(source: int, graph: int) -> int:
+    """Where the numbers lie that a node's `source` gets; `graph` as `Visit` has it.
+
+    llama.cpp fills its inputs in host memory; the scheduler copies them to a device when it computes, to tensors with
+    names of the form "device#input#number" (ggml_backend_sched_split_graph).
+    """
+    parts = bytes(TensorStruct.from_address(source).name).split(b"#")
+    return int((graph and len(parts) == 3 and api.graph_tensor(graph, parts[1])) or source)
 
 
 def _nodes(graph: int) -> list[int]:
