@@ -66,8 +66,10 @@ class ByCallback(Owner):
     ) -> None:
         """See `Turning.run`."""
         self._visit, self._compute, self._turns, self._failed = visit, compute, rows > 0, False
-        with self._failure.raised_after():
+        try:
             decode()
+        finally:
+            self._failure.raise_kept()
 
     def _call(self, tensor: int, ask: bool, _data: int | None) -> bool:
         if self._failed:

@@ -105,10 +105,10 @@ class DeviceCache:
         turned = np.stack([complex_pairs.real, complex_pairs.imag], axis).reshape(len(heads), -1)
         return np.asarray(np.concatenate([turned, heads[:, 2 * half :]], axis=1).ravel(), np.float32)
 
-    def check(self, sequences: NDArray[np.int64], positions: NDArray[np.int64]) -> Visit:
+    def check(self, sequences: NDArray[np.int64], positions: NDArray[np.int32]) -> Visit:
         """Proves, for each layer of a graph that it is shown, that row i's key goes to the cell of its position.
 
-        `sequences` and `positions` are those of the rows, int64 [rows]. Raises NativeError.
+        `sequences` and `positions` are those of the rows, [rows]. Raises NativeError.
         """
         cells = {keys.pointer: keys.cells for keys in self._keys.values()}
         checked: set[int] = set()

@@ -27,7 +27,7 @@ from abcli.native.rotating.cells import DeviceCache, Range
 from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.graph import Observation, Observer
 from abcli.native.rotating.hook import hook_obstacle, rope_hook
-from abcli.native.rotating.tables import Tables
+from abcli.native.rotating.tables import Layout, Tables
 from abcli.native.rotating.turning import NODES_PER_ROTATION, InGraph, Turning, marked_base
 
 # llama.cpp's LLAMA_MAX_SEQ.
@@ -151,23 +151,24 @@ class FusedContext(Sequences):
         At most `ubatch_size` tokens in all columns together. `careful` proves that the keys go where they are
         expected. Raises as `Sequences.decode` does; the caller then truncates.
         """
-        tokens = len(parts[0].tokens)
-        sequences = [self.sequence(part.slot, column) for part in parts for column in columns]
+        tokens = range(len(parts[0].tokens))
         batch = [
             BatchPart(self.sequence(part.slot, column), part.position, part.tokens, output=logits is not None)
             for part in parts
             for column in columns
         ]
         rows = [None if logits is None else logits[i][j] for i in range(len(parts)) for j in range(len(columns))]
-        starts = np.repeat([part.position for part in parts], len(columns))
-        positions = (starts[:, None] + np.arange(tokens)).ravel()
-        if self._turns(columns) and self._tables is not None:
-            of_rows = np.tile(np.repeat(np.arange(len(columns)), tokens), len(parts))
+        turned = self._turned_rows(columns, len(parts) * len(tokens))
+        visit = None
+        if turned or careful:
+            positions = np.array([part.position + index for part in batch for index in tokens], np.int32)
+        if turned and self._tables is not None:
             # What is computed may still read the tables.
             llama.llama_synchronize(self._handle)
-            self._tables.fill([self.bases[column] for column in columns], of_rows, positions.astype(np.int32))
-        visit = self._cells.check(np.repeat(sequences, tokens), positions) if careful else None
-        turned = len(positions) if self._turns(columns) else 0
+            bases = tuple(self.bases[column] for column in columns)
+            self._tables.fill(Layout(bases, len(parts), len(tokens)), positions)
+        if careful:
+            visit = self._cells.check(np.repeat([part.sequence for part in batch], len(tokens)), positions)
         self._way.run(lambda: self.decode(batch, rows), turned, visit)
 
     def compute_side_by_side(self, parts: Sequence[SlotPart], logits: Sequence[NDArray[np.float32]]) -> None:
@@ -194,7 +195,7 @@ class FusedContext(Sequences):
     def reserve(self, slot: int, column: int, position: int, tokens: Sequence[int]) -> None:
         """Give `tokens` cells without computing them; at most `ubatch_size`. Their keys and values are undefined."""
         part = BatchPart(self.sequence(slot, column), position, tokens, output=False)
-        turned = len(tokens) if self._turns([column]) else 0
+        turned = self._turned_rows([column], len(tokens))
         self._way.run(lambda: self.decode([part], [None]), turned, compute=False)
 
     def share(self, slot: int, source: int, targets: Sequence[int], position: int, tokens: Sequence[int]) -> None:
@@ -277,12 +278,13 @@ class FusedContext(Sequences):
             llama.llama_memory_seq_rm(self._memory, new, -1, -1)
             llama.llama_memory_seq_cp(self._memory, old, new, -1, -1)
 
-    def _turns(self, columns: Sequence[int]) -> bool:
-        """Whether a batch of these columns turns rows.
+    def _turned_rows(self, columns: Sequence[int], tokens: int) -> int:
+        """How many rows a batch of `tokens` tokens in each of `columns` turns: all or none.
 
         It depends on the sequences alone: llama.cpp computes a graph again for the same ones only.
         """
-        return any(self.bases[column] != self.base for column in columns)
+        turns = any(self.bases[column] != self.base for column in columns)
+        return len(columns) * tokens if turns else 0
 
     def _observe(self) -> Observation:
         """The graph of one token, in a sequence whose rows are not turned."""

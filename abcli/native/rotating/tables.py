@@ -25,6 +25,20 @@ _MAX_STEPS = 16
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch lie: for each of `slots` slots, for each base of `bases`, `tokens` tokens."""
+
+    bases: tuple[float, ...]
+    slots: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the batch."""
+        return self.slots * len(self.bases) * self.tokens
+
+
+@dataclass(frozen=True)
 class Rotation:
     """How heads of `width` numbers are rotated."""
 
@@ -36,8 +50,8 @@ class Rotation:
         """How many tables it takes: two, or three where no one `roll` exchanges the numbers of all pairs."""
         return 3 if self.parameters.neox and self.width % self.parameters.dimensions else 2
 
-    def fill(self, out: Sequence[NDArray[np.float32]], angles: NDArray[np.float64]) -> None:
-        """Write the tables of `angles` [rows, pairs] to `out`, each float32 [rows, width]."""
+    def fill(self, out: NDArray[np.float32], angles: NDArray[np.float64]) -> None:
+        """Write the tables of `angles` [rows, pairs] to `out` [parts, rows, width], which held 1 and 0 at first."""
         dimensions = self.parameters.dimensions
         half = dimensions // 2
         first, second = (
@@ -45,13 +59,9 @@ class Rotation:
             if self.parameters.neox
             else (slice(0, dimensions, 2), slice(1, dimensions, 2))
         )
-        cosines, sines = np.cos(angles), np.sin(angles)
-        out[0][:, dimensions:] = 1.0
-        out[0][:, first] = out[0][:, second] = cosines
-        for table in out[1:]:
-            table[:] = 0.0
-        out[1][:, second] = sines
-        out[-1][:, first] = -sines
+        out[0][:, first] = out[0][:, second] = np.cos(angles)
+        out[1][:, second] = sines = np.sin(angles)
+        np.negative(sines, out[-1][:, first], casting="same_kind")
 
     def turn(self, context: int, rows: int, tables: Sequence[int]) -> int:
         """The tensor f32 [width, heads, rows] `rows`, turned by `tables` f32 [width, 1, rows]."""
@@ -87,7 +97,10 @@ class _Table:
         self._buffer = device.memory(size)
         self._whole = device.tensor(llama.GGML_TYPE_F32, (size // 4, 1, 1), self._buffer)
         self._tensors: dict[int, tuple[int, ...]] = {}
+        # What is uploaded, and the numbers of the tables in it; for `_rows` rows.
+        self._rows = 0
         self._host: NDArray[np.float32] = np.empty(0, np.float32)
+        self._numbers: NDArray[np.float32] = np.empty(0, np.float32)
 
     def tensors(self, rows: int) -> tuple[int, ...]:
         """Tensors f32 [width, 1, rows] over the tables of so many rows."""
@@ -100,11 +113,13 @@ class _Table:
 
     def upload(self, angles: NDArray[np.float64]) -> None:
         """Fill the tables with what belongs to `angles` [rows, pairs]."""
-        rows, step = len(angles), self._step(len(angles)) // 4
-        if len(self._host) != self.rotation.parts * step:
-            self._host = np.zeros(self.rotation.parts * step, np.float32)
-        parts = [part[: rows * self.rotation.width] for part in self._host.reshape(self.rotation.parts, step)]
-        self.rotation.fill([part.reshape(rows, self.rotation.width) for part in parts], angles)
+        rows, width, parts = len(angles), self.rotation.width, self.rotation.parts
+        if rows != self._rows:
+            self._rows = rows
+            self._host = np.zeros((parts, self._step(rows) // 4), np.float32)
+            self._numbers = self._host[:, : rows * width].reshape(parts, rows, width)
+            self._numbers[0] = 1.0
+        self.rotation.fill(self._numbers, angles)
         api.tensor_set(self._whole, self._host.ctypes.data, 0, self._host.nbytes)
 
     def _step(self, rows: int) -> int:
@@ -121,13 +136,10 @@ class Tables:
         self._base = base
         self._capacity = capacity
         self._tables: dict[tuple[Device, Rotation], _Table] = {}
-        self._deltas: dict[tuple[RopeParameters, float], NDArray[np.float64]] = {}
-        # The rows to be computed next: their bases, which of these each row has, and its position.
-        self._rows: tuple[Sequence[float], NDArray[np.intp], NDArray[np.int32]] = (
-            (base,),
-            np.zeros(1, np.intp),
-            np.zeros(1, np.int32),
-        )
+        # The rows to be computed next, and radians per position of each, by rotation.
+        self._layout = Layout((base,), 1, 1)
+        self._positions: NDArray[np.int32] = np.zeros(1, np.int32)
+        self._deltas: dict[RopeParameters, NDArray[np.float64]] = {}
 
     def turn(self, context: int, rows: int, rotation: Rotation, weights: TensorStruct) -> int:
         """The tensor f32 [width, heads, rows] `rows`, turned; it is computed where `weights` lie.
@@ -144,23 +156,23 @@ class Tables:
             table.upload(self._angles(rotation))
         return rotation.turn(context, rows, table.tensors(count))
 
-    def fill(self, bases: Sequence[float], columns: NDArray[np.intp], positions: NDArray[np.int32]) -> None:
-        """Say which of `bases` each row has (`columns` [rows]) and where it stands (`positions` [rows])."""
-        self._rows = (bases, columns, positions)
+    def fill(self, layout: Layout, positions: NDArray[np.int32]) -> None:
+        """Say what the rows of the next batch are; `positions` int32 [rows] is where they stand."""
+        if layout != self._layout:
+            self._layout = layout
+            self._deltas.clear()
+        self._positions = positions
         for table in self._tables.values():
             table.upload(self._angles(table.rotation))
 
     def _angles(self, rotation: Rotation) -> NDArray[np.float64]:
         """The angles float64 [rows, pairs]; exactly 0 for rows of the context's base."""
-        bases, columns, positions = self._rows
-        deltas = np.array([self._delta(rotation.parameters, base) for base in bases])
-        return np.asarray(positions[:, None] * deltas[columns])
-
-    def _delta(self, parameters: RopeParameters, base: float) -> NDArray[np.float64]:
-        key = (parameters, base)
-        if key not in self._deltas:
-            self._deltas[key] = angular_frequencies(parameters, base) - angular_frequencies(parameters, self._base)
-        return self._deltas[key]
+        parameters, layout = rotation.parameters, self._layout
+        if parameters not in self._deltas:
+            native = angular_frequencies(parameters, self._base)
+            deltas = np.array([angular_frequencies(parameters, base) - native for base in layout.bases])
+            self._deltas[parameters] = np.tile(np.repeat(deltas, layout.tokens, axis=0), (layout.slots, 1))
+        return np.asarray(self._positions[:, None] * self._deltas[parameters])
 
 
 def weights_of(tensor: int) -> TensorStruct:

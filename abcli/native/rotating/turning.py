@@ -8,8 +8,8 @@ and reuses that graph like any other. `abcli.native.rotating.callback` is the wa
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import llama_cpp.llama_cpp as llama
@@ -47,8 +47,9 @@ class Turning(Protocol):
     ) -> None:
         """Call `decode`, which computes one batch of `rows` rows that are to be turned, or of rows that are not (0).
 
-        `visit` gets every node of the graph before it is computed (see `input_of`); without `compute`, llama.cpp gives the tokens their
-        cells and computes nothing. Raises what `decode` and `visit` raise, and NativeError if turning fails.
+        `visit` gets every node of the graph before it is computed (see `input_of`); without `compute`, llama.cpp gives
+        the tokens their cells and computes nothing. Raises what `decode` and `visit` raise, and NativeError if turning
+        fails.
         """
 
     def close(self) -> None:
@@ -73,17 +74,14 @@ class Failure:
         """The first one counts."""
         self._error = self._error or error
 
-    @contextmanager
-    def raised_after(self) -> Iterator[None]:
-        """Raise what was kept in the block, an Exception that is no error of ours as NativeError."""
-        try:
-            yield
-        finally:
-            error, self._error = self._error, None
-            if error is not None:
-                if isinstance(error, AbcliError) or not isinstance(error, Exception):
-                    raise error
-                raise NativeError(f"abcli's callback failed: {type(error).__name__}: {error}", "report it") from error
+    def raise_kept(self) -> None:
+        """Raise what was kept, an Exception that is no error of ours as NativeError."""
+        error, self._error = self._error, None
+        if error is None:
+            return
+        if isinstance(error, AbcliError) or not isinstance(error, Exception):
+            raise error
+        raise NativeError(f"abcli's callback failed: {type(error).__name__}: {error}", "report it") from error
 
 
 class InGraph(Owner):
@@ -131,8 +129,11 @@ class InGraph(Owner):
             )
 
     def _call(self, function: Callable[[], None]) -> None:
-        with self._failure.raised_after(), acting(self):
-            function()
+        with acting(self):
+            try:
+                function()
+            finally:
+                self._failure.raise_kept()
 
     def rope(self, original: Callable[..., int], arguments: tuple[Any, ...]) -> int:
         """Rotate by the context's base in place of the marked one, and turn the rows."""

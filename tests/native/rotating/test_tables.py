@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.rotating.devices import DeviceGraph, Devices
-from abcli.native.rotating.tables import Rotation, Tables
+from abcli.native.rotating.tables import Layout, Rotation, Tables
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 
 BASE, OTHER = 10_000.0, 17_000.0
@@ -34,7 +34,7 @@ def turned_by_ggml(
     source = device.tensor(llama.GGML_TYPE_F32, shape, buffer)
     api.tensor_set(source, rows.ctypes.data, 0, rows.nbytes)
     tables = Tables(devices, BASE, ROWS)
-    tables.fill(bases, np.arange(len(rows)), np.array(positions, np.int32))
+    tables.fill(Layout(tuple(bases), 1, 1), np.array(positions, np.int32))
     results = []
 
     def build(context: int) -> list[int]:
