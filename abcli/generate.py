@@ -13,10 +13,11 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import GenerationConfig, MergeRule, SamplingConfig
+from abcli.config import MergeRule
 from abcli.engine.protocol import Engine, Progress
 from abcli.errors import AbcliError, CancelledError, ContextFullError, NativeError, PromptError, UsageError
 from abcli.merge import Merger
+from abcli.sampling import GenerationConfig, SamplingConfig
 
 FinishReason = Literal["stop", "length"]
 
@@ -101,7 +102,7 @@ class TextStream:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         """`stop` lists the strings that end the text; they are not part of it."""
         if any(not text for text in stop):
-            raise UsageError("a stop string is empty", "give --stop some text")
+            raise UsageError("a stop string is empty", "give `stop` some text")
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stop = tuple(stop)
         self._held = ""

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abcli.config import GenerationConfig, SamplingConfig
 from abcli.errors import CancelledError, ContextFullError, PromptError, UsageError
 from abcli.generate import Generator, TextStream, common_prefix
+from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.fakes import END, ByteTokenizer, FakeEngine, GreedySampler, reciting
 
 PROMPT = list(b"What?")

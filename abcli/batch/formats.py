@@ -10,10 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 from abcli.chat.messages import ROLES, Message, Role
-from abcli.config import GenerationConfig, SamplingConfig
 from abcli.errors import AbcliError, GrammarError, PromptError
 from abcli.native.grammar import grammar_text
-from abcli.native.sampler import validate
+from abcli.sampling import GenerationConfig, SamplingConfig, check_sampling
 
 OPENAI_URL = "/v1/chat/completions"
 
@@ -174,7 +173,7 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
 
 def _check(sampling: SamplingConfig, vocabulary_size: int) -> None:
     try:
-        validate(sampling, vocabulary_size)
+        check_sampling(sampling, vocabulary_size)
     except AbcliError as error:
         raise PromptError(f"a setting of the line cannot be used: {error.message}", error.hint) from None
     problem = _grammar_problem(sampling.grammar, sampling.json_schema)

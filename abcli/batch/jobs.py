@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abcli.chat.messages import Message
-from abcli.config import GenerationConfig
 from abcli.generate import FinishReason
+from abcli.sampling import GenerationConfig
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from abcli.batch.records import (
     text_records,
 )
 from abcli.batch.templates import Template, check_fields
-from abcli.config import NATIVE_RANDOM_SEED, GenerationConfig
 from abcli.errors import AbcliError, PromptError, UsageError
+from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig
 
 InputFormat = Literal["text", "jsonl", "openai", "csv"]
 INPUT_FORMATS: tuple[InputFormat, ...] = get_args(InputFormat)
@@ -55,7 +55,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     """ "I/N" as (I, N). Raises UsageError unless 1 <= I <= N."""
     part, _, whole = text.partition("/")
     if not (part.isdecimal() and whole.isdecimal() and len(whole) < 10 and 1 <= int(part) <= int(whole)):
-        raise UsageError(f"--shard {text!r} is not I/N", "use 1/4, 2/4, 3/4 and 4/4 for four shards")
+        raise UsageError(f"`shard` {text!r} is not I/N", "use 1/4, 2/4, 3/4 and 4/4 for four shards")
     return int(part), int(whole)
 
 
@@ -329,10 +329,10 @@ def _recognise(first: Line | None, suffix: str, separator: str | None, template:
 
 def _check_combination(format: InputFormat, separator: str | None, template: Template | None) -> None:
     if separator is not None and format != "text":
-        raise UsageError(f"--separator is for text, but the input is {format}", "leave it out, or use --format text")
+        raise UsageError(f"`separator` is for text, but the input is {format}", "leave it out, or use `format=text`")
     if template is None and format == "csv":
-        raise UsageError("a table makes prompts only by a template", "write one with {{column}} and give --template")
+        raise UsageError("a table makes prompts only by a template", "write one with {{column}} and give `template`")
     if template is not None and format not in ("csv", "jsonl"):
         raise UsageError(
-            f"--template fills in fields, but the input is {format}", "use --format csv or jsonl, or leave it out"
+            f"`template` fills in fields, but the input is {format}", "use `format` csv or jsonl, or leave it out"
         )

@@ -13,7 +13,7 @@ from abcli.chat.files import decode_prompt
 from abcli.errors import AbcliError, PromptError, UsageError
 
 MAX_LINE_BYTES = 1 << 24
-_SPLIT_HINT = "split it, or put what all prompts share into --context"
+_SPLIT_HINT = "split it, or put what all prompts share into `context`"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
-from abcli.engine.memory import CONTEXT_STEP
+from abcli.config import CONTEXT_STEP, ContextConfig
 from abcli.engine.protocol import Engine
 from abcli.engine.workers import available_cores
 from abcli.native.compute_thread import run_on_compute_thread
@@ -103,9 +102,8 @@ class RawPlayer(Owner):
     prompt_note = "exact prefill"
     shares = False
 
-    def __init__(self, model: Model, config: EngineConfig, text: Text) -> None:
-        """A context with a sequence for each of `config.bases`. Raises NativeError if it cannot be made."""
-        count = len(config.bases)
+    def __init__(self, model: Model, config: ContextConfig, count: int, text: Text) -> None:
+        """A context with `count` sequences. Raises NativeError if it cannot be made."""
         cancel = CancelFlag()
         threads = config.threads or available_cores()
         parameters = context_parameters(model, model.native_base, config, threads, cancel)
@@ -161,7 +159,7 @@ class RawPlayer(Owner):
         self._length += len(tokens)
 
 
-def sized(config: EngineConfig, text: Text) -> EngineConfig:
+def sized(config: ContextConfig, text: Text) -> ContextConfig:
     """`config` with a context that holds `text` and hardly more."""
     tokens = max(1, len(text.prompt) + len(text.answer))
     return replace(config, context_size=-(-tokens // CONTEXT_STEP) * CONTEXT_STEP)

@@ -12,8 +12,9 @@ from datetime import datetime, timezone
 from typing import Any
 
 from abcli.chat.messages import ROLES, Message
-from abcli.config import MERGE_RULES, MergeRule, SamplingConfig
+from abcli.config import MERGE_RULES, MergeRule
 from abcli.errors import UsageError
+from abcli.sampling import SamplingConfig
 
 FORMAT = "abcli-session"
 FORMAT_VERSION = 1

@@ -100,7 +100,7 @@ class ChatTemplate:
         return self._template.render(
             variables,
             content_size=sum(map(len, contents)),
-            refusal_hint=f"drop --system or {OTHER_TEMPLATE}" if has_system else OTHER_TEMPLATE,
+            refusal_hint=f"drop `system` or {OTHER_TEMPLATE}" if has_system else OTHER_TEMPLATE,
         )
 
     def _plain_tokens(self, rendered: str) -> list[int]:
@@ -165,7 +165,7 @@ def load_template(model: Model, choice: str | None) -> ChatTemplate:
     if not source:
         raise TemplateError(
             f"{model.path.name} has no chat template",
-            f"give --chat-template with a file or one of: {', '.join(KNOWN_TEMPLATES)}",
+            f"give `chat_template` with a file or one of: {', '.join(KNOWN_TEMPLATES)}",
         )
     return ChatTemplate(source, model)
 

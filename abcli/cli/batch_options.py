@@ -6,25 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from abcli.batch.reading import InputFormat, parse_shard
+from abcli.batch.reading import parse_shard
 from abcli.batch.shapes import OutputFormat
-from abcli.batch.templates import Template, parse_template
+from abcli.batch.task import InputParts
+from abcli.batch.templates import parse_template
 from abcli.chat.files import read_text_file
 from abcli.cli.flags import flag
 from abcli.cli.options import check_argument
 from abcli.errors import UsageError
-
-
-@dataclass(frozen=True)
-class InputParts:
-    """What the prompts are made of, with the files that were named read."""
-
-    format: Literal["auto"] | InputFormat
-    separator: str | None
-    template: Template | None
-    context: str
-    system: str | None
-    shard: tuple[int, int] | None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -46,6 +46,9 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
 def _parameters(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     for field in dataclasses.fields(group):
+        setting = field.metadata.get("setting")
+        if setting is not None:
+            hints[field.name] = Annotated[hints[field.name], flag(setting.help, *setting.flags)]
         for option in hints[field.name].__metadata__:
             option.rich_help_panel = group.panel
     return [

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import cached_property
 from math import log
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
+from abcli.config import PROMPT_CACHE_LIMIT, Buckets, ContextConfig
 from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
 from abcli.engine.shared import NotShareableError, SharedPrefill
@@ -21,8 +19,6 @@ from abcli.engine.slots import MIN_SHARED_TOKENS, TILED_TOKENS, SlotEngine, fitt
 from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
 from abcli.errors import CancelledError
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.header import Header, read_header
 from abcli.native.compute_thread import compute_thread
 from abcli.native.context import BatchPart, Context
 from abcli.native.llama import version
@@ -35,51 +31,32 @@ from abcli.rope.parameters import rope_parameters
 __all__ = ["MIN_SHARED_TOKENS", "ContextsEngine"]
 
 
-class _Known:
-    """What the model's file says, read when it is first asked for."""
-
-    def __init__(self, model: Model, config: EngineConfig, header: Header | None) -> None:
-        self._model = model
-        self._cells = config.context_size * config.slots
-        self._given = header
-
-    @cached_property
-    def header(self) -> Header:
-        return self._given or replace(read_header(self._model.path), adapters=self._model.adapters)
-
-    @cached_property
-    def rope(self) -> RopeParameters:
-        return rope_parameters(self.header, neox=self._model.rotation == "halves", context_size=self._cells)
-
-
 class ContextsEngine(SlotEngine):
     """Implements `Engine`. The contexts share the weights; each has its own cache, buffers and RoPE base."""
 
     def __init__(
         self,
         model: Model,
-        config: EngineConfig,
+        config: ContextConfig,
+        buckets: Buckets,
         warn: Callable[[str], None] | None = None,
-        header: Header | None = None,
     ) -> None:
         """Make one context per base of `config`; the model stays the caller's and must outlive the engine.
 
-        `warn` gets a line for what goes wrong with the prompt cache on disk; `header` is the model's, if it has
-        been read already.
+        `warn` gets a line for what goes wrong with the prompt cache on disk.
 
         Raises NativeError if a context cannot be made.
         """
-        super().__init__(config, model.vocabulary_size)
+        super().__init__(config, buckets.bases, model.vocabulary_size)
         self._cores = config.threads or available_cores()
-        self.plan: WorkerPlan = plan_workers(len(config.bases), self._cores)
-        known = _Known(model, config, header)
+        self.plan: WorkerPlan = plan_workers(len(buckets.bases), self._cores)
         with ExitStack() as stack:
 
             def make(base: float) -> Context:
                 cells = config.context_size * config.slots
                 return stack.enter_context(Context(model, base, config, cells, self.plan.threads, self._cancel))
 
-            self._contexts = [make(base) for base in config.bases]
+            self._contexts = [make(base) for base in buckets.bases]
             if self.plan.workers == 1:
                 self._pool = compute_thread()
             else:
@@ -88,7 +65,7 @@ class ContextsEngine(SlotEngine):
                 )
             self._shared: SharedPrefill | None = None
             self._leader = self._contexts[0]
-            self.prefill_note = self._try_sharing(model, config, known, make, stack)
+            self.prefill_note = self._try_sharing(model, config, buckets, make, stack)
             self._step_limit = self._leader.batch_size
             self._piece = min(self._leader.batch_size, self._leader.ubatch_size)
             if model.sliding_window > 0 and (self._shared is not None or config.prompt_cache is not None):
@@ -96,9 +73,7 @@ class ContextsEngine(SlotEngine):
                 self._piece = min(self._piece, model.sliding_window)
             self._sharing = self._shared is not None
             if config.prompt_cache is not None:
-                self._stored = self._open_stored(
-                    model, config, known, config.prompt_cache, warn or (lambda _line: None)
-                )
+                self._stored = self._open_stored(model, config, config.prompt_cache, warn or (lambda _line: None))
             self._stack = stack.pop_all()
 
     def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
@@ -188,16 +163,18 @@ class ContextsEngine(SlotEngine):
             shared.transfer(nearest, [self._leader], slot, start, min(start + self._piece, length))
 
     def _try_sharing(
-        self, model: Model, config: EngineConfig, known: _Known, make: Callable[[float], Context], stack: ExitStack
+        self, model: Model, config: ContextConfig, buckets: Buckets, make: Callable[[float], Context], stack: ExitStack
     ) -> str:
         """Prepare shared prefill if it is wanted and proves right; what is done, and why, in a few words."""
-        if config.prefill == "exact" or len(config.bases) == 1:
+        if config.prefill == "exact" or len(buckets.bases) == 1:
             return "exact prefill"
         if model.rotation is None:
             return "exact prefill: the positions of this model have several parts (M-RoPE)"
-        base = float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
+        base = buckets.prefill_base
         leader = next((context for context in self._contexts if context.base == base), None) or make(base)
-        shared = SharedPrefill(known.rope, known.header.key_length, model.vocabulary_size // 2, self._run_all)
+        shared = SharedPrefill(
+            _rope(model, config), model.checked.header.key_length, model.vocabulary_size // 2, self._run_all
+        )
         stack.callback(shared.close)
         try:
             shared.probe([leader, *self._contexts], config.context_size)
@@ -214,22 +191,22 @@ class ContextsEngine(SlotEngine):
         return [*self._contexts, *extra]
 
     def _open_stored(
-        self, model: Model, config: EngineConfig, known: _Known, directory: Path, warn: Callable[[str], None]
+        self, model: Model, config: ContextConfig, directory: Path, warn: Callable[[str], None]
     ) -> StoredPrompts | None:
         """The prompts on the disk that fit this engine, if its caches can be filled from there at all."""
         others = [context for context in self._contexts if context is not self._leader]
         if (others and self._shared is None) or model.is_recurrent:
-            warn(f"--prompt-cache needs a shared prefill or a single bucket: {self.prefill_note}")
+            warn(f"`prompt_cache` needs a shared prefill or a single bucket: {self.prefill_note}")
             return None
         key = CacheKey(
-            model=fingerprint(known.header),
+            model=model.checked.fingerprint,
             base=self._leader.base,
-            scaling=repr(known.rope),
+            scaling=repr(_rope(model, config)),
             cache_type_k=config.cache_type_k,
             cache_type_v=config.cache_type_v,
             flash_attention=config.flash_attention,
             build=version(),
-            model_name=known.header.name,
+            model_name=model.checked.name,
         )
         cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
         return StoredPrompts(cache, _LeaderCells(self._leader, others, self._shared), self._piece)
@@ -241,6 +218,11 @@ class ContextsEngine(SlotEngine):
         for context in self._all_contexts:
             context.truncate(slot, 0)
         return 0
+
+
+def _rope(model: Model, config: ContextConfig) -> RopeParameters:
+    cells = config.context_size * config.slots
+    return rope_parameters(model.checked.header, neox=model.rotation == "halves", context_size=cells)
 
 
 class _LeaderCells:

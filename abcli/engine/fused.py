@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from math import log
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
+from abcli.config import PROMPT_CACHE_LIMIT, Buckets, ContextConfig
 from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.engine.protocol import Progress
 from abcli.engine.slots import TILED_TOKENS, SlotEngine
 from abcli.engine.stored import StoredPrompts
 from abcli.engine.workers import available_cores
 from abcli.errors import CancelledError, UnsupportedModelError
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.header import Header, read_header
 from abcli.native.compute_thread import compute_thread
 from abcli.native.llama import version
 from abcli.native.model import Model
 from abcli.native.rotating.context import FusedContext, SlotPart
 
-_HINT = "use --engine contexts with this model"
+_HINT = "use `engine=contexts` with this model"
 # What names the rank of compressed keys and values in a GGUF header.
 _MLA_KEY = "attention.kv_lora_rank"
 _EXPERTS_KEY = "expert_count"
@@ -39,29 +36,26 @@ class FusedEngine(SlotEngine):
     def __init__(
         self,
         model: Model,
-        config: EngineConfig,
+        config: ContextConfig,
+        buckets: Buckets,
         warn: Callable[[str], None] | None = None,
-        header: Header | None = None,
     ) -> None:
         """Make the context; the model stays the caller's and must outlive the engine.
 
-        `warn` gets a line for what goes wrong with the prompt cache on disk; `header` is the model's, if it has
-        been read already.
+        `warn` gets a line for what goes wrong with the prompt cache on disk.
 
         Raises UnsupportedModelError for a model that it cannot serve, with the reason, and NativeError if the context
         cannot be made.
         """
-        super().__init__(config, model.vocabulary_size)
-        header = header or replace(read_header(model.path), adapters=model.adapters)
-        check_servable(model, header, config)
+        super().__init__(config, buckets.bases, model.vocabulary_size)
+        check_servable(model, config, len(buckets.bases))
         self._threads = config.threads or available_cores()
-        self._all = range(len(config.bases))
+        self._all = range(len(buckets.bases))
         with ExitStack() as stack:
             self._pool = compute_thread()
 
             def make() -> None:
-                leader = _leader_base(model, config)
-                self._leader, self._context, self.prefill_note = self._open(model, config, header, leader)
+                self._leader, self._context, self.prefill_note = self._open(model, config, buckets)
                 stack.callback(self._context.close)
 
             self._run(make)
@@ -69,13 +63,13 @@ class FusedEngine(SlotEngine):
             self._piece = min(self._context.batch_size, self._context.ubatch_size)
             if config.prompt_cache is not None:
                 warn = warn or (lambda _line: None)
-                self._stored = self._open_stored(model, config, header, config.prompt_cache, warn)
+                self._stored = self._open_stored(model, config, config.prompt_cache, warn)
             self._stack = stack.pop_all()
 
-    def _open(self, model: Model, config: EngineConfig, header: Header, base: float) -> tuple[int, FusedContext, str]:
+    def _open(self, model: Model, config: ContextConfig, buckets: Buckets) -> tuple[int, FusedContext, str]:
         """The leader's column, the context, and how prompts are computed, and why."""
-        bases = config.bases
-        note = _sharing_obstacle(config, header)
+        bases, base = buckets.bases, buckets.prefill_base
+        note = _sharing_obstacle(model, config, len(bases))
         extra = None if note or base in bases else base
         if base not in bases and extra is None:
             base = bases[0]
@@ -219,21 +213,21 @@ class FusedEngine(SlotEngine):
         self._context.copy_slot(source, target)
 
     def _open_stored(
-        self, model: Model, config: EngineConfig, header: Header, directory: Path, warn: Callable[[str], None]
+        self, model: Model, config: ContextConfig, directory: Path, warn: Callable[[str], None]
     ) -> StoredPrompts | None:
         """The prompts on the disk that fit this engine, if its caches can be filled from there at all."""
         if len(self._bases) > 1 and not self._sharing:
-            warn(f"--prompt-cache needs a shared prefill or a single bucket: {self.prefill_note}")
+            warn(f"`prompt_cache` needs a shared prefill or a single bucket: {self.prefill_note}")
             return None
         key = CacheKey(
-            model=fingerprint(header),
+            model=model.checked.fingerprint,
             base=self._context.bases[self._leader],
             scaling=repr([rope.parameters for rope in self._context.observation.ropes]),
             cache_type_k=config.cache_type_k,
             cache_type_v=config.cache_type_v,
             flash_attention=config.flash_attention,
             build=f"{version()}, all layers in one cache",
-            model_name=header.name,
+            model_name=model.checked.name,
         )
         cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
         return StoredPrompts(cache, _FusedCells(self._context, self._leader, self._run), self._piece)
@@ -268,40 +262,34 @@ class _FusedCells:
             self._context.truncate(self._context.sequence(slot, column), length)
 
 
-def check_servable(model: Model, header: Header, config: EngineConfig) -> None:
+def check_servable(model: Model, config: ContextConfig, buckets: int) -> None:
     """Raise UnsupportedModelError, with the reason, for a model that one batch cannot serve under several bases."""
-    buckets = len(config.bases)
     if model.is_recurrent:
         reason = "keeps a recurrent state, of which the buckets of one batch cannot drop a part"
     elif model.has_rope and model.rotation is None:
         reason = "has positions of several parts (M-RoPE)"
-    elif header.integer(_MLA_KEY):
+    elif model.checked.header.integer(_MLA_KEY):
         reason = "keeps compressed keys and values (MLA)"
     elif buckets > 1 and not model.has_rope:
         reason = "does not use RoPE, so there is no base to vary"
     elif buckets > min(config.ubatch_size, config.batch_size):
         raise UnsupportedModelError(
             f"{buckets} buckets do not fit into a batch of {min(config.ubatch_size, config.batch_size)} tokens",
-            "ask for larger batches (--batch-size, --ubatch-size) or fewer buckets",
+            "ask for larger batches (`batch_size`, `ubatch_size`) or fewer buckets",
         )
     else:
         return
     raise UnsupportedModelError(f"{model.path} ({model.architecture}) {reason}", _HINT)
 
 
-def _sharing_obstacle(config: EngineConfig, header: Header) -> str:
+def _sharing_obstacle(model: Model, config: ContextConfig, buckets: int) -> str:
     """Why prompts must be computed in every bucket as far as is known beforehand, as a note; empty if nothing."""
-    if config.prefill == "exact" or len(config.bases) == 1:
+    if config.prefill == "exact" or buckets == 1:
         return "exact prefill"
-    if header.integer(_EXPERTS_KEY):
+    if model.checked.header.integer(_EXPERTS_KEY):
         # A graph that is left out leaves the choice of experts undefined, which llama.cpp reads to copy weights.
         return "exact prefill: the model has experts, and one batch cannot leave them out"
     return ""
-
-
-def _leader_base(model: Model, config: EngineConfig) -> float:
-    """The base under which a shared prefill computes, and the context itself."""
-    return float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
 
 
 def _runs(slots: Sequence[int], limit: int, fillers: Container[int], widest: int) -> Iterator[list[int]]:

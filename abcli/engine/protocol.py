@@ -42,6 +42,10 @@ class Engine(Protocol):
         """How prompts are computed, and why, in a few words."""
 
     @property
+    def least_shared(self) -> int:
+        """How many new tokens a prompt must have to be computed once for all buckets."""
+
+    @property
     def computed_tokens(self) -> int:
         """How many tokens the last prefill had to compute; the others came from a prompt cache."""
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.engine.protocol import Progress
 from abcli.engine.stored import MIN_GAIN, StoredPrompts
 from abcli.errors import ContextFullError
@@ -35,14 +35,14 @@ class SlotEngine(Owner):
     _sharing = False
     _stored: StoredPrompts | None = None
 
-    def __init__(self, config: EngineConfig, vocabulary_size: int) -> None:
+    def __init__(self, config: ContextConfig, bases: Sequence[float], vocabulary_size: int) -> None:
         self._slot_cells = config.context_size
         self._cancel = CancelFlag()
         self._cancellable = False
-        self._bases = tuple(config.bases)
+        self._bases = tuple(bases)
         self._tokens: list[list[int]] = [[] for _ in range(config.slots)]
-        self._logits: NDArray[np.float32] = np.empty((config.slots, len(config.bases), vocabulary_size), np.float32)
-        self._least_shared = 2 if config.prefill == "shared" else MIN_SHARED_TOKENS
+        self._logits: NDArray[np.float32] = np.empty((config.slots, len(bases), vocabulary_size), np.float32)
+        self.least_shared = 2 if config.prefill == "shared" else MIN_SHARED_TOKENS
         self.computed_tokens = 0
 
     @property
@@ -78,7 +78,7 @@ class SlotEngine(Owner):
         with self._computing({slot: start}):
             tokens = self._restore(slot, tokens)
             self.computed_tokens = len(tokens)
-            if self._sharing and len(tokens) >= self._least_shared:
+            if self._sharing and len(tokens) >= self.least_shared:
                 self._lead(slot, tokens[:-1], lambda done: _report(on_progress, done, len(tokens)))
                 self._finish_shared({slot: tokens[-1]}, {slot: len(self._tokens[slot]) + len(tokens) - 1})
                 _report(on_progress, len(tokens), len(tokens))
@@ -97,7 +97,7 @@ class SlotEngine(Owner):
         lengths = {slot: len(self._tokens[slot]) for slot in prompts}
         self._check_room(max(lengths[slot] + len(tokens) for slot, tokens in prompts.items()))
         shared = {
-            slot: tokens for slot, tokens in prompts.items() if self._sharing and len(tokens) >= self._least_shared
+            slot: tokens for slot, tokens in prompts.items() if self._sharing and len(tokens) >= self.least_shared
         }
         with self._computing(lengths):
             if exact := {slot: tokens for slot, tokens in prompts.items() if slot not in shared}:

@@ -8,9 +8,9 @@ from typing import Any
 
 from llama_cpp.llama_grammar import SchemaConverter
 
-from abcli.config import SamplingConfig
 from abcli.errors import GrammarError, UsageError
 from abcli.grammar import gbnf
+from abcli.sampling import SamplingConfig
 
 MAX_SCHEMA_CHARACTERS = 1 << 18
 MAX_SCHEMA_DEPTH = 64
@@ -96,7 +96,7 @@ def _parsed(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise GrammarError(
             f"the JSON schema is not JSON: {error.msg} in line {error.lineno}, column {error.colno}",
-            "correct it; a file is given with --json-schema-file, not as text",
+            "correct it; a file is given with `json_schema_file`, not as text",
         ) from None
     except (RecursionError, ValueError) as error:
         raise GrammarError(f"the JSON schema cannot be read: {error}", "simplify it") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import ModelFileError, NativeError, PromptError
+from abcli.gguf.checked import CheckedModel
 from abcli.gguf.lora import Adapter
 from abcli.native.llama import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
@@ -34,16 +34,16 @@ class Model(Owner):
     Close it after every context made of it.
     """
 
-    def __init__(self, path: Path, gpu_layers: int = -1, adapters: Sequence[Adapter] = ()) -> None:
-        """Load `path`; -1 `gpu_layers` puts every layer on a device where the build has one.
+    def __init__(self, checked: CheckedModel) -> None:
+        """Load a model with its adapters, with which every context that is made of it computes.
 
-        Every context that is made of the model computes with `adapters`, which have been checked against it.
         Raises ModelFileError if llama.cpp refuses a file.
         """
+        path, adapters = checked.path, checked.adapters
         initialise()
         clear_log()
         parameters = llama.llama_model_default_params()
-        parameters.n_gpu_layers = gpu_layers
+        parameters.n_gpu_layers = checked.config.gpu_layers
         with ExitStack() as stack:
             handle = llama.llama_model_load_from_file(os.fsencode(path), parameters)
             if not handle:
@@ -59,8 +59,8 @@ class Model(Owner):
             self._adapter_handles = [_load_adapter(handle, path, adapter) for adapter in adapters]
             raise_interrupt()
             self._stack = stack.pop_all()
+        self.checked = checked
         self.path = path
-        self.adapters = tuple(adapters)
         self.handle = handle
         self.vocabulary = vocabulary
         self.vocabulary_size: int = llama.llama_vocab_n_tokens(vocabulary)
@@ -74,10 +74,11 @@ class Model(Owner):
 
     def apply_adapters(self, context: Any) -> None:
         """Let a new `llama_context` of this model compute with its adapters."""
-        count = len(self.adapters)
+        adapters = self.checked.adapters
+        count = len(adapters)
         if count:
             handles = (llama.llama_adapter_lora_p_ctypes * count)(*self._adapter_handles)
-            scales = (ctypes.c_float * count)(*(adapter.scale for adapter in self.adapters))
+            scales = (ctypes.c_float * count)(*(adapter.scale for adapter in adapters))
             if llama.llama_set_adapters_lora(context, handles, count, scales) != 0:
                 raise NativeError(f"llama.cpp cannot use {count} LoRA adapters: {log_tail() or 'no reason given'}")
 

@@ -14,82 +14,18 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import NATIVE_RANDOM_SEED, SamplingConfig
-from abcli.errors import AbcliError, GrammarError, NativeError, UsageError
+from abcli.errors import AbcliError, GrammarError, NativeError
 from abcli.native.grammar import grammar_text
 from abcli.native.llama import clear_log, log_tail
 from abcli.native.model import Model
 from abcli.native.owner import Owner
+from abcli.sampling import NATIVE_RANDOM_SEED, SamplingConfig, check_sampling, encode_breaker
 
-MAX_LAST_N = 1 << 24
-MAX_BREAKERS = 64
-MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones off, maybe within a character
 # CPU time of one token in the grammar. llama.cpp follows every reading of an ambiguous text, and their number
 # can grow tenfold with each token.
 MAX_GRAMMAR_SECONDS = 1.0
-_MAX_INT32 = 2**31 - 1
-_SMALLEST_TEMPERATURE = 1e-6
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-
-# Flag, field, least and largest value. The bounds of penalties keep float32 logits finite.
-_RANGES: tuple[tuple[str, str, float, float], ...] = (
-    ("--temp", "temperature", -1e6, 1e6),
-    ("--top-k", "top_k", -1, _MAX_INT32),
-    ("--top-p", "top_p", 0, 1),
-    ("--min-p", "min_p", 0, 1),
-    ("--typical", "typical_p", 0, 1),
-    ("--top-nsigma", "top_n_sigma", -1, 1e6),
-    ("--xtc-probability", "xtc_probability", 0, 1),
-    ("--xtc-threshold", "xtc_threshold", 0, 1),
-    ("--dry-multiplier", "dry_multiplier", 0, 1e6),
-    ("--dry-base", "dry_base", 1, 1e6),
-    ("--dry-allowed-length", "dry_allowed_length", 0, _MAX_INT32),
-    ("--dry-penalty-last-n", "dry_penalty_last_n", -1, MAX_LAST_N),
-    ("--repeat-last-n", "repeat_last_n", -1, MAX_LAST_N),
-    ("--repeat-penalty", "repeat_penalty", 1e-3, 1e3),
-    ("--frequency-penalty", "frequency_penalty", -1e3, 1e3),
-    ("--presence-penalty", "presence_penalty", -1e3, 1e3),
-    ("--mirostat-ent", "mirostat_tau", 0, 1e3),
-    ("--mirostat-lr", "mirostat_eta", 0, 1e3),
-)
-
-
-def validate(config: SamplingConfig, vocabulary_size: int) -> None:
-    """Raise UsageError for a setting that llama.cpp would misread, ignore or crash on."""
-    for flag, name, least, largest in _RANGES:
-        value = getattr(config, name)
-        if not least <= value <= largest:  # NaN too
-            raise UsageError(f"{flag} {value} is not possible", f"use a value from {least:g} to {largest:g}")
-    if 0 < config.temperature < _SMALLEST_TEMPERATURE:
-        raise UsageError(
-            f"--temp {config.temperature} is too small", f"use 0 for greedy, or {_SMALLEST_TEMPERATURE:g} or more"
-        )
-    if config.seed >= NATIVE_RANDOM_SEED:
-        raise UsageError(
-            f"--seed {config.seed} is too large", f"use 0 to {NATIVE_RANDOM_SEED - 1}, or -1 for a random one"
-        )
-    if config.mirostat not in (0, 2):
-        raise UsageError(f"--mirostat {config.mirostat} is not possible", "use 0 (off) or 2")
-    _validate_biases(config, vocabulary_size)
-    if len(config.dry_breakers) > MAX_BREAKERS:
-        raise UsageError(
-            f"{len(config.dry_breakers)} DRY sequence breakers are too many", f"use at most {MAX_BREAKERS}"
-        )
-    for breaker in config.dry_breakers:
-        _encode_breaker(breaker)
-
-
-def _validate_biases(config: SamplingConfig, vocabulary_size: int) -> None:
-    for token, bias in config.logit_bias:
-        if not 0 <= token < vocabulary_size:
-            raise UsageError(
-                f"--logit-bias names token {token}", f"this model has the tokens 0 to {vocabulary_size - 1}"
-            )
-        if not (bias == -math.inf or abs(bias) <= 1e6):
-            raise UsageError(
-                f"--logit-bias {bias} for token {token} is not possible", "use -inf, or a number up to 1e6"
-            )
 
 
 class SamplerChain(Owner):
@@ -105,7 +41,7 @@ class SamplerChain(Owner):
         Raises UsageError for settings that make no sense and GrammarError for a grammar that cannot be used.
         """
         size = model.vocabulary_size
-        validate(config, size)
+        check_sampling(config, size)
         grammar = grammar_text(config)
         self.seed = config.seed if config.seed >= 0 else secrets.randbelow(NATIVE_RANDOM_SEED)
         """The seed in use, also where the settings asked for a random one."""
@@ -163,14 +99,6 @@ class SamplerChain(Owner):
             if not 0 <= token < len(self._ids):
                 raise NativeError(f"token {token} is not in the vocabulary", f"it ends at {len(self._ids) - 1}")
             llama.llama_sampler_accept(self._chain, token)
-
-    def reset(self) -> None:
-        """Start anew: forget all tokens, begin the grammar again, and rewind the random numbers to `seed`."""
-        self._check_open()
-        # void llama_sampler_reset(struct llama_sampler * smpl)
-        llama.llama_sampler_reset(self._chain)
-        if self._grammar is not None:
-            llama.llama_sampler_reset(self._grammar)
 
     def _select(self, logits: NDArray[np.float32]) -> int:
         """common_sampler_sample of common/sampling.cpp: rejection first, the grammar on everything if needed."""
@@ -274,7 +202,7 @@ def _biases(model: Model, config: SamplingConfig) -> list[Any]:
 
 
 def _make_dry(model: Model, config: SamplingConfig, last_n: int) -> Any:
-    breakers = [_encode_breaker(breaker) for breaker in config.dry_breakers]
+    breakers = [encode_breaker(breaker) for breaker in config.dry_breakers]
     return llama.llama_sampler_init_dry(
         model.vocabulary,
         config.dry_multiplier,
@@ -313,19 +241,6 @@ def _append(chain: Any, make: Callable[[], Any]) -> None:
         # void llama_sampler_chain_add(struct llama_sampler * chain, struct llama_sampler * smpl)
         llama.llama_sampler_chain_add(chain, handle)
         stack.pop_all()  # the chain frees it from now on
-
-
-def _encode_breaker(breaker: str) -> bytes:
-    try:
-        data = breaker.encode("utf-8")
-    except UnicodeEncodeError:
-        data = b""
-    if not data or b"\0" in data or len(data) > MAX_BREAKER_BYTES:
-        raise UsageError(
-            f"the DRY sequence breaker {breaker!r} is not possible",
-            f"use 1 to {MAX_BREAKER_BYTES} bytes of UTF-8 without NUL",
-        )
-    return data
 
 
 def _no_token() -> NativeError:

@@ -11,7 +11,6 @@ from abcli.chat.controller import Chat, Pieces
 from abcli.chat.files import read_text_file
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.errors import AbcliError, CancelledError, UsageError
-from abcli.generate import Generator
 from abcli.ui.lines import Entry, LineReader, read_message
 from abcli.ui.terminal import Terminal, on_interrupt
 
@@ -33,7 +32,7 @@ class ChatScreen:
         terminal: Terminal,
         reader: LineReader,
         chat: Chat,
-        generator: Generator,
+        cancel: Callable[[], None],
         store: SessionStore | None,
         session: Session,
         *,
@@ -50,7 +49,7 @@ class ChatScreen:
         self.chat = chat
         self.session = session
         self._reader = reader
-        self._generator = generator
+        self._cancel = cancel
         self._store = store
         self._buckets = buckets
         self._interactive = interactive
@@ -186,7 +185,7 @@ class ChatScreen:
         """Stream an answer; Ctrl-C stops it."""
         answer = None
         with (
-            on_interrupt(self._generator.cancel),
+            on_interrupt(self._cancel),
             self.terminal.prefill_progress() as progress,
             # Even if the output breaks, the conversation has to be whole again before it is saved.
             closing(answering(progress)) as pieces,

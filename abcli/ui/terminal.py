@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import unicodedata
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from abcli.errors import AbcliError
+from abcli.sampling import SETTINGS
 
 if TYPE_CHECKING:
     from abcli.generate import Statistics
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 _KEPT_CONTROLS = "\n\t"
 # A bar that comes and goes within this time would only flicker.
 _PATIENCE_SECONDS = 0.3
+# How errors name a setting: `ctx_size`, `engine=contexts`.
+_SETTING = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`\s]*))?`")
 
 
 class Terminal:
@@ -63,14 +67,14 @@ class Terminal:
 
     def warn(self, text: str) -> None:
         """Something the user should know although the work goes on."""
-        self.console.print(f"warning: {printable(text)}", style="yellow", markup=False)
+        self.console.print(f"warning: {printable(in_flags(text))}", style="yellow", markup=False)
 
     def error(self, error: AbcliError) -> None:
         """One line that says what is wrong, one that says what to do."""
         self.end_line()
-        self.console.print(f"error: {printable(one_line(error.message))}", style="bold red", markup=False)
+        self.console.print(f"error: {printable(one_line(in_flags(error.message)))}", style="bold red", markup=False)
         if error.hint:
-            self.console.print(f"hint: {printable(one_line(error.hint))}", markup=False)
+            self.console.print(f"hint: {printable(one_line(in_flags(error.hint)))}", markup=False)
 
     def statistics(self, statistics: Statistics, used: int, available: int, buckets: int) -> None:
         """The line under an answer: counts, speeds, context and agreement."""
@@ -139,6 +143,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c for c in text if c in _KEPT_CONTROLS or unicodedata.category(c) != "Cc")
+
+
+def in_flags(text: str) -> str:
+    """`text` with the settings that it names as in `top_k=40` shown as the command line's flags, as in --top-k 40."""
+
+    def flag(found: re.Match[str]) -> str:
+        setting = SETTINGS.get(found["name"])
+        name = setting.flags[0] if setting is not None else f"--{found['name'].replace('_', '-')}"
+        return name if found["value"] is None else f"{name} {found['value']}"
+
+    return _SETTING.sub(flag, text)
 
 
 def one_line(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from abcli.batch.jobs import BadLine, Job
-from abcli.config import GenerationConfig, SamplingConfig
+from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.batch.inputs import OWN, job, jobs, openai, write
 
 
@@ -58,9 +58,9 @@ def test_a_schema_of_a_line_takes_the_place_of_the_runs_grammar(tmp_path: Path) 
         ({"temperature": "hot"}, 'temperature is "hot"'),
         ({"temperature": True}, "temperature is true"),
         ({"temperature": 10**400}, "cannot be used"),
-        ({"top_p": 2}, "--top-p 2"),
+        ({"top_p": 2}, "`top_p` 2"),
         ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"seed": 2**40}, "--seed"),
+        ({"seed": 2**40}, "`seed`"),
         ({"max_tokens": -2}, "max_tokens is -2"),
         ({"max_tokens": True}, "max_tokens is true"),
         ({"stop": [1]}, "stop is 1"),

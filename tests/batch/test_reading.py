@@ -28,8 +28,8 @@ from abcli.batch.reading import (
 )
 from abcli.batch.templates import Template, parse_template
 from abcli.chat.messages import Message
-from abcli.config import NATIVE_RANDOM_SEED
 from abcli.errors import AbcliError, PromptError, UsageError
+from abcli.sampling import NATIVE_RANDOM_SEED
 from tests.batch.inputs import OTHER, OWN, RUN, job, jobs, openai, prompts, write
 
 relaxed = settings(deadline=None)
@@ -101,10 +101,10 @@ def test_a_named_format_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "name", "words"),
     [
-        ({"format": "jsonl", "separator": "-"}, "input", "--separator"),
+        ({"format": "jsonl", "separator": "-"}, "input", "`separator`"),
         ({"format": "csv"}, "input", "by a template"),
         ({}, "input.csv", "by a template"),
-        ({"format": "text", "template": parse_template("{{a}}")}, "input", "--template"),
+        ({"format": "text", "template": parse_template("{{a}}")}, "input", "`template`"),
         ({"template": parse_template("{{missing}}")}, "input.csv", "{{missing}}"),
     ],
 )
@@ -259,7 +259,7 @@ def test_shards_divide_the_jobs(count: int, total: int) -> None:
 def test_shards_are_parsed() -> None:
     assert parse_shard("2/3") == (2, 3)
     for text in ("0/3", "4/3", "1", "1/0", "a/b", "-1/2", "1/2/3", "", "²/3", "1/99999999999"):
-        with pytest.raises(UsageError, match="--shard"):
+        with pytest.raises(UsageError, match="`shard`"):
             parse_shard(text)
 
 

@@ -16,9 +16,9 @@ from abcli.batch.jobs import BadLine, Job, Result
 from abcli.batch.prefixes import BLOCK, ReuseRule
 from abcli.batch.scheduler import Scheduler, StopSwitch
 from abcli.chat.messages import Message
-from abcli.config import GenerationConfig, SamplingConfig
 from abcli.errors import CancelledError, GrammarError, NativeError, PromptError, UsageError
 from abcli.generate import Generator
+from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.fakes import END, ByteTokenizer, FakeEngine, GreedySampler
 
 GREEDY = SamplingConfig(temperature=0.0)

@@ -15,7 +15,7 @@ from abcli.gguf.check import check_file
 from abcli.gguf.fingerprint import fingerprint
 from abcli.hub.aliases import aliases
 from abcli.hub.locate import locate_model
-from abcli.profiles import save
+from abcli.profiles.store import save
 from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import PseudoTerminal
 from tests.profiles.samples import profile
@@ -74,8 +74,8 @@ def test_list_as_json(abcli: Command, commits: tuple[str, str], cache: Path, tin
         "quant": "Q4_K_M",
         "adapter": False,
         "architecture": "llama",
-        "context": check_file(tiny_model).trained_context,
-        "native_base": check_file(tiny_model).native_base,
+        "context": check_file(tiny_model)[0].trained_context,
+        "native_base": check_file(tiny_model)[0].native_base,
         "source": {"kind": "hub", "repository": NAME, "file": FILE, "commit": newer, "refs": ["main"]},
         "profile": None,
         "aliases": [],

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
+from abcli.config import Buckets, ContextConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.protocol import Engine
@@ -26,6 +26,8 @@ from abcli.native.rotating.callback import ByCallback
 from abcli.native.rotating.context import FusedContext
 from abcli.native.rotating.turning import InGraph
 from abcli.native.sampler import SamplerChain
+from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.models import open_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
@@ -52,21 +54,21 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(path: Path, **changes: Any) -> EngineConfig:
+def config(**changes: Any) -> tuple[ContextConfig, Buckets]:
     values: dict[str, Any] = {"bases": BASES, "context_size": 512, "threads": 2, **EXACT, **changes}
-    return EngineConfig(path, **values)
+    return set_up(**values)
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Path) -> Iterator[Model]:
-    with Model(tiny_model) as model:
+    with open_model(tiny_model) as model:
         yield model
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     path = tmp_path_factory.mktemp("fused") / "model.gguf"
-    with Model(write_tiny_model(path, **MODELS[request.param])) as loaded:
+    with open_model(write_tiny_model(path, **MODELS[request.param])) as loaded:
         yield loaded
 
 
@@ -104,10 +106,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_each_bucket_computes_what_a_context_of_its_own_computes(
     model: Model, way: str, prefill: Any, attention: Any
 ) -> None:
-    settings = config(model.path, prefill=prefill, flash_attention=attention, ubatch_size=64)
+    settings = config(prefill=prefill, flash_attention=attention, ubatch_size=64)
     # On a CPU flash attention works with queries in half precision.
     tolerance = 1e-5 if attention == "on" else 1e-7
-    with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+    with ContextsEngine(model, *settings) as reference, FusedEngine(model, *settings) as engine:
         assert engine._context.turning_note == f"rows turned {way}"
         assert engine.prefill_note == reference.prefill_note
         for start, end, stop in ((0, 130, 140), (140, 200, 210)):
@@ -123,9 +125,9 @@ def test_200_positions_agree_with_half_precision_caches(tmp_path: Path, architec
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
     half = {"cache_type_k": "f16", "cache_type_v": "f16", "flash_attention": "auto", "prefill": "exact"}
     worst = np.zeros(len(BASES))
-    with Model(path) as model:
-        settings = config(path, **half)
-        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+    with open_model(path) as model:
+        settings = config(**half)
+        with ContextsEngine(model, *settings) as reference, FusedEngine(model, *settings) as engine:
             for token in TOKENS[:200]:
                 found = divergence(reference.step({0: token})[0], engine.step({0: token})[0])
                 worst = np.maximum(worst, found)
@@ -135,9 +137,9 @@ def test_200_positions_agree_with_half_precision_caches(tmp_path: Path, architec
 def test_quantised_caches_are_computed_exactly_and_say_so(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "wide.gguf", embedding=128)
     quantised = {"cache_type_k": "q8_0", "cache_type_v": "q8_0", "flash_attention": "on", "prefill": "auto"}
-    with Model(path) as model:
-        settings = config(path, **quantised)
-        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+    with open_model(path) as model:
+        settings = config(**quantised)
+        with ContextsEngine(model, *settings) as reference, FusedEngine(model, *settings) as engine:
             assert engine.prefill_note.startswith("exact prefill: keys that are neither f32 nor f16")
             found = divergence(reference.prefill(0, TOKENS[:100]), engine.prefill(0, TOKENS[:100]))
             assert found.max() < 1e-2
@@ -147,10 +149,10 @@ def test_quantised_caches_are_computed_exactly_and_say_so(tmp_path: Path) -> Non
 def test_greedy_texts_are_the_same(tiny: Model) -> None:
     generation = GenerationConfig(SamplingConfig(temperature=0.0), max_tokens=60, ignore_eos=True)
     answers = []
-    kinds: list[Callable[[Model, EngineConfig], Engine]] = [ContextsEngine, FusedEngine]
+    kinds: list[Callable[..., Engine]] = [ContextsEngine, FusedEngine]
     for kind in kinds:
         with (
-            kind(tiny, config(tiny.path)) as engine,
+            kind(tiny, *config()) as engine,
             Generator(engine, tiny, lambda chosen: SamplerChain(tiny, chosen)) as generator,
         ):
             answers.append([piece.answer for piece in generator.stream(0, TOKENS[:40], generation)][-1].tokens)
@@ -160,11 +162,11 @@ def test_greedy_texts_are_the_same(tiny: Model) -> None:
 def test_a_real_model_agrees_within_the_noise_of_llama_cpps_own_batches(real_model: Path) -> None:
     text = "The history of the lighthouse begins with fires that were lit on hills, for the sailors to steer by. "
     found, noise = [], []
-    with Model(real_model) as model:
+    with open_model(real_model) as model:
         bases = tuple(float(np.float32(model.native_base * factor)) for factor in (0.5, 1.0, 2.0))
         tokens = model.tokenize(6 * text, add_special=True, parse_special=False)
-        settings = EngineConfig(real_model, bases, context_size=256, slots=2, prefill="exact")
-        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+        settings = set_up(bases, native=model.native_base, context_size=256, slots=2, prefill="exact")
+        with ContextsEngine(model, *settings) as reference, FusedEngine(model, *settings) as engine:
             reference.prefill(0, tokens[:80])
             engine.prefill(0, tokens[:80])
             for end in range(81, 87):
@@ -177,8 +179,8 @@ def test_a_real_model_agrees_within_the_noise_of_llama_cpps_own_batches(real_mod
 
 
 def test_several_slots_with_gaps_go_in_any_order(tiny: Model) -> None:
-    settings = config(tiny.path, slots=5, prefill="exact")
-    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+    settings = config(slots=5, prefill="exact")
+    with ContextsEngine(tiny, *settings) as reference, FusedEngine(tiny, *settings) as engine:
         for slot in range(5):
             assert_equal(
                 engine.prefill(slot, TOKENS[slot : 20 + 3 * slot]),
@@ -192,7 +194,7 @@ def test_several_slots_with_gaps_go_in_any_order(tiny: Model) -> None:
 def test_idle_slots_between_others_keep_what_they_hold(
     tiny: Model, bases: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(tiny.path, slots=7, bases=bases, context_size=64)
+    settings = config(slots=7, bases=bases, context_size=64)
     batches = []
     compute = FusedContext.compute
 
@@ -200,7 +202,7 @@ def test_idle_slots_between_others_keep_what_they_hold(
         batches.append([part.slot for part in parts])
         compute(self, parts, *arguments, **options)
 
-    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+    with ContextsEngine(tiny, *settings) as reference, FusedEngine(tiny, *settings) as engine:
         for each in (reference, engine):
             for slot, length in ((1, 30), (2, 64), (3, 9), (4, 5)):
                 each.prefill(slot, TOKENS[slot : slot + length])
@@ -215,8 +217,8 @@ def test_idle_slots_between_others_keep_what_they_hold(
 
 
 def test_more_sequences_than_a_batch_takes_are_computed_in_turns(tiny: Model) -> None:
-    settings = config(tiny.path, slots=5, prefill="exact", ubatch_size=8, batch_size=8)
-    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+    settings = config(slots=5, prefill="exact", ubatch_size=8, batch_size=8)
+    with ContextsEngine(tiny, *settings) as reference, FusedEngine(tiny, *settings) as engine:
         for slot in range(5):
             assert_equal(engine.prefill(slot, TOKENS[: 9 + slot]), reference.prefill(slot, TOKENS[: 9 + slot]))
         step = dict.fromkeys(range(5), 7)
@@ -226,8 +228,8 @@ def test_more_sequences_than_a_batch_takes_are_computed_in_turns(tiny: Model) ->
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_whatever_happens_to_the_slots_both_engines_agree(tiny: Model, data: st.DataObject) -> None:
-    chosen = config(tiny.path, slots=2, prefill="exact", context_size=128)
-    with ContextsEngine(tiny, chosen) as reference, FusedEngine(tiny, chosen) as engine:
+    chosen = config(slots=2, prefill="exact", context_size=128)
+    with ContextsEngine(tiny, *chosen) as reference, FusedEngine(tiny, *chosen) as engine:
         for _ in range(data.draw(st.integers(3, 12))):
             slot = data.draw(st.integers(0, 1))
             tokens = data.draw(st.lists(st.integers(0, 299), min_size=1, max_size=20))
@@ -249,8 +251,8 @@ def test_whatever_happens_to_the_slots_both_engines_agree(tiny: Model, data: st.
 
 
 def test_a_base_that_is_no_bucket_can_prefill(tiny: Model) -> None:
-    settings = config(tiny.path, bases=(5_000.0, 20_000.0), prefill_base=9_000.0, prefill="shared", slots=2)
-    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+    settings = config(bases=(5_000.0, 20_000.0), prefill_base=9_000.0, prefill="shared", slots=2)
+    with ContextsEngine(tiny, *settings) as reference, FusedEngine(tiny, *settings) as engine:
         assert engine.prefill_note == reference.prefill_note
         for slot in (1, 0):
             assert_equal(engine.prefill(slot, TOKENS[:100]), reference.prefill(slot, TOKENS[:100]))
@@ -267,16 +269,20 @@ def test_a_base_that_is_no_bucket_can_prefill(tiny: Model) -> None:
 
 def test_equal_and_single_buckets_are_served(tiny: Model) -> None:
     for bases in ((10_000.0,), (20_000.0,), (10_000.0, 10_000.0), (20_000.0, 20_000.0)):
-        settings = config(tiny.path, bases=bases, prefill="auto")
-        with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+        settings = config(bases=bases, prefill="auto")
+        with ContextsEngine(tiny, *settings) as reference, FusedEngine(tiny, *settings) as engine:
             assert_equal(engine.prefill(0, TOKENS[:50]), reference.prefill(0, TOKENS[:50]))
             assert_equal(engine.step({0: 3}), reference.step({0: 3}))
 
 
 def test_a_single_bucket_of_a_model_without_rope_is_served(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "gpt2.gguf", architecture="gpt2")
-    settings = config(path, bases=(10_000.0,))
-    with Model(path) as model, ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+    settings = config(bases=(10_000.0,))
+    with (
+        open_model(path) as model,
+        ContextsEngine(model, *settings) as reference,
+        FusedEngine(model, *settings) as engine,
+    ):
         assert_equal(engine.prefill(0, TOKENS[:50]), reference.prefill(0, TOKENS[:50]))
         assert_equal(engine.step({0: 3}), reference.step({0: 3}))
 
@@ -290,7 +296,7 @@ def test_a_graph_is_built_once_and_then_reused(tiny: Model, monkeypatch: pytest.
         return original(self, *arguments)
 
     monkeypatch.setattr(InGraph, "_turned", counting)
-    with FusedEngine(tiny, config(tiny.path, prefill="exact")) as engine:
+    with FusedEngine(tiny, *config(prefill="exact")) as engine:
         built.clear()
         for token in range(100):
             engine.step({0: token})
@@ -303,14 +309,14 @@ def test_a_graph_is_built_once_and_then_reused(tiny: Model, monkeypatch: pytest.
 )
 def test_prefill_reports_progress(tiny: Model, mode: Any, wanted: list[int]) -> None:
     seen: list[tuple[int, int]] = []
-    with FusedEngine(tiny, config(tiny.path, prefill=mode, ubatch_size=60)) as engine:
+    with FusedEngine(tiny, *config(prefill=mode, ubatch_size=60)) as engine:
         engine.prefill(0, TOKENS[:100], lambda done, total: seen.append((done, total)))
     assert seen == [(done, 100) for done in wanted]
 
 
 @pytest.mark.parametrize("prefill", ["exact", "shared"])
 def test_cancelling_restores_every_sequence(tiny: Model, prefill: Any) -> None:
-    with FusedEngine(tiny, config(tiny.path, prefill=prefill, ubatch_size=32)) as engine:
+    with FusedEngine(tiny, *config(prefill=prefill, ubatch_size=32)) as engine:
         engine.prefill(0, TOKENS[:40])
 
         def progress(done: int, _total: int) -> None:
@@ -327,9 +333,9 @@ def test_cancelling_restores_every_sequence(tiny: Model, prefill: Any) -> None:
 
 
 def test_cancelling_from_another_thread_interrupts_a_graph(real_model: Path) -> None:
-    with Model(real_model) as model:
-        settings = config(real_model, bases=(5e4, 1e5), context_size=2048, prefill="exact", flash_attention="auto")
-        with FusedEngine(model, settings) as engine:
+    with open_model(real_model) as model:
+        settings = config(bases=(5e4, 1e5), context_size=2048, prefill="exact", flash_attention="auto")
+        with FusedEngine(model, *settings) as engine:
             engine.cancel()
             engine.prefill(0, [1, 2, 3])
             timer = threading.Timer(0.05, engine.cancel)
@@ -342,7 +348,7 @@ def test_cancelling_from_another_thread_interrupts_a_graph(real_model: Path) -> 
 
 
 def test_an_exception_of_a_signal_handler_leaves_the_slot_as_it_was(tiny: Model) -> None:
-    with FusedEngine(tiny, config(tiny.path, prefill="exact", ubatch_size=8)) as engine:
+    with FusedEngine(tiny, *config(prefill="exact", ubatch_size=8)) as engine:
         engine.prefill(0, TOKENS[:10])
 
         def interrupt(done: int, _total: int) -> None:
@@ -360,7 +366,7 @@ def test_a_failing_callback_is_an_error_and_never_a_wrong_token(
     tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: type, method: str
 ) -> None:
     monkeypatch.setattr(context_module, "hook_obstacle", lambda: "" if kind is InGraph else "for the test")
-    with FusedEngine(tiny, config(tiny.path)) as engine, ContextsEngine(tiny, config(tiny.path)) as reference:
+    with FusedEngine(tiny, *config()) as engine, ContextsEngine(tiny, *config()) as reference:
         for each in (engine, reference):
             each.prefill(0, TOKENS[:40])
         calls = 0
@@ -383,7 +389,7 @@ def test_a_failing_callback_is_an_error_and_never_a_wrong_token(
 
 
 def test_a_failure_while_sharing_restores_every_sequence(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    with FusedEngine(tiny, config(tiny.path, prefill="shared", ubatch_size=32)) as engine:
+    with FusedEngine(tiny, *config(prefill="shared", ubatch_size=32)) as engine:
         engine.prefill(0, TOKENS[:40])
         calls = 0
         original = FusedContext.share
@@ -402,7 +408,7 @@ def test_a_failure_while_sharing_restores_every_sequence(tiny: Model, monkeypatc
 
 
 def test_a_full_slot_refuses_before_llama_cpp_does(tiny: Model) -> None:
-    with FusedEngine(tiny, config(tiny.path, context_size=300)) as engine:
+    with FusedEngine(tiny, *config(context_size=300)) as engine:
         engine.prefill(0, TOKENS)
         for call in (lambda: engine.step({0: 1}), lambda: engine.prefill(0, [1])):
             with pytest.raises(ContextFullError):
@@ -411,8 +417,8 @@ def test_a_full_slot_refuses_before_llama_cpp_does(tiny: Model) -> None:
 
 
 def test_a_context_can_be_filled_to_the_last_cell(tiny: Model) -> None:
-    settings = config(tiny.path, context_size=256, ubatch_size=100)
-    with FusedEngine(tiny, settings) as engine, ContextsEngine(tiny, settings) as reference:
+    settings = config(context_size=256, ubatch_size=100)
+    with FusedEngine(tiny, *settings) as engine, ContextsEngine(tiny, *settings) as reference:
         assert_equal(engine.prefill(0, TOKENS[:255]), reference.prefill(0, TOKENS[:255]))
         assert_equal(engine.step({0: 1}), reference.step({0: 1}))
         engine.truncate(0, 200)
@@ -428,31 +434,31 @@ def test_models_that_cannot_be_fused_are_refused_with_the_reason(tmp_path: Path)
         "MLA": write_tiny_model(tmp_path / "mla.gguf", metadata={"llama.attention.kv_lora_rank": 16}),
     }
     for reason, path in cases.items():
-        with Model(path) as model, pytest.raises(UnsupportedModelError, match=reason):
-            FusedEngine(model, config(path))
+        with open_model(path) as model, pytest.raises(UnsupportedModelError, match=reason):
+            FusedEngine(model, *config())
 
 
 def test_impossible_sizes_are_refused(tiny: Model) -> None:
     with pytest.raises(UnsupportedModelError, match="batch of 2 tokens"):
-        FusedEngine(tiny, config(tiny.path, ubatch_size=2))
+        FusedEngine(tiny, *config(ubatch_size=2))
     with pytest.raises(UnsupportedModelError, match="300 sequences"):
-        FusedEngine(tiny, config(tiny.path, slots=100, context_size=8))
+        FusedEngine(tiny, *config(slots=100, context_size=8))
     # llama.cpp refuses a quantised value cache without flash attention.
     with pytest.raises(NativeError):
-        FusedEngine(tiny, config(tiny.path, flash_attention="off", cache_type_v="q8_0"))
+        FusedEngine(tiny, *config(flash_attention="off", cache_type_v="q8_0"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("attention", ["on", "off"])
 def test_stored_prompts_are_read_instead_of_computed(tmp_path: Path, architecture: Any, attention: Any) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
-    settings = config(path, prompt_cache=tmp_path / "cache", ubatch_size=64, flash_attention=attention)
+    settings = config(prompt_cache=tmp_path / "cache", ubatch_size=64, flash_attention=attention)
     results, warnings = [], []
-    with Model(path) as model:
+    with open_model(path) as model:
         for _ in range(2):
-            with FusedEngine(model, settings, warnings.append) as engine:
+            with FusedEngine(model, *settings, warnings.append) as engine:
                 results.append((engine.prefill(0, TOKENS).copy(), engine.computed_tokens, engine.step({0: 3}).copy()))
-        with FusedEngine(model, settings, warnings.append) as engine:
+        with FusedEngine(model, *settings, warnings.append) as engine:
             engine.prefill(0, [*TOKENS[:200], *range(100, 140)])
             assert engine.computed_tokens == 40
             assert lengths(engine) == {240}
@@ -463,19 +469,19 @@ def test_stored_prompts_are_read_instead_of_computed(tmp_path: Path, architectur
 
 def test_a_prompt_cache_that_cannot_be_used_says_so(tiny: Model, tmp_path: Path) -> None:
     warnings: list[str] = []
-    with FusedEngine(tiny, config(tiny.path, prompt_cache=tmp_path, prefill="exact"), warnings.append):
-        assert warnings == ["--prompt-cache needs a shared prefill or a single bucket: exact prefill"]
+    with FusedEngine(tiny, *config(prompt_cache=tmp_path, prefill="exact"), warnings.append):
+        assert warnings == ["`prompt_cache` needs a shared prefill or a single bucket: exact prefill"]
 
 
 def test_two_engines_do_not_disturb_each_other(tiny: Model, tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "other.gguf", architecture="qwen2", seed=7)
-    with Model(path) as other:
+    with open_model(path) as other:
         alone = []
         for model in (tiny, other):
-            with FusedEngine(model, config(model.path)) as engine:
+            with FusedEngine(model, *config()) as engine:
                 engine.prefill(0, TOKENS[:50])
                 alone.append([engine.step({0: token}).copy() for token in TOKENS[:20]])
-        with FusedEngine(tiny, config(tiny.path)) as first, FusedEngine(other, config(path)) as second:
+        with FusedEngine(tiny, *config()) as first, FusedEngine(other, *config()) as second:
             together: list[list[Any]] = [[], []]
 
             def work(index: int, engine: FusedEngine) -> None:
@@ -504,23 +510,23 @@ def test_thousands_of_steps_and_engines_leave_memory_flat(tiny: Model) -> None:
                 engine.prefill(0, TOKENS[: 10 + index % 40])
         gc.collect()
 
-    with FusedEngine(tiny, config(tiny.path)) as engine:
+    with FusedEngine(tiny, *config()) as engine:
         steps(engine, 800)
         before = process.memory_info().rss
         steps(engine, 3000)
         assert process.memory_info().rss - before < 4 << 20
     for _ in range(5):
-        FusedEngine(tiny, config(tiny.path)).close()
+        FusedEngine(tiny, *config()).close()
     gc.collect()
     before = process.memory_info().rss
     for _ in range(20):
-        with FusedEngine(tiny, config(tiny.path)) as engine:
+        with FusedEngine(tiny, *config()) as engine:
             engine.prefill(0, TOKENS[:50])
     gc.collect()
     assert process.memory_info().rss - before < 8 << 20
 
 
 def test_closing_twice_is_harmless(tiny: Model) -> None:
-    engine = FusedEngine(tiny, config(tiny.path))
+    engine = FusedEngine(tiny, *config())
     engine.close()
     engine.close()

@@ -43,12 +43,14 @@ from dataclasses import replace
 from pathlib import Path
 import llama_cpp.llama_cpp as llama
 import numpy as np
-from abcli.config import EngineConfig
+from abcli.config import BucketConfig, ContextConfig, ModelConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.choose import verify_fused
+from abcli.gguf.checked import check_model
 from abcli.native.llama import devices
 from abcli.native.model import Model
+from abcli.rope.bases import resolve_buckets
 
 library = llama._lib
 add = library.ggml_backend_rpc_add_server
@@ -68,13 +70,14 @@ def divergence(left, right):
     return float((np.exp(logs(left)) * (logs(left) - logs(right))).sum(axis=-1).max())
 
 
-config = EngineConfig(path, (5e3, 1e4, 2e4), context_size=256, slots=2, threads=2, gpu_layers=layers)
+config = ContextConfig(context_size=256, slots=2, threads=2)
+buckets = resolve_buckets(BucketConfig(bases=(5e3, 1e4, 2e4)), 1e4)
 tokens = [index * 7 % 250 for index in range(120)]
 result = {"devices": [device.name for device in devices()]}
-with Model(path, layers) as model:
+with Model(check_model(ModelConfig(path, layers))) as model:
     for prefill in ("exact", "shared"):
         chosen = replace(config, prefill=prefill)
-        with ContextsEngine(model, chosen) as reference, FusedEngine(model, chosen) as engine:
+        with ContextsEngine(model, chosen, buckets) as reference, FusedEngine(model, chosen, buckets) as engine:
             found = [divergence(reference.prefill(1, tokens), engine.prefill(1, tokens))]
             for token in range(10):
                 found.append(divergence(reference.step({1: token})[0], engine.step({1: token})[0]))
@@ -84,7 +87,7 @@ with Model(path, layers) as model:
             found.append(divergence(reference.step({0: 3, 1: 4}), engine.step({0: 3, 1: 4})))
             result[prefill] = {"note": engine.prefill_note, "divergence": max(found)}
             result["kinds"] = sorted("cpu" if device.is_cpu else "other" for device in engine._context.devices.opened)
-    result["sound"] = verify_fused(model, replace(config, slots=1)).sound
+    result["sound"] = verify_fused(model, replace(config, slots=1), buckets.bases).sound
 print(json.dumps(result))
 """
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
+from abcli.config import Buckets, ContextConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.errors import CancelledError
 from abcli.generate import Generator
@@ -24,6 +24,8 @@ from abcli.native.sampler import SamplerChain
 from abcli.native.state import StateError, parse_state
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 from abcli.rope.parameters import rope_parameters
+from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.models import open_model, set_up
 from tests.support.tiny_gguf import write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
@@ -49,14 +51,14 @@ MODELS: dict[str, Write] = {
 }
 
 
-def engine_config(path: Path, **changes: Any) -> EngineConfig:
+def engine_config(**changes: Any) -> tuple[ContextConfig, Buckets]:
     values: dict[str, Any] = {"bases": BASES, "context_size": 512, "prefill": "shared", **changes}
-    return EngineConfig(path, **values)
+    return set_up(**values)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with Model(MODELS[request.param](tmp_path_factory.mktemp("shared") / "model.gguf")) as loaded:
+    with open_model(MODELS[request.param](tmp_path_factory.mktemp("shared") / "model.gguf")) as loaded:
         yield loaded
 
 
@@ -98,7 +100,7 @@ def test_taken_over_keys_of_the_first_layer_are_those_llama_cpp_makes(model: Mod
     changes = {"cache_type_k": cache_type, "cache_type_v": cache_type}
     states = {}
     for mode in ("shared", "exact"):
-        with ContextsEngine(model, engine_config(model.path, prefill=mode, **changes)) as engine:
+        with ContextsEngine(model, *engine_config(prefill=mode, **changes)) as engine:
             engine.prefill(0, TOKENS)
             assert engine.prefill_note.startswith(mode)
             states[mode] = [state_of(context, 0, len(TOKENS) - 1) for context in engine._contexts]
@@ -115,7 +117,7 @@ def test_each_bucket_holds_the_leaders_keys_turned_by_its_own_angles(model: Mode
     header = read_header(model.path)
     parameters = rope_parameters(header, neox=model.rotation == "halves", context_size=512)
     own_base = header.architecture == "gemma3"
-    with ContextsEngine(model, engine_config(model.path, cache_type_k="f32")) as engine:
+    with ContextsEngine(model, *engine_config(cache_type_k="f32")) as engine:
         engine.prefill(0, TOKENS)
         leader = engine._leader
         reference = state_of(leader, 0, len(TOKENS) - 1)
@@ -135,7 +137,7 @@ def test_each_bucket_holds_the_leaders_keys_turned_by_its_own_angles(model: Mode
 def test_shared_is_close_to_exact_and_continues_like_it(model: Model) -> None:
     logits = {}
     for mode in ("shared", "exact"):
-        with ContextsEngine(model, engine_config(model.path, prefill=mode)) as engine:
+        with ContextsEngine(model, *engine_config(prefill=mode)) as engine:
             engine.prefill(0, TOKENS[:120])
             engine.step({0: 5})
             logits[mode] = engine.prefill(0, TOKENS[120:]).copy()
@@ -152,7 +154,7 @@ def test_shared_is_close_to_exact_and_continues_like_it(model: Model) -> None:
 def test_taking_over_in_random_pieces_gives_the_same_bytes_as_at_once(model: Model, seed: int) -> None:
     chance = random.Random(seed)
     longest = model.sliding_window or len(TOKENS)
-    with ContextsEngine(model, engine_config(model.path, context_size=1024)) as engine:
+    with ContextsEngine(model, *engine_config(context_size=1024)) as engine:
         shared, leader = engine._shared, engine._leader
         assert shared is not None
         for start in range(0, len(TOKENS), longest):
@@ -227,7 +229,7 @@ def test_turning_there_and_back_returns_the_keys(
 )
 def test_falls_back_to_exact_and_says_why(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     path = write_tiny_model(tmp_path / "wide.gguf", embedding=128)
-    with Model(path) as model, ContextsEngine(model, engine_config(path, **changes)) as engine:
+    with open_model(path) as model, ContextsEngine(model, *engine_config(**changes)) as engine:
         assert engine.prefill_note.startswith("exact")
         assert reason in engine.prefill_note
         engine.prefill(0, TOKENS)
@@ -235,7 +237,7 @@ def test_falls_back_to_exact_and_says_why(tmp_path: Path, changes: dict[str, Any
 
 def test_a_model_with_positions_of_several_parts_is_computed_exactly(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", architecture="qwen2vl")
-    with Model(path) as model, ContextsEngine(model, engine_config(path)) as engine:
+    with open_model(path) as model, ContextsEngine(model, *engine_config()) as engine:
         assert engine.prefill_note == "exact prefill: the positions of this model have several parts (M-RoPE)"
         engine.prefill(0, TOKENS[:50])
         engine.step({0: 3})
@@ -246,21 +248,21 @@ def test_wrong_angles_are_noticed_and_nothing_is_shared(tiny_model: Path, monkey
         return RopeParameters(dimensions=16, neox=True)
 
     monkeypatch.setattr("abcli.engine.contexts.rope_parameters", wrong)
-    with Model(tiny_model) as model, ContextsEngine(model, engine_config(tiny_model)) as engine:
+    with open_model(tiny_model) as model, ContextsEngine(model, *engine_config()) as engine:
         assert engine.prefill_note == "exact prefill: the keys of layer 0 do not follow the base as RoPE turns them"
 
 
 def test_auto_computes_short_texts_exactly(tiny_model: Path) -> None:
     logits = {}
     for mode in ("auto", "exact"):
-        with Model(tiny_model) as model, ContextsEngine(model, engine_config(tiny_model, prefill=mode)) as engine:
+        with open_model(tiny_model) as model, ContextsEngine(model, *engine_config(prefill=mode)) as engine:
             logits[mode] = engine.prefill(0, TOKENS[:10]).copy()
     assert np.array_equal(logits["auto"], logits["exact"])
 
 
 def test_a_base_that_is_no_bucket_can_prefill(tiny_model: Path) -> None:
     changes = {"bases": (5_000.0, 20_000.0), "prefill_base": 9_000.0}
-    with Model(tiny_model) as model, ContextsEngine(model, engine_config(tiny_model, **changes)) as engine:
+    with open_model(tiny_model) as model, ContextsEngine(model, *engine_config(**changes)) as engine:
         assert engine.prefill_note.startswith("shared prefill at base 9000")
         engine.prefill(0, TOKENS[:100])
         engine.step({0: 3})
@@ -274,7 +276,7 @@ def test_a_base_that_is_no_bucket_can_prefill(tiny_model: Path) -> None:
 
 
 def test_cancelling_a_shared_prefill_restores_every_context(tiny_model: Path) -> None:
-    with Model(tiny_model) as model, ContextsEngine(model, engine_config(tiny_model, ubatch_size=32)) as engine:
+    with open_model(tiny_model) as model, ContextsEngine(model, *engine_config(ubatch_size=32)) as engine:
         engine.prefill(0, TOKENS[:40])
 
         def progress(done: int, _total: int) -> None:
@@ -298,8 +300,8 @@ def test_a_chat_of_30_turns_computes_each_token_once(tiny_model: Path, monkeypat
 
     monkeypatch.setattr(Context, "decode", counting)
     generation = GenerationConfig(SamplingConfig(seed=1), max_tokens=4, ignore_eos=True)
-    config = engine_config(tiny_model, prefill="auto", context_size=2048)
-    with Model(tiny_model) as model, ContextsEngine(model, config) as engine:
+    config = engine_config(prefill="auto", context_size=2048)
+    with open_model(tiny_model) as model, ContextsEngine(model, *config) as engine:
         counted.clear()
         with Generator(engine, model, lambda sampling: SamplerChain(model, sampling)) as generator:
             conversation: list[int] = []
@@ -315,8 +317,8 @@ def test_a_chat_of_30_turns_computes_each_token_once(tiny_model: Path, monkeypat
 
 
 def test_a_prompt_of_one_context_is_read_from_bytes_only_if_they_are_sound(tiny_model: Path) -> None:
-    with Model(tiny_model) as model:
-        config = engine_config(tiny_model)
+    with open_model(tiny_model) as model:
+        config, _ = engine_config()
         with Context(model, 1e4, config, 512, 1, CancelFlag()) as context:
             context.decode([BatchPart(0, 0, TOKENS[:20], output=False)], [None])
             data = state_of(context, 0, 20)

@@ -7,20 +7,20 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from abcli.config import EngineConfig
+from abcli.config import Buckets, ContextConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.errors import NativeError
 from abcli.native.context import Context
-from abcli.native.model import Model
+from tests.support.models import open_model, set_up
 from tests.support.tiny_gguf import write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
 DOCUMENT = [index * 7 % 250 for index in range(400)]
 
 
-def engine_config(path: Path, cache: Path | None, **changes: Any) -> EngineConfig:
+def engine_config(cache: Path | None, **changes: Any) -> tuple[ContextConfig, Buckets]:
     values: dict[str, Any] = {"bases": BASES, "context_size": 1024, "ubatch_size": 128, **changes}
-    return EngineConfig(path, prompt_cache=cache, **values)
+    return set_up(prompt_cache=cache, **values)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -32,8 +32,8 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def prefill(path: Path, cache: Path | None, tokens: list[int], **changes: Any) -> tuple[np.ndarray, int, list[str]]:
     """Logits, tokens computed and warnings of a prefill by a new engine."""
     warnings: list[str] = []
-    config = engine_config(path, cache, **changes)
-    with Model(path) as model, ContextsEngine(model, config, warnings.append) as engine:
+    config = engine_config(cache, **changes)
+    with open_model(path) as model, ContextsEngine(model, *config, warnings.append) as engine:
         logits = engine.prefill(0, tokens).copy()
         assert list(engine.tokens(0)) == tokens
         assert {context.length(0) for context in engine._contexts} == {len(tokens)}
@@ -89,7 +89,7 @@ def test_a_damaged_file_costs_a_warning_and_is_written_again(path: Path, tmp_pat
 
 def test_a_slot_that_holds_a_little_takes_more_from_the_disk(path: Path, tmp_path: Path) -> None:
     prefill(path, tmp_path, DOCUMENT)
-    with Model(path) as model, ContextsEngine(model, engine_config(path, tmp_path)) as engine:
+    with open_model(path) as model, ContextsEngine(model, *engine_config(tmp_path)) as engine:
         engine.prefill(0, DOCUMENT[:20])
         engine.prefill(0, DOCUMENT[20:])
         assert engine.computed_tokens == 1
@@ -104,7 +104,7 @@ def test_a_failure_while_reading_leaves_an_empty_slot(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefill(path, tmp_path, DOCUMENT)
-    with Model(path) as model, ContextsEngine(model, engine_config(path, tmp_path)) as engine:
+    with open_model(path) as model, ContextsEngine(model, *engine_config(tmp_path)) as engine:
         engine.prefill(0, DOCUMENT[:20])
         with monkeypatch.context() as patch:
             patch.setattr(Context, "append_spare", Mock(side_effect=NativeError("out of order")))

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import EngineConfig
+from abcli.config import Buckets, ContextConfig
 from abcli.engine.contexts import ContextsEngine
 from abcli.engine.fused import FusedEngine
 from abcli.engine.slots import fitting
 from abcli.errors import CancelledError, ContextFullError
 from abcli.native.context import Sequences
-from abcli.native.model import Model
+from tests.support.models import open_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 ENGINES = (ContextsEngine, FusedEngine)
@@ -26,15 +26,18 @@ EXACT: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_at
 TOKENS = [index * 7 % 250 for index in range(300)]
 
 
-def config(path: Path, **changes: Any) -> EngineConfig:
+def config(**changes: Any) -> tuple[ContextConfig, Buckets]:
     values: dict[str, Any] = {"bases": BASES, "context_size": 256, "threads": 2, "slots": 5, **EXACT, **changes}
-    return EngineConfig(path, **values)
+    return set_up(**values)
 
 
-def assert_the_same(path: Path, kind: Any, chosen: EngineConfig, lengths: dict[int, int], held: int = 3) -> None:
+def assert_the_same(
+    path: Path, kind: Any, chosen: tuple[ContextConfig, Buckets], lengths: dict[int, int], held: int = 3
+) -> None:
     """In slots that hold something already, with the steps that follow, and with none left out."""
-    with Model(path) as model, kind(model, chosen) as engine, kind(model, chosen) as reference:
-        for slot in range(chosen.slots):
+    slots = range(chosen[0].slots)
+    with open_model(path) as model, kind(model, *chosen) as engine, kind(model, *chosen) as reference:
+        for slot in slots:
             beginning = TOKENS[slot : slot + held + slot]
             engine.prefill(slot, beginning)
             reference.prefill(slot, beginning)
@@ -43,7 +46,7 @@ def assert_the_same(path: Path, kind: Any, chosen: EngineConfig, lengths: dict[i
         assert engine.computed_tokens == sum(lengths.values())
         alone = [reference.prefill(slot, tokens).copy() for slot, tokens in prompts.items()]
         np.testing.assert_allclose(together, alone, atol=1e-3)
-        step = {slot: 9 + slot for slot in range(chosen.slots)}
+        step = {slot: 9 + slot for slot in slots}
         np.testing.assert_allclose(engine.step(step), reference.step(step), atol=1e-3)
         for slot in step:
             assert list(engine.tokens(slot)) == list(reference.tokens(slot))
@@ -53,13 +56,13 @@ def assert_the_same(path: Path, kind: Any, chosen: EngineConfig, lengths: dict[i
 @pytest.mark.parametrize("bases", [BASES, BASES[:1], (6_000.0, 12_000.0)])
 @pytest.mark.parametrize("prefill", ["exact", "shared", "auto"])
 def test_together_is_as_alone(tiny_model: Path, kind: Any, bases: tuple[float, ...], prefill: Any) -> None:
-    chosen = config(tiny_model, bases=bases, prefill=prefill)
+    chosen = config(bases=bases, prefill=prefill)
     assert_the_same(tiny_model, kind, chosen, {3: 40, 0: 9, 1: 12, 4: 1})
 
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_more_than_a_batch_takes(tiny_model: Path, kind: Any) -> None:
-    chosen = config(tiny_model, bases=BASES[:1], ubatch_size=32, batch_size=32)
+    chosen = config(bases=BASES[:1], ubatch_size=32, batch_size=32)
     assert_the_same(tiny_model, kind, chosen, {0: 20, 1: 20, 2: 100, 3: 5, 4: 6})
 
 
@@ -67,12 +70,12 @@ def test_a_sliding_window_is_kept_whole(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", architecture="gemma3", layers=7)
     for kind in ENGINES:
         # Far beyond the window, with the shorter prompts filled up in one batch.
-        assert_the_same(path, kind, config(path, bases=BASES[:1]), {0: 3, 1: 10, 2: 9, 3: 1, 4: 10}, held=100)
+        assert_the_same(path, kind, config(bases=BASES[:1]), {0: 3, 1: 10, 2: 9, 3: 1, 4: 10}, held=100)
 
 
 def test_recurrent_models_are_served(tmp_path: Path) -> None:
     path = write_tiny_mamba(tmp_path / "model.gguf")
-    assert_the_same(path, ContextsEngine, config(path, bases=BASES[:1], cache_type_v="f32"), {1: 5, 0: 9, 4: 2})
+    assert_the_same(path, ContextsEngine, config(bases=BASES[:1], cache_type_v="f32"), {1: 5, 0: 9, 4: 2})
 
 
 def test_near_lengths_share_a_batch(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +87,8 @@ def test_near_lengths_share_a_batch(tiny_model: Path, monkeypatch: pytest.Monkey
         decode(self, parts, logits)
 
     for kind, wanted in ((ContextsEngine, [2, 1, 1, 1]), (FusedEngine, [3, 1, 1])):
-        chosen = config(tiny_model, bases=BASES[:1])
-        with Model(tiny_model) as model, kind(model, chosen) as engine:  # type: ignore[operator]
+        chosen = config(bases=BASES[:1])
+        with open_model(tiny_model) as model, kind(model, *chosen) as engine:  # type: ignore[operator]
             monkeypatch.setattr(Sequences, "decode", counted)
             batches.clear()
             engine.prefill_together({slot: TOKENS[:length] for slot, length in enumerate((20, 24, 22, 90, 5))})
@@ -95,8 +98,8 @@ def test_near_lengths_share_a_batch(tiny_model: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_slot_can_be_filled_to_the_last_token_beside_others(tiny_model: Path, kind: Any) -> None:
-    chosen = config(tiny_model, bases=BASES[:1], context_size=64)
-    with Model(tiny_model) as model, kind(model, chosen) as engine, kind(model, chosen) as reference:
+    chosen = config(bases=BASES[:1], context_size=64)
+    with open_model(tiny_model) as model, kind(model, *chosen) as engine, kind(model, *chosen) as reference:
         for each in (engine, reference):
             each.prefill(0, TOKENS[:60])
         found = engine.prefill_together({0: TOKENS[:4], 1: TOKENS[:14]}).copy()
@@ -106,7 +109,7 @@ def test_a_slot_can_be_filled_to_the_last_token_beside_others(tiny_model: Path, 
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_one_that_does_not_fit_leaves_all_as_they_were(tiny_model: Path, kind: Any) -> None:
-    with Model(tiny_model) as model, kind(model, config(tiny_model)) as engine:
+    with open_model(tiny_model) as model, kind(model, *config()) as engine:
         engine.prefill(1, TOKENS[:10])
         with pytest.raises(ContextFullError):
             engine.prefill_together({0: TOKENS[:5], 1: TOKENS[:250]})
@@ -117,7 +120,7 @@ def test_one_that_does_not_fit_leaves_all_as_they_were(tiny_model: Path, kind: A
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_cancelled_one_leaves_all_as_they_were(tiny_model: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Model(tiny_model) as model, kind(model, config(tiny_model)) as engine:
+    with open_model(tiny_model) as model, kind(model, *config()) as engine:
         engine.prefill(0, TOKENS[:10])
         before = engine.step({0: 7}).copy()
         engine.truncate(0, 10)

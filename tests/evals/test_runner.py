@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import CancelledError, EvaluationDataError, UsageError
 from abcli.evals import model_under_test as subject_module
 from abcli.evals.configurations import Configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.runner import NEEDS_DATA, TASKS, Evaluation, EvaluationSettings, describe, evaluate, make_questions
 from abcli.evals.scoring import score
+from tests.support.models import checked_model
 
 NATIVE = 1e4
 SETTINGS = EvaluationSettings("kv", (400, 500), limit=6, depths=3)
@@ -31,7 +32,7 @@ def subject(tiny_model: Path) -> Iterator[Subject]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subject_module, "ensure_loadable", lambda *_: None)
         # One thread: how many there are decides about the last bits, and they follow the number of buckets.
-        with Subject(EngineConfig(tiny_model, (), threads=1)) as opened:
+        with Subject(checked_model(tiny_model), ContextConfig(threads=1)) as opened:
             yield opened
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from abcli.errors import GrammarError
 from abcli.grammar import gbnf
-from abcli.grammar import grammar as grammar_module
+from abcli.native import grammar as grammar_module
 from abcli.native.grammar import schema_to_gbnf
 from tests.native.common import accepted_by_llama_cpp
 

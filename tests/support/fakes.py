@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import SamplingConfig
 from abcli.engine.protocol import Progress
 from abcli.errors import CancelledError, ContextFullError
+from abcli.sampling import SamplingConfig
 
 # Tokens 0..255 are bytes; this one ends an answer.
 END = 256

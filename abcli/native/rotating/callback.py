@@ -31,7 +31,7 @@ _BASE_OFFSET = TensorStruct.op_params.offset + 5 * 4
 _MARK_OFFSET, _MARK = TensorStruct.op_params.offset, 0x61626B74
 # Layers reuse memory, so a model has few distinct ones; each length of a prompt's last piece makes new ones.
 _MAX_GRAPHS = 512
-_HINT = "use --engine contexts with this model"
+_HINT = "use `engine=contexts` with this model"
 
 
 class ByCallback(Owner):

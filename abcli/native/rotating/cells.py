@@ -130,7 +130,7 @@ class DeviceCache:
                 api.tensor_get(source, found.ctypes.data, 0, found.nbytes)
                 if np.array_equal(found, wanted):
                     return
-            raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use --engine contexts")
+            raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use `engine=contexts`")
 
         return visit
 

@@ -16,7 +16,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import UnsupportedModelError
 from abcli.native.context import BatchPart, Sequences, context_parameters
 from abcli.native.ggml_api import check_tensor_layout
@@ -36,7 +36,7 @@ MAX_SEQUENCES = 256
 _CELL_STEP = 256
 # Graphs of several tokens may take a few nodes more than that of one.
 _SPARE_NODES = 64
-_HINT = "use --engine contexts with this model"
+_HINT = "use `engine=contexts` with this model"
 # Where the proofs of turning and sharing look: far enough that a wrong angle shows.
 _PROBE_POSITION = 997
 # Largest error of a turned key relative to the layer's largest number: a few roundings of f16.
@@ -63,13 +63,13 @@ class FusedContext(Sequences):
         self,
         model: Model,
         bases: Sequence[float],
-        config: EngineConfig,
+        config: ContextConfig,
         base: float,
         threads: int,
         cancel: CancelFlag,
         leader: float | None = None,
     ) -> None:
-        """`bases` are the buckets', `base` the context's own: equal bases cost nothing. `config.bases` is not read.
+        """`bases` are the buckets', `base` the context's own: equal bases cost nothing.
 
         Raises UnsupportedModelError for a model whose rotations cannot be varied within a batch, NativeError if
         llama.cpp cannot make the context.
@@ -84,7 +84,7 @@ class FusedContext(Sequences):
             raise UnsupportedModelError(
                 f"{config.slots} slots with {len(self.bases)} buckets are {sequences} sequences, but llama.cpp's batch "
                 f"takes {MAX_SEQUENCES}",
-                "use fewer slots or buckets, or --engine contexts",
+                "use fewer slots or buckets, or `engine=contexts`",
             )
         cells = -(-config.context_size // _CELL_STEP) * _CELL_STEP
         self._slot_cells = cells
@@ -316,7 +316,7 @@ class FusedContext(Sequences):
 
 
 def _inspect(
-    model: Model, config: EngineConfig, base: float, cancel: CancelFlag, obstacle: str
+    model: Model, config: ContextConfig, base: float, cancel: CancelFlag, obstacle: str
 ) -> tuple[frozenset[int], str]:
     """Which ROPE operations of the model follow the base, and why they cannot be turned inside the graph.
 
@@ -341,7 +341,7 @@ def _inspect(
         ropes = observer.result().ropes
     follows = frozenset(index for index, rope in enumerate(ropes) if rope.base == marked)
     if not follows:
-        raise UnsupportedModelError("no rotation of the model follows the RoPE base", "use --buckets 1")
+        raise UnsupportedModelError("no rotation of the model follows the RoPE base", "use `buckets=1`")
     if any(ropes[index].first_dimension for index in follows):
         raise UnsupportedModelError("the model rotates a part of each head only, from its middle on", _HINT)
     if isinstance(way, InGraph) and way.free_nodes < len(follows) * NODES_PER_ROTATION + _SPARE_NODES:

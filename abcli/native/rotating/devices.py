@@ -60,7 +60,7 @@ class Device(Owner):
         with ExitStack() as stack:
             backend = api.device_init(handle, None)
             if not backend:
-                raise NativeError("ggml cannot open a device a second time", "use --engine contexts")
+                raise NativeError("ggml cannot open a device a second time", "use `engine=contexts`")
             stack.callback(api.backend_free, backend)
             self.is_cpu: bool = api.device_type(handle) == api.BACKEND_DEVICE_TYPE_CPU
             self.backend: int = backend
@@ -104,7 +104,7 @@ class Device(Owner):
         """A buffer of `size` bytes on the device, which lives as long as this. Raises NativeError."""
         buffer = api.buffer_alloc(api.device_buffer_type(self._handle), size + ALIGNMENT)
         if not buffer:
-            raise NativeError("the device has no memory for a small table", "use fewer buckets or --engine contexts")
+            raise NativeError("the device has no memory for a small table", "use fewer buckets or `engine=contexts`")
         self._tensors.callback(api.buffer_free, buffer)
         return int(buffer)
 

@@ -111,7 +111,7 @@ def rope_node(node: TensorStruct) -> RopeNode:
     if mode not in (api.MODE_NORMAL, api.MODE_NEOX):
         raise UnsupportedModelError(
             f"the model's positions have several parts (ggml's RoPE mode {mode}), which one batch cannot vary",
-            "use --engine contexts with this model",
+            "use `engine=contexts` with this model",
         )
     parameters = RopeParameters(
         dimensions=dimensions,
@@ -137,7 +137,7 @@ def _floats(tensor: int) -> tuple[float, ...]:
     if not node.buffer:
         raise UnsupportedModelError(
             "the model computes its RoPE factors anew for each text, which one batch cannot vary",
-            "use --engine contexts with this model",
+            "use `engine=contexts` with this model",
         )
     numbers = np.empty(node.ne[0], np.float32)
     api.tensor_get(tensor, numbers.ctypes.data_as(ctypes.c_void_p), 0, numbers.nbytes)

@@ -184,4 +184,4 @@ def weights_of(tensor: int) -> TensorStruct:
         if not node.src[0]:
             break
         tensor = node.src[0]
-    raise NativeError("llama.cpp rotates numbers that come from no weights", "use --engine contexts")
+    raise NativeError("llama.cpp rotates numbers that come from no weights", "use `engine=contexts`")

@@ -125,7 +125,7 @@ class InGraph(Owner):
             self._call(decode)
         if rows and self._rows != rows:
             raise NativeError(
-                f"llama.cpp's graph turns {self._rows} rows where {rows} were to be turned", "use --engine contexts"
+                f"llama.cpp's graph turns {self._rows} rows where {rows} were to be turned", "use `engine=contexts`"
             )
 
     def _call(self, function: Callable[[], None]) -> None:

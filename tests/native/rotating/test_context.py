@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import NativeError, UnsupportedModelError
 from abcli.native import ggml_api as api
 from abcli.native.llama import CancelFlag
@@ -19,25 +19,26 @@ from abcli.native.rotating.hook import rope_hook
 from abcli.native.rotating.tables import Tables
 from abcli.native.rotating.turning import InGraph
 from abcli.native.state import StateError, parse_state
+from tests.support.models import open_model
 from tests.support.tiny_gguf import write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
 TOKENS = [index * 7 % 250 for index in range(60)]
 
 
-def config(path: Path, **changes: Any) -> EngineConfig:
+def config(**changes: Any) -> ContextConfig:
     exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off"}
-    return EngineConfig(path, BASES, **{"context_size": 256, "threads": 2, **exact, **changes})
+    return ContextConfig(**{"context_size": 256, "threads": 2, **exact, **changes})
 
 
 def fused(model: Model, **changes: Any) -> FusedContext:
-    return FusedContext(model, BASES, config(model.path, **changes), 10_000.0, 2, CancelFlag())
+    return FusedContext(model, BASES, config(**changes), 10_000.0, 2, CancelFlag())
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     path = tmp_path_factory.mktemp("models") / "gemma.gguf"
-    with Model(write_tiny_model(path, architecture="gemma3", layers=7, rope_base=10_000.0)) as model:
+    with open_model(write_tiny_model(path, architecture="gemma3", layers=7, rope_base=10_000.0)) as model:
         yield model
 
 
@@ -202,14 +203,14 @@ def test_a_graph_without_room_falls_back_to_the_callback(model: Model, monkeypat
 
 
 def test_one_base_is_plain_llama_cpp(model: Model) -> None:
-    with FusedContext(model, BASES[1:2], config(model.path), 10_000.0, 2, CancelFlag()) as context:
+    with FusedContext(model, BASES[1:2], config(), 10_000.0, 2, CancelFlag()) as context:
         assert context.turning_note == "nothing to turn"
         assert not rope_hook().installed
 
 
 @pytest.mark.parametrize("attention", ["on", "off"])
 def test_rows_of_the_native_base_are_bit_for_bit_those_of_plain_llama_cpp(model: Model, attention: str) -> None:
-    settings = config(model.path, flash_attention=attention)
+    settings = config(flash_attention=attention)
     found = []
     for bases in (BASES, (10_000.0,) * 3):
         with FusedContext(model, bases, settings, 10_000.0, 2, CancelFlag()) as context:
@@ -218,12 +219,12 @@ def test_rows_of_the_native_base_are_bit_for_bit_those_of_plain_llama_cpp(model:
 
 
 def test_the_sequences_of_neighbouring_slots_have_no_gaps(model: Model) -> None:
-    with FusedContext(model, BASES, config(model.path, slots=3), 10_000.0, 2, CancelFlag(), leader=9_000.0) as context:
+    with FusedContext(model, BASES, config(slots=3), 10_000.0, 2, CancelFlag(), leader=9_000.0) as context:
         assert [context.sequence(slot, column) for slot in range(3) for column in range(3)] == list(range(9))
         assert [context.sequence(slot, 3) for slot in range(3)] == [9, 10, 11]
 
 
 def test_a_model_without_rotations_is_refused(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "gpt2.gguf", architecture="gpt2")
-    with Model(path) as model, pytest.raises(UnsupportedModelError, match="no rotation"):
+    with open_model(path) as model, pytest.raises(UnsupportedModelError, match="no rotation"):
         fused(model)

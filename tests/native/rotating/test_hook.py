@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.native import ggml_api as api
 from abcli.native.context import BatchPart, Context
 from abcli.native.llama import CancelFlag
@@ -38,14 +38,13 @@ class Counting:
         return int(original(scheduler, graph))
 
 
-def settings(path: Path) -> EngineConfig:
-    return EngineConfig(path, BASES, context_size=256, threads=2)
+SETTINGS = ContextConfig(context_size=256, threads=2)
 
 
 def plain(model: Model) -> np.ndarray:
     """The logits of a context that has nothing to do with buckets."""
     row = np.empty(model.vocabulary_size, np.float32)
-    with Context(model, 10_000.0, settings(model.path), 256, 2, CancelFlag()) as context:
+    with Context(model, 10_000.0, SETTINGS, 256, 2, CancelFlag()) as context:
         context.decode([BatchPart(0, 0, [1, 2, 3], output=True)], [row])
     return row
 
@@ -91,7 +90,7 @@ def test_several_contexts_come_and_go_beside_plain_ones(model: Model) -> None:
     wanted = plain(model)
 
     def open_one() -> FusedContext:
-        return FusedContext(model, BASES, settings(model.path), 10_000.0, 2, CancelFlag())
+        return FusedContext(model, BASES, SETTINGS, 10_000.0, 2, CancelFlag())
 
     first, second = open_one(), open_one()
     np.testing.assert_array_equal(plain(model), wanted)
@@ -126,7 +125,7 @@ def test_opening_and_closing_in_many_threads_leaves_the_pointer_as_it_was() -> N
 def test_a_context_that_cannot_be_made_gives_the_function_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "buffer_alloc", lambda *_: 0)
     with pytest.raises(Exception, match="no memory for a small table"):
-        FusedContext(model, BASES, settings(model.path), 10_000.0, 2, CancelFlag())
+        FusedContext(model, BASES, SETTINGS, 10_000.0, 2, CancelFlag())
     assert not rope_hook().installed
 
 
@@ -149,12 +148,14 @@ def test_a_process_that_ends_with_open_contexts_ends_well(tiny_model: Path) -> N
     program = """
 import sys
 from pathlib import Path
-from abcli.config import EngineConfig
-from abcli.engine.fused import FusedEngine
-from abcli.native.model import Model
-path = Path(sys.argv[1])
-engine = FusedEngine(Model(path), EngineConfig(path, (5e3, 1e4, 2e4), context_size=256, threads=2))
-engine.step({0: 1})
+import numpy as np
+from abcli.config import ContextConfig
+from abcli.native.llama import CancelFlag
+from abcli.native.rotating.context import FusedContext, SlotPart
+from tests.support.models import open_model
+model = open_model(Path(sys.argv[1]))
+context = FusedContext(model, (5e3, 1e4, 2e4), ContextConfig(context_size=256, threads=2), 1e4, 2, CancelFlag())
+context.compute([SlotPart(0, 0, [1])], range(3), np.empty((1, 3, model.vocabulary_size), np.float32))
 """
     root = Path(__file__).resolve().parents[3]
     result = subprocess.run([sys.executable, "-c", program, str(tiny_model)], cwd=root, capture_output=True, timeout=60)
