@@ -32,7 +32,7 @@ from abcli.native.rotating.context import FusedContext, SlotPart
 from abcli.native.rotating.keys import PROBE_POSITION, agree
 
 # Raised when the probe comes to look at more.
-PROBE_VERSION = 2
+PROBE_VERSION = 3
 # The text stands where a wrong angle shows; its last tokens come one by one.
 _TEXT = "The history of the lighthouse begins with fires that were lit on hills, for the sailors to steer by at night."
 _TEXT_TOKENS = 20

@@ -16,9 +16,9 @@ from abcli.engine.contexts import ContextsBackend
 from abcli.engine.fused import FusedBackend
 from abcli.engine.opening import open_engine
 from abcli.errors import NativeError, UnsupportedModelError
+from abcli.native.ggml_api import TensorStruct
 from abcli.native.model import Model
-from abcli.native.rotating.devices import Device
-from abcli.native.rotating.turning import Turning
+from abcli.native.rotating.tables import Tables
 from tests.support.models import checked_model, open_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
@@ -70,21 +70,20 @@ def test_the_probe_notices_wrong_rotations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, architecture: Any
 ) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
-    original = Device.inverse_angles
-    start = Turning.__init__
+    turn, angles = Tables.turn, Tables._angles
 
-    def other_angles(self: Device, key: Any) -> int:
-        return original(self, (key[0], key[1], key[2] * 1.1))
+    def other_angles(self: Tables, rotation: Any) -> Any:
+        return 1.1 * angles(self, rotation)
 
-    def other_follows(self: Turning, *arguments: Any) -> None:
-        *first, follows, last = arguments
-        kept = frozenset() if wrong == "nothing turned" else frozenset(index for index in follows if index % 2)
-        start(self, *first, kept, last)
+    def other_rows(self: Tables, context: int, rows: int, *arguments: Any) -> int:
+        # There are four heads of queries and two of keys.
+        keys = TensorStruct.from_address(rows).ne[1] == 2
+        return turn(self, context, rows, *arguments) if keys and wrong == "queries alone" else rows
 
     if wrong == "angles of keys and queries":
-        monkeypatch.setattr(Device, "inverse_angles", other_angles)
+        monkeypatch.setattr(Tables, "_angles", other_angles)
     else:
-        monkeypatch.setattr(Turning, "__init__", other_follows)
+        monkeypatch.setattr(Tables, "turn", other_rows)
     with open_model(path) as model:
         verdict = verify_fused(model, config()[0], BASES)
         assert not verdict.sound

@@ -19,9 +19,10 @@ from abcli.engine.engine import Engine
 from abcli.errors import CancelledError, ContextFullError, NativeError, UnsupportedModelError
 from abcli.generate import Generator
 from abcli.native.model import Model
+from abcli.native.rotating import context as context_module
+from abcli.native.rotating.callback import ByCallback
 from abcli.native.rotating.context import FusedContext
-from abcli.native.rotating.devices import DeviceGraph
-from abcli.native.rotating.turning import Turning
+from abcli.native.rotating.turning import InGraph
 from abcli.native.sampler import SamplerChain
 from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.engines import computed, contexts_engine, fused_engine, stepped
@@ -46,6 +47,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear": {"metadata": LINEAR},
     "yarn": {"metadata": YARN},
     "partial": {"architecture": "stablelm"},
+    # 12 of 16 numbers of each head: the rest is no multiple of it.
+    "uneven": {"architecture": "stablelm", "metadata": {"stablelm.rope.dimension_count": 12}},
     "sliding window": {"architecture": "gemma3", "layers": 7},
 }
 
@@ -89,13 +92,23 @@ def lengths(engine: Engine, slot: int = 0) -> set[int]:
     return {engine._backend.length(slot, column) for column in range(len(engine.bases))}
 
 
+@pytest.fixture(params=["in the graph", "by callback"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    obstacle = "" if request.param == "in the graph" else "for the test"
+    monkeypatch.setattr(context_module, "hook_obstacle", lambda: obstacle)
+    return "inside llama.cpp's graph" if not obstacle else "by callback (for the test)"
+
+
 @pytest.mark.parametrize("attention", ["on", "off"])
 @pytest.mark.parametrize("prefill", ["exact", "shared"])
-def test_each_bucket_computes_what_a_context_of_its_own_computes(model: Model, prefill: Any, attention: Any) -> None:
+def test_each_bucket_computes_what_a_context_of_its_own_computes(
+    model: Model, way: str, prefill: Any, attention: Any
+) -> None:
     settings = config(prefill=prefill, flash_attention=attention, ubatch_size=64)
     # On a CPU flash attention works with queries in half precision.
     tolerance = 1e-5 if attention == "on" else 1e-7
     with contexts_engine(model, *settings) as reference, fused_engine(model, *settings) as engine:
+        assert engine._backend._context.turning_note == f"rows turned {way}"
         assert engine.sharing == reference.sharing
         for start, end, stop in ((0, 130, 140), (140, 200, 210)):
             assert_equal(engine.prefill(0, TOKENS[start:end]), reference.prefill(0, TOKENS[start:end]), tolerance)
@@ -272,39 +285,21 @@ def test_a_single_bucket_of_a_model_without_rope_is_served(tmp_path: Path) -> No
         assert_equal(stepped(engine, {0: 3}), stepped(reference, {0: 3}))
 
 
-def test_buckets_at_the_contexts_base_interrupt_nothing(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = []
-    original = DeviceGraph.compute
+def test_a_graph_is_built_once_and_then_reused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    original = InGraph._turned
 
-    def counting(self: DeviceGraph) -> None:
-        computed.append(self.nodes)
-        original(self)
+    def counting(self: InGraph, *arguments: Any) -> int:
+        built.append(arguments)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(DeviceGraph, "compute", counting)
-    with fused_engine(tiny, *config(bases=(10_000.0, 10_000.0), prefill="exact")) as engine:
-        engine.prefill(0, TOKENS[:20])
-        stepped(engine, {0: 1})
-    assert computed == []
+    monkeypatch.setattr(InGraph, "_turned", counting)
     with fused_engine(tiny, *config(prefill="exact")) as engine:
-        computed.clear()
-        stepped(engine, {0: 1})
-    # Queries and keys of both buckets with another base, once for each of the two layers.
-    assert computed == [4, 4]
-
-
-def test_a_graph_is_learned_once_and_then_reused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    learned = []
-    original = Turning._learn_rope
-
-    def counting(self: Turning, tensor: int) -> bool:
-        learned.append(tensor)
-        return original(self, tensor)
-
-    monkeypatch.setattr(Turning, "_learn_rope", counting)
-    with fused_engine(tiny, *config(prefill="exact")) as engine:
+        built.clear()
         for token in range(100):
             stepped(engine, {0: token})
-    assert len(learned) <= 8
+    # Queries and keys of both layers; llama.cpp builds anew when attention passes over more cells.
+    assert len(built) == 4
 
 
 @pytest.mark.parametrize(
@@ -364,29 +359,28 @@ def test_an_exception_of_a_signal_handler_leaves_the_slot_as_it_was(tiny: Model)
         stepped(engine, {0: 1})
 
 
-@pytest.mark.parametrize("method", ["ask", "done", "_graph", "finish"])
+@pytest.mark.parametrize(("kind", "method"), [(InGraph, "_turned"), (ByCallback, "_ask"), (ByCallback, "_graph")])
 def test_a_failing_callback_is_an_error_and_never_a_wrong_token(
-    tiny: Model, monkeypatch: pytest.MonkeyPatch, method: str
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: type, method: str
 ) -> None:
+    monkeypatch.setattr(context_module, "hook_obstacle", lambda: "" if kind is InGraph else "for the test")
     with fused_engine(tiny, *config()) as engine, contexts_engine(tiny, *config()) as reference:
         for each in (engine, reference):
             each.prefill(0, TOKENS[:40])
         calls = 0
-        original = getattr(Turning, method)
+        original = getattr(kind, method)
 
-        def failing(self: Turning, *arguments: Any) -> Any:
+        def failing(self: Any, *arguments: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls >= (1 if method == "finish" else 2):
-                raise ZeroDivisionError("out of order") if method != "finish" else NativeError("out of order")
+            if calls >= 2:
+                raise ZeroDivisionError("out of order")
             return original(self, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Turning, method, failing)
-            # A graph that is not known, so that everything is called.
-            engine._backend._context._turning.forget()
+            patch.setattr(kind, method, failing)
             with pytest.raises(NativeError, match="out of order"):
-                stepped(engine, {0: 4})
+                engine.prefill(0, TOKENS[40:50])
         assert list(engine.tokens(0)) == TOKENS[:40]
         assert lengths(engine) == {40}
         assert_equal(stepped(engine, {0: 4}), stepped(reference, {0: 4}))
