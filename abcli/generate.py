@@ -45,6 +45,10 @@ class Sampler(Protocol):
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose a token from logits [vocab] and remember it."""
 
+    @property
+    def finished(self) -> bool:
+        """Whether what the answer has to follow is complete, so that no token can come after the last one."""
+
     def close(self) -> None:
         """Free what the sampler holds."""
 
@@ -321,7 +325,7 @@ class Generator:
             answer.tokens.append(token)
             answer.statistics.completion_tokens += 1
             text = running.stream.feed(self._tokenizer.piece(token))
-            if running.stream.stopped:
+            if running.stream.stopped or running.sampler.finished:
                 answer.finish_reason = "stop"
             elif answer.statistics.completion_tokens == running.config.max_tokens or self._is_full(answer.slot):
                 answer.finish_reason = "length"

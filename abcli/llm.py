@@ -36,6 +36,7 @@ from abcli.errors import PromptError, UsageError
 from abcli.generate import Generator, common_prefix
 from abcli.generate import Piece as RunningPiece
 from abcli.gguf.checked import CheckedModel
+from abcli.grammar.check import check
 from abcli.hub.locate import Fetch, locate_model
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
@@ -133,6 +134,8 @@ class LLM:
         self._chat_template = chat_template
         self._template_source = template_source
         self._turn = Turn()
+        self._warn = warn
+        self._remarks: set[str] = set()
         with ExitStack() as stack:
             opened = stack.enter_context(open_engine(prepared.model, prepared.context, prepared.buckets, warn, say))
             self.engine: Engine = opened.engine
@@ -242,6 +245,7 @@ class LLM:
         fails; the others are given up then.
         """
         config = generation_config(**settings)
+        self.check(config.sampling)
         waiting = deque((place, self.prompt_tokens(prompt, raw=raw)) for place, prompt in enumerate(prompts))
         found: dict[int, Answer] = {}
         places: dict[int, int] = {}
@@ -324,8 +328,15 @@ class LLM:
             return self.engine.prefill(slot, tokens[kept:]).copy()
 
     def check(self, sampling: SamplingConfig) -> None:
-        """Raise UsageError for sampler settings that this model cannot have."""
+        """Raise UsageError for sampler settings that this model cannot have, GrammarError for a schema or grammar.
+
+        What is not enforced of a schema is a warning, once.
+        """
         check_sampling(sampling, self.vocabulary_size)
+        for remark in check(sampling):
+            if remark not in self._remarks:
+                self._remarks.add(remark)
+                self._warn(remark)
 
     def decode(
         self,
@@ -335,6 +346,7 @@ class LLM:
         slot: int | None = None,
     ) -> Iterator[RunningPiece]:
         """The pieces of the answer to `tokens`, as it grows, in `slot`, or the one that holds most of them."""
+        self.check(config.sampling)
         with self._turn.take():
             if slot is None:
                 slot = self._nearest(tokens, range(self.engine.slots))

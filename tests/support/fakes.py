@@ -182,6 +182,7 @@ class GreedySampler:
         self.seed = max(config.seed, 0)
         self.prompt: list[int] = []
         self.closed = False
+        self.finished = False
         GreedySampler.opened += 1
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:
