@@ -69,7 +69,7 @@ def batch(
         raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
     generation = answer_options.config(sampling_options.config())
     check(generation.sampling)
-    parts = input_options.parts()
+    parts = input_options.parts(answer_options.text)
     found = prepared(terminal, model, model_options, bucket_options)
     task = Task(Path(source), parts, generation, found, model_options.chat_template, terminal.warn)
     lines = shard_size(task.count(), parts.shard)
