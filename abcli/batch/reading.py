@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -30,6 +30,7 @@ from abcli.batch.records import (
 from abcli.batch.templates import Template, check_fields
 from abcli.chat.files import refuse_foreign
 from abcli.errors import AbcliError, PromptError, UsageError
+from abcli.grammar.check import check
 from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig
 
 InputFormat = Literal["text", "jsonl", "openai", "csv"]
@@ -112,6 +113,7 @@ class JobReader(Iterator[Job | BadLine]):
         context: str = "",
         system: str | None = None,
         vocabulary_size: int = _ANY_VOCABULARY,
+        on_remark: Callable[[str], None] | None = None,
     ) -> None:
         """See `read_jobs`."""
         # Lines that do not choose a seed are told by -1.
@@ -121,6 +123,8 @@ class JobReader(Iterator[Job | BadLine]):
         self._context = context
         self._system = system
         self._vocabulary_size = vocabulary_size
+        self._on_remark = on_remark
+        self._remarks: set[str] = set()
         self._index = 0
         self._lines_of: dict[bytes, int] = {}
         self._stack = ExitStack()
@@ -164,9 +168,17 @@ class JobReader(Iterator[Job | BadLine]):
             request = self._request(value)
             messages = formats.with_shared_text(request.messages, self._context, self._system)
             generation = self._seeded(request.generation, identifier)
+            self._remark(check(generation.sampling))
             return Job(index, record.line, identifier, messages, generation, {**extra, **request.extra})
         except AbcliError as error:
             return BadLine(index, record.line, identifier, error.message, error.hint, extra)
+
+    def _remark(self, remarks: Sequence[str]) -> None:
+        """Hand on what has not been said yet."""
+        for remark in remarks:
+            if remark not in self._remarks and self._on_remark is not None:
+                self._on_remark(remark)
+            self._remarks.add(remark)
 
     def _identifier(self, value: str | Mapping[str, Any], line: int) -> str:
         """The id of a record. Raises PromptError for one that is not possible."""
@@ -216,6 +228,7 @@ def read_jobs(
     context: str = "",
     system: str | None = None,
     vocabulary_size: int = _ANY_VOCABULARY,
+    on_remark: Callable[[str], None] | None = None,
 ) -> JobReader:
     """Read the prompts in `path` (None or "-": standard input); gzip and zstd are recognised.
 
@@ -223,7 +236,7 @@ def read_jobs(
     `seed_for` it. `separator` is the line between blocks of text (an empty one: blank lines). With a template the
     input is a table or JSON objects, whose fields it names. `context` comes before the first message of the user of
     every job, `system` is the system message of those without one. `vocabulary_size` bounds the tokens of a
-    logit_bias.
+    logit_bias. `on_remark` gets, once each, what is not enforced of the schemas.
 
     Raises PromptError for an input that cannot be read at all, UsageError for settings that do not go together;
     a line that cannot be used becomes a BadLine. BatchError is raised if reading fails later.
@@ -237,6 +250,7 @@ def read_jobs(
         context=context,
         system=system,
         vocabulary_size=vocabulary_size,
+        on_remark=on_remark,
     )
 
 

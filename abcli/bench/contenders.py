@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.config import CONTEXT_STEP, ContextConfig
-from abcli.engine.protocol import Engine
+from abcli.engine.engine import Engine
 from abcli.engine.workers import available_cores
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.context import BatchPart, Sequences, context_parameters
@@ -68,12 +68,12 @@ class EnginePlayer:
     @property
     def prompt_note(self) -> str:
         """See `Player.prompt_note`."""
-        return self._engine.prefill_note
+        return str(self._engine.sharing)
 
     @property
     def shares(self) -> bool:
         """See `Player.shares`."""
-        return len(self._engine.bases) > 1 and self._engine.prefill_note.startswith("shared")
+        return self._engine.sharing.shared
 
     def empty(self) -> None:
         """See `Player.empty`."""

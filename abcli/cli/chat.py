@@ -17,6 +17,7 @@ from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions
 from abcli.cli.setup import opened, prepared
 from abcli.config import history_file, sessions_directory
 from abcli.errors import UsageError
+from abcli.grammar.check import check
 from abcli.llm import LLM
 from abcli.sampling import SamplingConfig
 from abcli.text import counted, gibibytes
@@ -51,6 +52,7 @@ def chat(
     if no_save and session is not None:
         raise UsageError("--no-save and --session contradict each other", "drop one of them")
     generation = answer_options.config(sampling_options.config())
+    check(generation.sampling)
     terminal = Terminal()
     found = prepared(terminal, model_word, model_options, bucket_options)
     store = None if no_save else SessionStore(sessions_directory())

@@ -239,10 +239,16 @@ class SamplingOptions(SamplingNumbers):
             "--logit-bias",
         ),
     ] = None
-    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = ""
-    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
     json_schema: Annotated[str, flag("JSON schema the answer must follow.", "--json-schema", "-j", metavar="JSON")] = ""
     json_schema_file: Annotated[Path | None, flag("The same from a file.", "--json-schema-file")] = None
+    schema_lenient: Annotated[
+        bool, flag("Leave out what cannot be enforced of a schema, and say so.", "--schema-lenient")
+    ] = False
+    regex: Annotated[str, flag("Regular expression for the whole answer.", "--regex", metavar="PATTERN")] = ""
+    lark: Annotated[str, flag("Lark grammar the answer must follow.", "--lark", metavar="LARK")] = ""
+    lark_file: Annotated[Path | None, flag("The same from a file.", "--lark-file")] = None
+    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = ""
+    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
 
     def config(self) -> SamplingConfig:
         """The sampler's settings; files are read. Raises UsageError and PromptError (unreadable files)."""
@@ -255,6 +261,9 @@ class SamplingOptions(SamplingNumbers):
             logit_bias=tuple(parse_logit_bias(text) for text in self.logit_bias or ()),
             grammar=grammar,
             json_schema=schema,
+            regex=self.regex,
+            lark=_text_or_file(self.lark, self.lark_file, "--lark"),
+            schema_lenient=self.schema_lenient,
         )
 
 

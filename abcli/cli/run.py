@@ -16,6 +16,7 @@ from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions
 from abcli.cli.setup import opened, prepared
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.generate import Answer
+from abcli.grammar.check import check
 from abcli.hub.locate import looks_like_model
 from abcli.llm import LLM
 from abcli.ui.terminal import Terminal, on_interrupt
@@ -55,6 +56,7 @@ def run(
     text = gather_prompt(answer_options.text(text, "the prompt") if text is not None else None, file)
     _check_raw(raw=raw, parse_special=parse_special, system=system)
     generation = answer_options.config(sampling_options.config())
+    check(generation.sampling)
     terminal = Terminal()
     found = prepared(terminal, model, model_options, bucket_options)
     with opened(terminal, found, model_options) as llm:
