@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
@@ -14,10 +14,7 @@ from abcli.bench.resident import Memory
 from abcli.bench.rounds import Clock, Rounds, Turn, take_turns
 from abcli.bench.workshop import AutoChoice, Workshop
 from abcli.errors import AbcliError, OutOfMemoryError
-from abcli.text import counted
-
-# Called with (what is measured, turns done, turns in all) before the first turn and after each.
-Progress = Callable[[str, int, int], None]
+from abcli.text import StageProgress, counted
 
 # Enough to load what is needed for many tokens at once, where the whole prompt would take long.
 _WARM_TOKENS = 32
@@ -49,7 +46,7 @@ def benchmark(
     settings: BenchSettings,
     workshop: Workshop,
     findings: Findings,
-    progress: Progress,
+    progress: StageProgress,
     clock: Clock = perf_counter,
 ) -> None:
     """Measure what `settings` ask for into `findings`.
@@ -69,7 +66,7 @@ def benchmark(
 
 class _Bench:
     def __init__(
-        self, settings: BenchSettings, workshop: Workshop, findings: Findings, progress: Progress, clock: Clock
+        self, settings: BenchSettings, workshop: Workshop, findings: Findings, progress: StageProgress, clock: Clock
     ) -> None:
         self._settings = settings
         self._workshop = workshop

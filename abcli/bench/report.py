@@ -75,7 +75,7 @@ class Circumstances:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """All of a benchmark; `complete` is false if it was interrupted or failed."""
 
     settings: BenchSettings
@@ -92,7 +92,7 @@ def make_report(
     circumstances: Circumstances,
     findings: Findings,
     bases: Callable[[int], tuple[float, ...]],
-) -> Report:
+) -> BenchReport:
     """The rows of all contenders that have numbers, in the order of the settings; `bases` are those of N buckets."""
     rows = []
     for contender in settings.contenders:
@@ -107,7 +107,7 @@ def make_report(
                     **timings,
                 )
             )
-    return Report(
+    return BenchReport(
         settings,
         circumstances,
         tuple(rows),
@@ -118,7 +118,7 @@ def make_report(
     )
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: BenchReport) -> dict[str, Any]:
     """The object that `--json` prints; see docs/bench.md."""
     settings, where = report.settings, report.circumstances
     config = where.config

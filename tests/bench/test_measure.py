@@ -9,12 +9,12 @@ import pytest
 
 from abcli.bench.measure import Findings, benchmark
 from abcli.bench.plan import ONE_BUCKET, BenchSettings, Contender
-from abcli.bench.report import Report, Row, as_json
+from abcli.bench.report import BenchReport, Row, as_json
 from abcli.errors import NativeError, OutOfMemoryError, UnsupportedModelError
 from tests.bench.standins import SETTINGS, FakeWorkshop, report_of, seconds_per_token
 
 
-def run(workshop: FakeWorkshop, settings: BenchSettings = SETTINGS) -> Report:
+def run(workshop: FakeWorkshop, settings: BenchSettings = SETTINGS) -> BenchReport:
     """The report of a benchmark that may end early."""
     findings = Findings()
     try:
@@ -25,7 +25,7 @@ def run(workshop: FakeWorkshop, settings: BenchSettings = SETTINGS) -> Report:
     return report_of(findings, settings)
 
 
-def row(report: Report, buckets: int, kind: Any) -> Row:
+def row(report: BenchReport, buckets: int, kind: Any) -> Row:
     """The row of a contender."""
     return next(row for row in report.rows if row.contender == Contender(buckets, kind))
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from abcli.bench.measure import Findings, benchmark
 from abcli.bench.plan import BenchSettings, Contender
-from abcli.bench.report import Report, Row, Timing
+from abcli.bench.report import BenchReport, Row, Timing
 from abcli.bench.resident import Memory
 from abcli.bench.workshop import AutoChoice
 from abcli.ui.bench import memory_text, plan_text, remarks, show_bench, speed_figure
@@ -21,7 +21,7 @@ from tests.bench.standins import SETTINGS, FakeWorkshop, report_of
 Image = pytest.importorskip("PIL.Image")
 
 
-def report(settings: BenchSettings = SETTINGS, workshop: FakeWorkshop | None = None) -> Report:
+def report(settings: BenchSettings = SETTINGS, workshop: FakeWorkshop | None = None) -> BenchReport:
     """What contenders that take a known time give."""
     findings = Findings()
     workshop = workshop or FakeWorkshop(settings)
@@ -29,7 +29,7 @@ def report(settings: BenchSettings = SETTINGS, workshop: FakeWorkshop | None = N
     return report_of(findings, settings)
 
 
-def shown(found: Report, width: int = 80) -> list[str]:
+def shown(found: BenchReport, width: int = 80) -> list[str]:
     """What is printed, line by line."""
     stream = io.StringIO()
     show_bench(Console(file=stream, width=width, highlight=False, emoji=False), found)
@@ -89,7 +89,7 @@ def timing(*seconds: float) -> Timing:
     return Timing(seconds, seconds, seconds)
 
 
-def with_rows(*found: Row, choice: AutoChoice | None = None) -> Report:
+def with_rows(*found: Row, choice: AutoChoice | None = None) -> BenchReport:
     """A report of these rows."""
     empty = report_of(Findings(complete=True))
     return replace(empty, rows=found, choices=() if choice is None else ((2, choice),))
