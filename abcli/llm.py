@@ -29,13 +29,14 @@ from abcli.config import (
     Spread,
     prompt_cache_directory,
 )
+from abcli.engine.engine import Engine, Progress
 from abcli.engine.memory import Prediction
 from abcli.engine.opening import open_engine
-from abcli.engine.protocol import Engine, Progress
 from abcli.errors import PromptError, UsageError
 from abcli.generate import Generator, common_prefix
 from abcli.generate import Piece as RunningPiece
 from abcli.gguf.checked import CheckedModel
+from abcli.grammar.check import check
 from abcli.hub.locate import Fetch, locate_model
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
@@ -133,6 +134,8 @@ class LLM:
         self._chat_template = chat_template
         self._template_source = template_source
         self._turn = Turn()
+        self._warn = warn
+        self._remarks: set[str] = set()
         with ExitStack() as stack:
             opened = stack.enter_context(open_engine(prepared.model, prepared.context, prepared.buckets, warn, say))
             self.engine: Engine = opened.engine
@@ -195,7 +198,7 @@ class LLM:
     @property
     def shares_prefill(self) -> bool:
         """Whether long prompts are computed once for all buckets."""
-        return self.engine.prefill_note.startswith("shared")
+        return self.engine.sharing.shared
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -242,6 +245,7 @@ class LLM:
         fails; the others are given up then.
         """
         config = generation_config(**settings)
+        self.check(config.sampling)
         waiting = deque((place, self.prompt_tokens(prompt, raw=raw)) for place, prompt in enumerate(prompts))
         found: dict[int, Answer] = {}
         places: dict[int, int] = {}
@@ -249,14 +253,13 @@ class LLM:
             try:
                 while waiting or places:
                     free = [slot for slot in range(self.engine.slots) if slot not in places]
-                    pieces: list[RunningPiece] = []
                     while waiting and free:
                         place, tokens = waiting.popleft()
                         slot = self._nearest(tokens, free)
                         free.remove(slot)
                         places[slot] = place
-                        pieces.append(self.generator.start(slot, tokens, config))
-                    for piece in pieces or self.generator.step():
+                        self.generator.start(slot, tokens, config)
+                    for piece in self.generator.step():
                         if piece.answer.error is not None:
                             raise piece.answer.error
                         if piece.answer.finish_reason is not None:
@@ -325,8 +328,15 @@ class LLM:
             return self.engine.prefill(slot, tokens[kept:]).copy()
 
     def check(self, sampling: SamplingConfig) -> None:
-        """Raise UsageError for sampler settings that this model cannot have."""
+        """Raise UsageError for sampler settings that this model cannot have, GrammarError for a schema or grammar.
+
+        What is not enforced of a schema is a warning, once.
+        """
         check_sampling(sampling, self.vocabulary_size)
+        for remark in check(sampling):
+            if remark not in self._remarks:
+                self._remarks.add(remark)
+                self._warn(remark)
 
     def decode(
         self,
@@ -336,6 +346,7 @@ class LLM:
         slot: int | None = None,
     ) -> Iterator[RunningPiece]:
         """The pieces of the answer to `tokens`, as it grows, in `slot`, or the one that holds most of them."""
+        self.check(config.sampling)
         with self._turn.take():
             if slot is None:
                 slot = self._nearest(tokens, range(self.engine.slots))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -46,7 +47,7 @@ class SamplingNumbers:
     The bounds of the penalties keep float32 logits finite.
     """
 
-    seed: int = _setting(-1, "--seed -s", "Random seed; -1: a new one each time.", -(2**63), NATIVE_RANDOM_SEED - 1)
+    seed: int = _setting(-1, "--seed -s", "Random seed; -1: a new one each time.", -1, NATIVE_RANDOM_SEED - 1)
     temperature: float = _setting(0.8, "--temp", "Temperature; 0 takes the most likely token.", -1e6, 1e6)
     top_k: int = _setting(40, "--top-k", "Keep the k most likely tokens; 0: all.", -1, _MAX_INT32)
     top_p: float = _setting(0.95, "--top-p", "Keep tokens up to this total probability.", 0, 1)
@@ -78,12 +79,19 @@ class SamplingNumbers:
 
 @dataclass(frozen=True)
 class SamplingConfig(SamplingNumbers):
-    """How tokens are chosen. A grammar (GBNF) or a JSON schema (text) binds the answer; not both."""
+    """How tokens are chosen, and what the answer has to follow.
+
+    At most one of `grammar` (GBNF), `json_schema` (text), `regex` (ECMA-262, for the whole answer) and `lark` is given;
+    `schema_lenient` leaves out what cannot be enforced of a schema.
+    """
 
     dry_breakers: tuple[str, ...] = DEFAULT_DRY_BREAKERS
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str = ""
     json_schema: str = ""
+    regex: str = ""
+    lark: str = ""
+    schema_lenient: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ def generation_config(
     sampling: SamplingConfig | None = None, generation: GenerationConfig | None = None, **settings: Any
 ) -> GenerationConfig:
     """How to answer: llama.cpp's sampler settings by name (`temperature` or `temp`, `top_k`, ...), `max_tokens`,
-    `stop` (a text or several) and `ignore_eos`, on top of whole configurations.
+    `stop` (a text or several) and `ignore_eos`, on top of whole configurations. `json_schema` may be a mapping.
 
     Raises UsageError for a setting that is not known or has a value of another type.
     """
@@ -183,6 +191,8 @@ def generation_config(
         if name in LIMITS:
             limits[name] = (value,) if name == "stop" and isinstance(value, str) else value
         elif field in FIELDS:
+            if field == "json_schema" and isinstance(value, (dict, bool)):
+                value = json.dumps(value, ensure_ascii=False)
             numbers[field] = _number(name, value, getattr(SamplingConfig, field, None))
         else:
             known = ", ".join([*LIMITS, *FIELDS])
@@ -200,6 +210,6 @@ def _number(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, float) and isinstance(value, int):
         value = float(value)
     if isinstance(default, (int, float, str)) and type(value) is not type(default):
-        kind = {int: "a whole number", float: "a number", str: "a text"}[type(default)]
+        kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type(default)]
         raise UsageError(f"`{name}` is {value!r:.80}", f"make it {kind}", setting=name)
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +55,8 @@ class Task:
     generation: GenerationConfig
     found: Prepared
     chat_template: str | None
+    on_remark: Callable[[str], None] | None = None
+    """Gets, once each, what is not enforced of the lines' schemas."""
 
     def count(self) -> int | None:
         """The number of lines of the whole input, None if it cannot be known beforehand."""
@@ -127,6 +129,7 @@ class Task:
             context=self.parts.context,
             system=self.parts.system,
             vocabulary_size=self.found.model.header.vocabulary_size,
+            on_remark=self.on_remark,
         )
 
     def _settings(self) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from abcli.chat.continuation import continued
 from abcli.chat.conversation import Conversation, Fitted, Overflow, fit
 from abcli.chat.session import Session
 from abcli.chat.template import ChatTemplate
-from abcli.engine.protocol import Progress
+from abcli.engine.engine import Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Piece
+from abcli.grammar.constraint import KINDS
 from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of
 
 # An answer as it grows; closing it early keeps in the conversation what there is.
@@ -139,7 +140,7 @@ class Chat:
         """What `/set` can change, by the names of the flags, with the values now in force."""
         sampling = self.generation.sampling
         values: dict[str, object] = {setting.short: getattr(sampling, name) for name, setting in SETTINGS.items()}
-        for name in ("grammar", "json_schema"):
+        for name in (*KINDS, "schema_lenient"):
             values[name] = getattr(sampling, name)
         return {"system": self.conversation.system or "", "predict": self.generation.max_tokens, **values}
 
@@ -159,6 +160,8 @@ class Chat:
             self.generation = replace(self.generation, max_tokens=value)
             return
         changes: dict[str, Any] = {field_of(name): value}
+        if name in KINDS:  # one takes the place of another
+            changes = {**dict.fromkeys(KINDS, ""), **changes}
         sampling = replace(self.generation.sampling, **changes)
         self._check_sampling(sampling)
         self.generation = replace(self.generation, sampling=sampling)
@@ -174,6 +177,10 @@ class Chat:
 
 
 def _parsed(name: str, text: str, kind: type) -> object:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise UsageError(f"{name} {text!r} is neither true nor false", f"write it like /set {name} true")
+        return text == "true"
     try:
         return kind(text)
     except ValueError:

@@ -180,4 +180,8 @@ def _setting(values: Mapping[str, Any], key: str, default: Any) -> Any:
         return tuple(_text({key: item}, key) for item in _items(values, key))
     if isinstance(default, str):
         return _text(values, key)
+    if isinstance(default, bool):
+        if not isinstance(values[key], bool):
+            raise _damaged(key)
+        return values[key]
     return _whole_number(values, key) if isinstance(default, int) else _number(values[key], key)

@@ -30,6 +30,7 @@ from abcli.cli.flags import with_options
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
 from abcli.cli.setup import opened, prepared
 from abcli.errors import BatchError, CancelledError, UsageError
+from abcli.grammar.check import check
 from abcli.ui.batch import batch_progress, summary_text
 from abcli.ui.terminal import Terminal, on_interrupt
 
@@ -67,9 +68,10 @@ def batch(
     if model_options.prompt_cache or model_options.prompt_cache_dir is not None:
         raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
     generation = answer_options.config(sampling_options.config())
-    parts = input_options.parts()
+    check(generation.sampling)
+    parts = input_options.parts(answer_options.text)
     found = prepared(terminal, model, model_options, bucket_options)
-    task = Task(Path(source), parts, generation, found, model_options.chat_template)
+    task = Task(Path(source), parts, generation, found, model_options.chat_template, terminal.warn)
     lines = shard_size(task.count(), parts.shard)
     # Each worker of a cluster plans its own slots.
     plan = None if on_cluster else plan_slots(wanted, found, lines)

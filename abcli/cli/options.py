@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from abcli.chat.files import read_text_file
+from abcli.chat.files import decode_prompt, read_text_file
 from abcli.cli.flags import flag
 from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.cli.model_name import ModelNameOptions
@@ -32,6 +32,7 @@ from abcli.prepare import check_context
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import asked_buckets, parse_numbers
 from abcli.sampling import DEFAULT_DRY_BREAKERS, SETTINGS, GenerationConfig, SamplingConfig, SamplingNumbers
+from abcli.text import unescaped
 from abcli.ui.download import fetch_shown
 from abcli.ui.terminal import Terminal
 
@@ -238,10 +239,16 @@ class SamplingOptions(SamplingNumbers):
             "--logit-bias",
         ),
     ] = None
-    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = ""
-    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
     json_schema: Annotated[str, flag("JSON schema the answer must follow.", "--json-schema", "-j", metavar="JSON")] = ""
     json_schema_file: Annotated[Path | None, flag("The same from a file.", "--json-schema-file")] = None
+    schema_lenient: Annotated[
+        bool, flag("Leave out what cannot be enforced of a schema, and say so.", "--schema-lenient")
+    ] = False
+    regex: Annotated[str, flag("Regular expression for the whole answer.", "--regex", metavar="PATTERN")] = ""
+    lark: Annotated[str, flag("Lark grammar the answer must follow.", "--lark", metavar="LARK")] = ""
+    lark_file: Annotated[Path | None, flag("The same from a file.", "--lark-file")] = None
+    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = ""
+    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
 
     def config(self) -> SamplingConfig:
         """The sampler's settings; files are read. Raises UsageError and PromptError (unreadable files)."""
@@ -254,6 +261,9 @@ class SamplingOptions(SamplingNumbers):
             logit_bias=tuple(parse_logit_bias(text) for text in self.logit_bias or ()),
             grammar=grammar,
             json_schema=schema,
+            regex=self.regex,
+            lark=_text_or_file(self.lark, self.lark_file, "--lark"),
+            schema_lenient=self.schema_lenient,
         )
 
 
@@ -268,13 +278,30 @@ class AnswerOptions:
     )
     stop: Annotated[list[str] | None, flag("Text that ends the answer; repeatable.", "--stop", "-r")] = None
     ignore_eos: Annotated[bool, flag("Go on after the model ends its answer.", "--ignore-eos")] = False
+    escape: Annotated[
+        bool | None,
+        flag(
+            r"Read \n, \r, \t, \', \", \\ and \xHH in texts on the command line.",
+            "--escape/--no-escape",
+            "-e",
+            show_default="in --stop and --dry-sequence-breaker only",
+        ),
+    ] = None
 
     def config(self, sampling: SamplingConfig) -> GenerationConfig:
         """How to generate one answer. Raises UsageError."""
         if self.predict < -1:
             raise UsageError(f"--predict {self.predict} is impossible", "choose 0 or more, or -1")
-        base = GenerationConfig(sampling, self.predict, tuple(self.stop or ()))
+        stops, breakers = tuple(self.stop or ()), sampling.dry_breakers
+        if self.escape is not False:
+            stops = tuple(read_escapes(text, "--stop") for text in stops)
+            breakers = tuple(read_escapes(text, "--dry-sequence-breaker") for text in breakers)
+        base = GenerationConfig(replace(sampling, dry_breakers=breakers), self.predict, stops)
         return replace(base, ignore_eos=self.ignore_eos)
+
+    def text(self, text: str, what: str) -> str:
+        """A prompt from the command line. Raises PromptError."""
+        return read_escapes(check_argument(text, what), what) if self.escape else check_argument(text, what)
 
 
 def parse_logit_bias(text: str) -> tuple[int, float]:
@@ -290,19 +317,30 @@ def parse_logit_bias(text: str) -> tuple[int, float]:
 
 
 def check_argument(text: str, what: str) -> str:
-    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates."""
+    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates.
+
+    Like the text of a file it may begin with a byte order mark, which is dropped. Raises PromptError.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        return decode_prompt(text.encode("utf-8", "surrogateescape"), what)
+    except (PromptError, UnicodeEncodeError) as error:
+        message = error.message if isinstance(error, PromptError) else f"{what} is not UTF-8"
+        raise PromptError(message, "check the terminal's encoding") from None
+
+
+def read_escapes(text: str, what: str) -> str:
+    """`text` with its escape sequences read. Raises PromptError."""
+    try:
+        return unescaped(text)
+    except UnicodeDecodeError:
         raise PromptError(
-            f"{what} is not UTF-8: at character {error.start:,}", "check the terminal's encoding"
+            f"{what} {text!r:.100} is not UTF-8 after its escapes are read", "write \\xHH for each byte of UTF-8"
         ) from None
-    return text
 
 
 def _text_or_file(text: str, path: Path | None, flag: str) -> str:
     if path is None:
-        return text
+        return check_argument(text, flag)
     if text:
         raise UsageError(f"{flag} and {flag}-file are both given", "give one of them")
     return read_text_file(path)

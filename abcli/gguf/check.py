@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from abcli.errors import ModelFileError, UnsupportedModelError
 from abcli.gguf.cursor import FETCH_AGAIN
-from abcli.gguf.header import MAGIC, Header, read_header
+from abcli.gguf.header import MAGIC, Header, TensorInfo, read_header
 from abcli.gguf.header_checks import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
 
 CHAT_MODEL_HINT = "use a GGUF file of a model that writes text"
@@ -100,11 +101,16 @@ def check_file(path: Path) -> tuple[Header, ...]:
     check_kind_of_model(header)
     check_tokenizer(header)
     check_hyperparameters(header)
-    if not tensors:
-        raise UnsupportedModelError(f"{path} has no weights, only metadata", CHAT_MODEL_HINT)
+    check_weights(header, tensors)
     check_tensor_types(header, tensors)
     check_embeddings(header, tensors)
     return files
+
+
+def check_weights(header: Header, tensors: Sequence[TensorInfo]) -> None:
+    """Raise UnsupportedModelError for a file without any."""
+    if not tensors:
+        raise UnsupportedModelError(f"{header.path} has no weights, only metadata", CHAT_MODEL_HINT)
 
 
 def split_paths(header: Header) -> tuple[Path, ...]:

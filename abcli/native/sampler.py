@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import AbcliError, GrammarError, NativeError
-from abcli.native.grammar import grammar_text
+from abcli.grammar import gbnf
+from abcli.grammar.constraint import Constraint, constraint_of
+from abcli.grammar.guidance import Matcher
 from abcli.native.llama import clear_log, log_tail
 from abcli.native.model import Model
 from abcli.native.owner import Owner
@@ -42,7 +44,7 @@ class SamplerChain(Owner):
         """
         size = model.vocabulary_size
         check_sampling(config, size)
-        grammar = grammar_text(config)
+        constraint = constraint_of(config)
         self.seed = config.seed if config.seed >= 0 else secrets.randbelow(NATIVE_RANDOM_SEED)
         """The seed in use, also where the settings asked for a random one."""
         whole = context_size or model.trained_context
@@ -54,15 +56,13 @@ class SamplerChain(Owner):
         self._candidates = np.zeros(size, _CANDIDATE)
         self._candidates_pointer = self._candidates.ctypes.data_as(llama.llama_token_data_p)
         self._array = llama.llama_token_data_array()
-        self._candidate = llama.llama_token_data()
-        self._single = llama.llama_token_data_array()
-        self._grammar: Any = None
+        self._grammar: _Grammar | Matcher | None = None
         with ExitStack() as stack:
             self._chain = _own(stack, llama.llama_sampler_chain_init, llama.llama_sampler_chain_default_params())
             for make in _samplers(model, config, self.seed, penalty_last_n, dry_last_n):
                 _append(self._chain, make)
-            if grammar:
-                self._grammar = _make_grammar(stack, model, grammar)
+            if constraint is not None:
+                self._grammar = _follower(stack, model, constraint)
             self._stack = stack.pop_all()
         self._closed = False
 
@@ -83,13 +83,18 @@ class SamplerChain(Owner):
         # void llama_sampler_accept(struct llama_sampler * smpl, llama_token token)
         llama.llama_sampler_accept(self._chain, token)
         if self._grammar is not None:
-            llama.llama_sampler_accept(self._grammar, token)
+            self._grammar.accept(token)
             if time.thread_time() - started > MAX_GRAMMAR_SECONDS:
                 raise GrammarError(
                     "the grammar can be followed in too many ways at once",
                     "let alternatives differ in their first characters",
                 )
         return token
+
+    @property
+    def finished(self) -> bool:
+        """Whether a schema, regular expression or Lark grammar is complete, so that nothing can follow."""
+        return self._grammar is not None and self._grammar.finished
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         """Let penalties and DRY, but not the grammar, see tokens that were not sampled here."""
@@ -108,10 +113,13 @@ class SamplerChain(Owner):
         if self._grammar is None:
             return self._selected(_no_token)
         token = self._selected(_no_token_in_grammar)
-        if self._fits_grammar(token):
+        if self._grammar.allows(token):
             return token
         self._fill(logits)
-        llama.llama_sampler_apply(self._grammar, ctypes.byref(self._array))
+        if isinstance(self._grammar, Matcher):
+            self._candidates["logit"][~self._grammar.mask()] = -np.inf
+        else:
+            self._grammar.apply(self._array)
         if self._candidates["logit"].max() == -np.inf:
             raise _no_token_in_grammar()
         llama.llama_sampler_apply(self._chain, ctypes.byref(self._array))
@@ -135,13 +143,6 @@ class SamplerChain(Owner):
         if not math.isfinite(chosen.logit):
             raise failure()
         return int(chosen.id)
-
-    def _fits_grammar(self, token: int) -> bool:
-        self._candidate.id, self._candidate.logit, self._candidate.p = token, 1.0, 0.0
-        self._single.data = ctypes.pointer(self._candidate)
-        self._single.size, self._single.selected, self._single.sorted = 1, -1, False
-        llama.llama_sampler_apply(self._grammar, ctypes.byref(self._single))
-        return bool(self._candidate.logit != -math.inf)
 
     def _check(self, logits: NDArray[np.float32]) -> None:
         self._check_open()
@@ -214,16 +215,47 @@ def _make_dry(model: Model, config: SamplingConfig, last_n: int) -> Any:
     )
 
 
-def _make_grammar(stack: ExitStack, model: Model, text: str) -> Any:
-    clear_log()
-    try:
-        # struct llama_sampler * llama_sampler_init_grammar(const struct llama_vocab *, const char * grammar_str,
-        #                                                   const char * grammar_root)
-        return _own(stack, llama.llama_sampler_init_grammar, model.vocabulary, text.encode(), b"root")
-    except NativeError:
-        raise GrammarError(
-            f"llama.cpp refuses the grammar: {log_tail() or 'no reason given'}", "simplify the grammar"
-        ) from None
+def _follower(stack: ExitStack, model: Model, constraint: Constraint) -> _Grammar | Matcher:
+    if constraint.kind != "grammar":
+        return model.matcher(constraint)
+    gbnf.check(constraint.text)
+    return _Grammar(stack, model, constraint.text)
+
+
+class _Grammar:
+    """A GBNF grammar as llama.cpp follows it; freed with the stack that it is made in."""
+
+    finished = False
+    """llama.cpp doesn't tell: only an end token ends such an answer."""
+
+    def __init__(self, stack: ExitStack, model: Model, text: str) -> None:
+        self._candidate = llama.llama_token_data()
+        self._single = llama.llama_token_data_array()
+        clear_log()
+        try:
+            # struct llama_sampler * llama_sampler_init_grammar(const struct llama_vocab *, const char * grammar_str,
+            #                                                   const char * grammar_root)
+            self._handle = _own(stack, llama.llama_sampler_init_grammar, model.vocabulary, text.encode(), b"root")
+        except NativeError:
+            raise GrammarError(
+                f"llama.cpp refuses the grammar: {log_tail() or 'no reason given'}", "simplify the grammar"
+            ) from None
+
+    def allows(self, token: int) -> bool:
+        """Whether the token may come next."""
+        self._candidate.id, self._candidate.logit, self._candidate.p = token, 1.0, 0.0
+        self._single.data = ctypes.pointer(self._candidate)
+        self._single.size, self._single.selected, self._single.sorted = 1, -1, False
+        self.apply(self._single)
+        return bool(self._candidate.logit != -math.inf)
+
+    def apply(self, candidates: Any) -> None:
+        """Set the logits of what may not come next to -inf in a `llama_token_data_array`."""
+        llama.llama_sampler_apply(self._handle, ctypes.byref(candidates))
+
+    def accept(self, token: int) -> None:
+        """Go on after the token, which is one that may come next: any other ends the process."""
+        llama.llama_sampler_accept(self._handle, token)
 
 
 def _own(stack: ExitStack, make: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,8 +12,8 @@ import pytest
 from abcli.config import Buckets, ContextConfig, engines_directory
 from abcli.engine import opening
 from abcli.engine.choose import Speeds, Verdict, choose, measure_engines, verify_fused
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.contexts import ContextsBackend
+from abcli.engine.fused import FusedBackend
 from abcli.engine.opening import open_engine
 from abcli.errors import NativeError, UnsupportedModelError
 from abcli.native.ggml_api import TensorStruct
@@ -192,18 +192,18 @@ def test_the_measurement_decodes_with_both(tiny: Model) -> None:
     assert min(speeds.fused, speeds.contexts) > 0
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("fused", FusedEngine), ("contexts", ContextsEngine)])
+@pytest.mark.parametrize(("kind", "wanted"), [("fused", FusedBackend), ("contexts", ContextsBackend)])
 def test_opening_makes_the_chosen_engine(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, wanted: type
 ) -> None:
     warnings: list[str] = []
     with open_engine(checked_model(tiny_model), *config(engine=kind), warnings.append) as opened:
-        assert isinstance(opened.engine, wanted)
+        assert isinstance(opened.engine._backend, wanted)
         assert opened.engine_choice.kind == kind
         opened.engine.prefill(0, [1, 2, 3])
     chosen = replace(opened.engine_choice, reason="measured")
     monkeypatch.setattr(opening, "choose", lambda *_, **__: chosen)
     with open_engine(checked_model(tiny_model), *config(), warnings.append) as opened:
-        assert isinstance(opened.engine, wanted)
+        assert isinstance(opened.engine._backend, wanted)
         assert opened.engine_choice.reason == "measured"
     assert warnings == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from abcli.errors import GrammarError, UsageError
 from abcli.grammar import gbnf, gbnf_rules
-from abcli.native.grammar import grammar_text
+from abcli.grammar.check import check
 from abcli.sampling import SamplingConfig
 from tests.conftest import REPOSITORY
 from tests.native.common import accepted_by_llama_cpp
@@ -51,7 +51,7 @@ GOOD = [
 def test_good_grammars_pass_here_and_in_llama_cpp(model, text):
     gbnf.check(text)
     assert accepted_by_llama_cpp(model, text)
-    assert grammar_text(SamplingConfig(grammar=text)) == text
+    assert check(SamplingConfig(grammar=text)) == ()
 
 
 SYNTAX = [
@@ -229,11 +229,11 @@ def test_any_text_is_checked_or_refused(model, text):
 
 
 def test_neither_or_both():
-    assert grammar_text(SamplingConfig()) == ""
+    assert check(SamplingConfig()) == ()
     with pytest.raises(UsageError, match="both"):
-        grammar_text(SamplingConfig(grammar="root ::= [a]", json_schema="{}"))
+        check(SamplingConfig(grammar="root ::= [a]", json_schema="{}"))
     with pytest.raises(GrammarError, match="no rule 'root'"):
-        grammar_text(SamplingConfig(grammar=" "))
+        check(SamplingConfig(grammar=" "))
 
 
 def test_limits_are_llama_cpps():

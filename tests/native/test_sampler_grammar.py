@@ -100,6 +100,7 @@ SCHEMA = {
         "any": {"type": "array", "items": {"type": "string", "pattern": "^[a-c]{2,3}.?$"}, "maxItems": 2},
     },
     "required": ['the "name"\n\\ é', "kind", "tags", "any"],
+    "additionalProperties": False,
 }
 
 

@@ -27,6 +27,7 @@ from abcli.native.rotating.cells import DeviceCache, Range
 from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.graph import Observation, Observer
 from abcli.native.rotating.hook import hook_obstacle, rope_hook
+from abcli.native.rotating.keys import PROBE_POSITION, agree
 from abcli.native.rotating.tables import NODES_PER_ROTATION, Layout, Tables
 from abcli.native.rotating.turning import InGraph, Turning, marked_base
 
@@ -37,10 +38,6 @@ _CELL_STEP = 256
 # Graphs of several tokens may take a few nodes more than that of one.
 _SPARE_NODES = 64
 _HINT = "use `engine=contexts` with this model"
-# Where the proofs of turning and sharing look: far enough that a wrong angle shows.
-_PROBE_POSITION = 997
-# Largest error of a turned key relative to the layer's largest number: a few roundings of f16.
-_KEY_TOLERANCE = 4e-3
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,8 @@ class FusedContext(Sequences):
                 self.close()
                 self._open(model, parameters, base, cancel, obstacle)
             stack.pop_all()
-        where = f"by callback ({obstacle})" if obstacle else "inside llama.cpp's graph"
-        self.turning_note = f"rows turned {where}" if turns else "nothing to turn"
+        where = f"by callback: {obstacle}" if obstacle else "inside llama.cpp's graph"
+        self.turning_note = f"rows are turned {where}" if turns else ""
 
     def _open(self, model: Model, parameters: Any, base: float, cancel: CancelFlag, obstacle: str) -> None:
         """Make the context; `obstacle` says why rows cannot be turned inside the graph."""
@@ -220,7 +217,7 @@ class FusedContext(Sequences):
             return self._cells.obstacle
         others = [column for column in range(len(self.bases)) if column != source]
         target = max(others, key=lambda column: abs(log(self.bases[column] / self.bases[source])))
-        where = Range(min(_PROBE_POSITION, self._slot_cells - 1), 1, 0)
+        where = Range(min(PROBE_POSITION, self._slot_cells - 1), 1, 0)
         part = SlotPart(0, where.start, (self._token,))
         try:
             self.compute([part], [target], None)
@@ -235,7 +232,7 @@ class FusedContext(Sequences):
             for column in (source, target):
                 self.truncate(self.sequence(0, column), 0)
         for layer, keys in wanted.items():
-            if float(np.abs(found[layer] - keys).max()) > _KEY_TOLERANCE * float(np.abs(keys).max()):
+            if not agree(found[layer], keys):
                 return f"the keys of layer {layer} do not follow the base as RoPE turns them"
         return ""
 
@@ -302,7 +299,7 @@ class FusedContext(Sequences):
         """
         source = self.bases.index(self.base)
         target = max(range(len(self.bases)), key=lambda column: abs(log(self.bases[column] / self.base)))
-        part = SlotPart(0, min(_PROBE_POSITION, self._slot_cells - 1), (self._token,))
+        part = SlotPart(0, min(PROBE_POSITION, self._slot_cells - 1), (self._token,))
         keys = []
         for column in (source, target):
             self.compute([part], [column], None)
@@ -310,7 +307,7 @@ class FusedContext(Sequences):
             self.truncate(self.sequence(0, column), 0)
         for layer, found in keys[1].items():
             wanted = self._cells.turned(layer, keys[0][layer], part.position, (self.base, self.bases[target]))
-            if not float(np.abs(found - wanted).max()) <= _KEY_TOLERANCE * float(np.abs(wanted).max()):
+            if not agree(found, wanted):
                 return f"the keys of layer {layer} came out wrong inside the graph"
         return ""
 
