@@ -104,6 +104,8 @@ class FusedContext(Sequences):
                 self.close()
                 self._open(model, parameters, base, cancel, obstacle)
             stack.pop_all()
+        # Whether what only needs cells computes nothing at all, or the first node of a graph.
+        self.leaves_out_whole_graphs = not obstacle
         where = f"by callback: {obstacle}" if obstacle else "inside llama.cpp's graph"
         self.turning_note = f"rows are turned {where}" if turns else ""
 
