@@ -25,11 +25,12 @@ class Findings:
     """All that has been found out so far; an interruption leaves it sound.
 
     `rounds` are seconds per token, by number of buckets and phase. `left_out` says why a contender has no numbers,
-    `prompt_notes` how an engine reads prompts.
+    `prompt_notes` how an engine reads prompts, `turning_notes` how its rows come to have several bases.
     """
 
     rounds: dict[tuple[int, Phase], Rounds[Contender]] = field(default_factory=dict)
     prompt_notes: dict[Contender, str] = field(default_factory=dict)
+    turning_notes: dict[Contender, str] = field(default_factory=dict)
     left_out: dict[Contender, str] = field(default_factory=dict)
     memory: dict[Contender, Memory] = field(default_factory=dict)
     choices: dict[int, AutoChoice] = field(default_factory=dict)
@@ -138,6 +139,7 @@ class _Bench:
                 continue
             if name.kind != "raw":
                 findings.prompt_notes.setdefault(name, players[name].prompt_note)
+                findings.turning_notes.setdefault(name, players[name].turning_note)
         return players if buckets == 1 or set(players) != {ONE_BUCKET} else {}
 
     def _leave_out(self, names: Iterable[Contender], reason: str) -> None:

@@ -58,6 +58,7 @@ class Row:
     exact: Timing | None
     memory: Memory | None
     prompt_note: str
+    turning_note: str
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def make_report(
                     bases=() if contender.kind == "raw" else bases(contender.buckets),
                     memory=findings.memory.get(contender),
                     prompt_note=findings.prompt_notes.get(contender, ""),
+                    turning_note=findings.turning_notes.get(contender, ""),
                     **timings,
                 )
             )
@@ -182,6 +184,7 @@ def _row(row: Row) -> dict[str, Any]:
         "prompt_shared": _timing_json(row.shared),
         "prompt_exact": _timing_json(row.exact),
         "prompt_note": row.prompt_note or None,
+        "turning_note": row.turning_note or None,
         "memory": memory,
     }
 

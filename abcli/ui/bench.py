@@ -119,6 +119,8 @@ def remarks(report: BenchReport) -> Iterator[str]:
     for row in report.rows:
         if row.contender.buckets > 1 and row.prompt_note.startswith("exact prefill: "):
             yield f"{row.contender.name}: {one_line(row.prompt_note)}"
+    for note in dict.fromkeys(row.turning_note for row in report.rows if row.turning_note):
+        yield f"fused: {one_line(note)}"
     if uneven := max(_uneven(report), default=None):
         yield (
             f"the rounds differ much, by up to {uneven[0]:.0%} ({uneven[1]}): something else ran, or the machine slows "

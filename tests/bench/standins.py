@@ -41,6 +41,7 @@ class FakePlayer:
         self._settings = workshop.settings
         self.shares = prompts == "shared" and contender.kind != "raw" and contender.buckets > 1
         self.shares = self.shares and contender not in workshop.not_sharing
+        self.turning_note = "rows are turned somehow" if contender.kind == "fused" and contender.buckets > 1 else ""
         self.prompt_note = "shared prefill" if self.shares else "exact prefill: there is a reason"
         self.held = 0
 

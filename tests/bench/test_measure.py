@@ -69,6 +69,7 @@ def test_prompts_are_shared_and_exact_in_fewer_rounds() -> None:
             assert found.shared.ratio.median == pytest.approx(1)
             assert found.exact.ratio.median == pytest.approx(buckets)
             assert found.prompt_note == "shared prefill"
+            assert found.turning_note == ("rows are turned somehow" if kind == "fused" else "")
         raw = row(report, buckets, "raw")
         assert raw.shared is None
         assert raw.exact is not None
@@ -210,7 +211,17 @@ def test_the_object_is_as_documented() -> None:
     ]
     last = found["rows"][-1]
     assert set(last) == {
-        *("buckets", "engine", "bases", "decode", "prompt_shared", "prompt_exact", "prompt_note", "memory")
+        *(
+            "buckets",
+            "engine",
+            "bases",
+            "decode",
+            "prompt_shared",
+            "prompt_exact",
+            "prompt_note",
+            "turning_note",
+            "memory",
+        )
     }
     assert (last["buckets"], last["engine"]) == (3, "fused")
     assert last["decode"] == {

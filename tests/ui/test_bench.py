@@ -95,9 +95,9 @@ def with_rows(*found: Row, choice: AutoChoice | None = None) -> BenchReport:
     return replace(empty, rows=found, choices=() if choice is None else ((2, choice),))
 
 
-def row(kind: str, *seconds: float) -> Row:
+def row(kind: str, *seconds: float, note: str = "") -> Row:
     """A row of two buckets that decoded in these times."""
-    return Row(Contender(2, kind), (), timing(*seconds), None, None, None, "")  # type: ignore[arg-type]
+    return Row(Contender(2, kind), (), timing(*seconds), None, None, None, "", note)  # type: ignore[arg-type]
 
 
 def test_rounds_that_differ_are_remarked_on() -> None:
@@ -105,6 +105,11 @@ def test_rounds_that_differ_are_remarked_on() -> None:
     (line,) = remarks(with_rows(row("contexts", 1.0, 1.2, 1.1, 1.15), row("fused", 1.0, 2.0, 1.5, 1.0)))
     assert line.startswith("the rounds differ much, by up to ")
     assert "(fused, 2 buckets, decoding)" in line
+
+
+def test_how_rows_are_turned_is_said_once() -> None:
+    rows = (row("fused", 1.0, note="rows are turned by callback: a reason"), row("contexts", 1.0))
+    assert list(remarks(with_rows(*rows, rows[0]))) == ["fused: rows are turned by callback: a reason"]
 
 
 def test_other_programs_that_ran_meanwhile_are_remarked_on() -> None:
