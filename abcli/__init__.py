@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from abcli.answer import Answer, Piece, Timings, Usage
     from abcli.chat.controller import Chat
     from abcli.chat.messages import Message
-    from abcli.engine.protocol import Engine
+    from abcli.engine.engine import Engine
     from abcli.errors import (
         AbcliError,
         CancelledError,
@@ -40,7 +40,7 @@ _HOMES = {
     "abcli.answer": ("Answer", "Piece", "Timings", "Usage"),
     "abcli.chat.controller": ("Chat",),
     "abcli.chat.messages": ("Message",),
-    "abcli.engine.protocol": ("Engine",),
+    "abcli.engine.engine": ("Engine",),
     "abcli.errors": (
         *("AbcliError", "CancelledError", "ContextFullError", "DownloadError", "GrammarError", "ModelFileError"),
         *("NativeError", "OutOfMemoryError", "ProfileError", "PromptError", "TemplateError"),

@@ -29,9 +29,9 @@ from abcli.config import (
     Spread,
     prompt_cache_directory,
 )
+from abcli.engine.engine import Engine, Progress
 from abcli.engine.memory import Prediction
 from abcli.engine.opening import open_engine
-from abcli.engine.protocol import Engine, Progress
 from abcli.errors import PromptError, UsageError
 from abcli.generate import Generator, common_prefix
 from abcli.generate import Piece as RunningPiece
@@ -198,7 +198,7 @@ class LLM:
     @property
     def shares_prefill(self) -> bool:
         """Whether long prompts are computed once for all buckets."""
-        return self.engine.prefill_note.startswith("shared")
+        return self.engine.sharing.shared
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -253,14 +253,13 @@ class LLM:
             try:
                 while waiting or places:
                     free = [slot for slot in range(self.engine.slots) if slot not in places]
-                    pieces: list[RunningPiece] = []
                     while waiting and free:
                         place, tokens = waiting.popleft()
                         slot = self._nearest(tokens, free)
                         free.remove(slot)
                         places[slot] = place
-                        pieces.append(self.generator.start(slot, tokens, config))
-                    for piece in pieces or self.generator.step():
+                        self.generator.start(slot, tokens, config)
+                    for piece in self.generator.step():
                         if piece.answer.error is not None:
                             raise piece.answer.error
                         if piece.answer.finish_reason is not None:

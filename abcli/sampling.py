@@ -47,7 +47,7 @@ class SamplingNumbers:
     The bounds of the penalties keep float32 logits finite.
     """
 
-    seed: int = _setting(-1, "--seed -s", "Random seed; -1: a new one each time.", -(2**63), NATIVE_RANDOM_SEED - 1)
+    seed: int = _setting(-1, "--seed -s", "Random seed; -1: a new one each time.", -1, NATIVE_RANDOM_SEED - 1)
     temperature: float = _setting(0.8, "--temp", "Temperature; 0 takes the most likely token.", -1e6, 1e6)
     top_k: int = _setting(40, "--top-k", "Keep the k most likely tokens; 0: all.", -1, _MAX_INT32)
     top_p: float = _setting(0.95, "--top-p", "Keep tokens up to this total probability.", 0, 1)

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from abcli.bench.rounds import Rounds, Spread, Turn, take_turns
 from abcli.config import BucketConfig, Buckets, ContextConfig, ModelConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.engine.make import make_engine
 from abcli.engine.workers import available_cores
 from abcli.generate import Generator
 from abcli.gguf.checked import check_model
@@ -90,7 +90,7 @@ class RawContexts:
 
 def ours(model: Model, config: ContextConfig, buckets: Buckets, stack: ExitStack) -> Callable[[int], None]:
     """abcli's own loop: engine, merge, sampler, text."""
-    engine = stack.enter_context(ContextsEngine(model, config, buckets))
+    engine = stack.enter_context(make_engine("contexts", model, config, buckets))
     generator = stack.enter_context(Generator(engine, model, partial(SamplerChain, model)))
     tokens = model.tokenize(PROMPT, add_special=True, parse_special=False)
     settings = GenerationConfig(SamplingConfig(seed=1), ignore_eos=True)
@@ -190,7 +190,9 @@ def measure_memory(path: Path, buckets: int) -> dict[str, float]:
         config = ContextConfig(context_size=CONTEXT, prefill="exact")
         lines: list[str] = []
         echo_log(lines.append)
-        with ContextsEngine(model, config, resolve_buckets(BucketConfig(count=buckets), model.native_base)) as engine:
+        with make_engine(
+            "contexts", model, config, resolve_buckets(BucketConfig(count=buckets), model.native_base)
+        ) as engine:
             engine.prefill(0, [index % 1000 for index in range(CONTEXT - 2)])
             engine.step({0: 1})
             sizes = re.findall(r"(?:KV|compute|output) +buffer size *(?:=|is) +([0-9.]+) MiB", "".join(lines))

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from abcli.config import BucketConfig, ContextConfig, ModelConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.engine.engine import Engine
+from abcli.engine.make import make_engine
 from abcli.gguf.checked import check_model
 from abcli.hub.locate import locate_model
 from abcli.native.model import Model
@@ -40,9 +41,7 @@ def divergence(left: Logs, right: Logs) -> NDArray[np.float64]:
     return np.asarray((np.exp(left) * (left - right)).sum(axis=1))
 
 
-def compare(
-    exact: ContextsEngine, shared: ContextsEngine, prompt: list[int], native: int
-) -> dict[str, NDArray[np.float64]]:
+def compare(exact: Engine, shared: Engine, prompt: list[int], native: int) -> dict[str, NDArray[np.float64]]:
     """The three divergences of one prompt, each [buckets]."""
     for engine in (exact, shared):
         engine.truncate(0, 0)
@@ -80,10 +79,10 @@ def main() -> None:
         tokens = model.tokenize(text, add_special=False, parse_special=False)
         lengths = np.geomspace(options.shortest, options.longest, options.prompts).astype(int)
         with (
-            ContextsEngine(model, exact_config, buckets) as exact,
-            ContextsEngine(model, shared_config, buckets) as shared,
+            make_engine("contexts", model, exact_config, buckets) as exact,
+            make_engine("contexts", model, shared_config, buckets) as shared,
         ):
-            note = shared.prefill_note
+            note = str(shared.sharing)
             for number, length in enumerate(lengths):
                 start = chance.randrange(0, len(tokens) - int(length))
                 found = compare(exact, shared, tokens[start : start + int(length)], middle)

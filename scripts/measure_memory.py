@@ -24,8 +24,7 @@ from typing import Any
 import psutil
 
 from abcli.config import BucketConfig, ContextConfig, LoraConfig, ModelConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.make import Kind, make_engine
 from abcli.engine.memory import predict
 from abcli.gguf.checked import check_model
 from abcli.native.llama import echo_log
@@ -91,8 +90,8 @@ def measure(path: Path, buckets: int, context: int, arguments: argparse.Namespac
     config = ContextConfig(context_size=context, cache_type_k=cache, cache_type_v=cache)
     config = replace(config, slots=arguments.slots, prefill=arguments.prefill, engine="fused" if fused else "contexts")
     prediction = predict(checked, config, chosen)
-    make: Any = FusedEngine if fused else ContextsEngine
-    with Model(checked) as model, make(model, config, chosen) as engine:
+    kind: Kind = "fused" if fused else "contexts"
+    with Model(checked) as model, make_engine(kind, model, config, chosen) as engine:
         # A context that tried something out and went says so in the log; its buffers are none of the set-up's.
         loaded = _logged("".join(log), prediction.contexts)
         count = min(PROMPT_TOKENS, context - 2)

@@ -11,7 +11,7 @@ from typing import Any
 from abcli.chat.messages import ROLES, Message, Role
 from abcli.errors import AbcliError, PromptError
 from abcli.grammar.constraint import KINDS
-from abcli.sampling import GenerationConfig, SamplingConfig, check_sampling
+from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig, check_sampling
 
 OPENAI_URL = "/v1/chat/completions"
 
@@ -80,8 +80,7 @@ def own_request(record: Mapping[str, Any], generation: GenerationConfig, vocabul
         messages = _messages(record["messages"])
     settings = {key: value for key, value in record.items() if key not in ("id", "prompt", "messages", "metadata")}
     _refuse_unknown(settings, (*_SIMPLE, *_OTHER_SETTINGS), "put data of your own into metadata")
-    extra = {"id": record["id"]} if isinstance(record.get("id"), int) else {}
-    return Request(messages, _generation(settings, generation, vocabulary_size), extra)
+    return Request(messages, _generation(settings, generation, vocabulary_size))
 
 
 def openai_request(record: Mapping[str, Any], generation: GenerationConfig, vocabulary_size: int) -> Request:
@@ -173,7 +172,10 @@ def _sampling(name: str, value: Any) -> Any:
         return _text(value, name) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if name == "logit_bias":
         return _biases(value)
-    return _texts(value, name) if name == "dry_breakers" else _simple(value, name, _SIMPLE[name])
+    if name == "dry_breakers":
+        return _texts(value, name)
+    simple = _simple(value, name, _SIMPLE[name])
+    return _native_seed(simple) if name == "seed" else simple
 
 
 def _check(sampling: SamplingConfig, vocabulary_size: int) -> None:
@@ -241,6 +243,11 @@ def _simple(value: Any, name: str, kind: type) -> Any:
     return value
 
 
+def _native_seed(seed: int) -> int:
+    """A seed for llama.cpp: OpenAI's have 64 bits and a sign; -1 leaves it to the run, as in llama.cpp."""
+    return seed if seed == -1 else seed % NATIVE_RANDOM_SEED
+
+
 def _limit(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < -1:
         raise PromptError(f"max_tokens is {_shown(value)}", "choose 0 or more, or -1 for no limit")
@@ -271,7 +278,7 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
 
 
 def _text(value: Any, name: str) -> str:
-    """A text that a tokenizer can read: JSON can spell halves of characters."""
+    """A text that a tokenizer can read: JSON can spell halves of characters. A byte order mark is dropped."""
     if not isinstance(value, str):
         raise PromptError(f"{name} is {_shown(value)}", "make it a text")
     try:
@@ -281,7 +288,7 @@ def _text(value: Any, name: str) -> str:
         raise PromptError(f"{name} has half a character, {half}, at {error.start:,}", "remove it") from None
     if "\0" in value:
         raise PromptError(f"{name} has a NUL character at {value.index(chr(0)):,}", "remove it")
-    return value
+    return value.removeprefix("\ufeff")
 
 
 def _checked_prompt(text: str) -> str:

@@ -91,4 +91,4 @@ def _fits(needed: Room, room: Room) -> bool:
 
 def reuse_rule(llm: LLM) -> ReuseRule:
     """How much prompts may take over from one another in the slots of `llm`."""
-    return ReuseRule(llm.engine.least_shared) if llm.shares_prefill else ReuseRule()
+    return ReuseRule(llm.engine.least_shared)

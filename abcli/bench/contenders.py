@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.config import CONTEXT_STEP, ContextConfig
-from abcli.engine.protocol import Engine
+from abcli.engine.engine import Engine
 from abcli.engine.workers import available_cores
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.context import BatchPart, Sequences, context_parameters
@@ -41,6 +41,10 @@ class Player(Protocol):
         """How it reads prompts, and why, in a few words."""
 
     @property
+    def turning_note(self) -> str:
+        """How rows of one batch come to have several bases; empty where they need not."""
+
+    @property
     def shares(self) -> bool:
         """Whether one bucket reads for all."""
 
@@ -68,12 +72,17 @@ class EnginePlayer:
     @property
     def prompt_note(self) -> str:
         """See `Player.prompt_note`."""
-        return self._engine.prefill_note
+        return str(self._engine.sharing)
+
+    @property
+    def turning_note(self) -> str:
+        """See `Player.turning_note`."""
+        return self._engine.turning
 
     @property
     def shares(self) -> bool:
         """See `Player.shares`."""
-        return len(self._engine.bases) > 1 and self._engine.prefill_note.startswith("shared")
+        return self._engine.sharing.shared
 
     def empty(self) -> None:
         """See `Player.empty`."""
@@ -100,6 +109,7 @@ class RawPlayer(Owner):
     """One `llama_decode` per token for a batch of sequences under one base, without any callback."""
 
     prompt_note = "exact prefill"
+    turning_note = ""
     shares = False
 
     def __init__(self, model: Model, config: ContextConfig, count: int, text: Text) -> None:

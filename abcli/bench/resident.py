@@ -14,8 +14,7 @@ import psutil
 
 from abcli.bench.contenders import Text
 from abcli.config import Buckets, ContextConfig, LoraConfig, ModelConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.make import Kind, make_engine
 from abcli.engine.memory import free_room, predict
 from abcli.gguf.checked import CheckedModel, check_model
 from abcli.native.model import Model
@@ -83,8 +82,8 @@ def main() -> None:
     config = ContextConfig(**asked["context"])
     buckets = Buckets(**{**asked["buckets"], "bases": tuple(asked["buckets"]["bases"])})
     free = free_room(checked.config.gpu_layers).device
-    kind = FusedEngine if config.engine == "fused" else ContextsEngine
-    with Model(checked) as model, kind(model, config, buckets) as engine:
+    kind: Kind = "fused" if config.engine == "fused" else "contexts"
+    with Model(checked) as model, make_engine(kind, model, config, buckets) as engine:
         prompt = max(1, min(asked["prompt_tokens"], config.context_size - _NEW_TOKENS))
         text = Text.random(prompt, _NEW_TOKENS, model.vocabulary_size)
         engine.prefill(0, text.prompt)

@@ -12,8 +12,7 @@ from abcli.bench.plan import BenchSettings, Contender, EngineKind, PromptPhase
 from abcli.bench.resident import Memory, measure_memory
 from abcli.config import CONTEXT_STEP, BucketConfig, Buckets, ContextConfig
 from abcli.engine.choose import Speeds, choose, forget_speeds
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.make import make_engine
 from abcli.engine.memory import Room, free_room, predict
 from abcli.engine.opening import check_buckets
 from abcli.errors import AbcliError, OutOfMemoryError
@@ -93,8 +92,7 @@ class ModelWorkshop:
             with RawPlayer(self.model, config, contender.buckets, self._text) as player:
                 yield player
             return
-        kind = FusedEngine if contender.kind == "fused" else ContextsEngine
-        with kind(self.model, config, buckets) as engine:
+        with make_engine(contender.kind, self.model, config, buckets) as engine:
             yield EnginePlayer(engine, self._text)
 
     def memory(self, contender: Contender) -> Memory:

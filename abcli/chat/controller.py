@@ -12,7 +12,7 @@ from abcli.chat.continuation import continued
 from abcli.chat.conversation import Conversation, Fitted, Overflow, fit
 from abcli.chat.session import Session
 from abcli.chat.template import ChatTemplate
-from abcli.engine.protocol import Progress
+from abcli.engine.engine import Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Piece
 from abcli.grammar.constraint import KINDS

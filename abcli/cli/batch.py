@@ -20,7 +20,7 @@ from abcli.atomic import write_atomically
 from abcli.batch.answering import Run
 from abcli.batch.cluster.ray_pool import RayPool
 from abcli.batch.merging import merge_outputs
-from abcli.batch.progress import Progress, Stopwatch, Summary, shard_size, summarise
+from abcli.batch.progress import RunProgress, Stopwatch, Summary, shard_size, summarise
 from abcli.batch.reading import can_be_read_again
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.batch.slots import plan_slots
@@ -69,7 +69,7 @@ def batch(
         raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
     generation = answer_options.config(sampling_options.config())
     check(generation.sampling)
-    parts = input_options.parts()
+    parts = input_options.parts(answer_options.text)
     found = prepared(terminal, model, model_options, bucket_options)
     task = Task(Path(source), parts, generation, found, model_options.chat_template, terminal.warn)
     lines = shard_size(task.count(), parts.shard)
@@ -84,7 +84,7 @@ def batch(
             ordered=output_options.ordered,
             restart=output_options.restart,
         )
-        progress = Progress(lines)
+        progress = RunProgress(lines)
         if output.resumed:
             terminal.note(f"continuing {destination}, which has {len(output.done):,} results")
         items = task.left(reader, output, progress)
@@ -140,7 +140,7 @@ def _split_words(words: list[str]) -> tuple[str | None, str]:
 
 @contextmanager
 def _watch(
-    terminal: Terminal, progress: Progress, totals: Totals, bar: bool, switch: StopSwitch
+    terminal: Terminal, progress: RunProgress, totals: Totals, bar: bool, switch: StopSwitch
 ) -> Iterator[Callable[[], None]]:
     """A bar, and Ctrl-C as the switch, while a batch runs."""
     with on_interrupt(switch.press), batch_progress(terminal, progress, totals, switch, bar=bar) as show:

@@ -12,7 +12,8 @@ import typer
 from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
-from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
+from abcli.cli.flags import flag
+from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
 from abcli.cli.setup import opened, prepared
 from abcli.config import history_file, sessions_directory
 from abcli.errors import UsageError
@@ -21,7 +22,7 @@ from abcli.llm import LLM
 from abcli.sampling import SamplingConfig
 from abcli.text import counted, gibibytes
 from abcli.ui.chat_screen import COMMANDS, ChatScreen
-from abcli.ui.lines import EditorReader, LineReader, StreamReader
+from abcli.ui.lines import line_reader
 from abcli.ui.terminal import Terminal
 
 
@@ -40,7 +41,7 @@ def chat(
         typer.Option(help="When the context is full: stop with an error, or leave out the oldest turns."),
     ] = "error",
     stats: Annotated[
-        bool | None, typer.Option("--stats/--no-stats", help="Speeds after each answer.", show_default="on a terminal")
+        bool | None, flag("Speeds after each answer.", "--stats/--no-stats", show_default="on a terminal")
     ] = None,
     model_options: ModelOptions,
     bucket_options: ProfiledBucketOptions,
@@ -63,9 +64,9 @@ def chat(
         current = _session(llm, generation.sampling, resumed, session, terminal)
         talk.restore(current)
         if system is not None:
-            talk.conversation.system = check_argument(system, "--system")
+            talk.conversation.system = answer_options.text(system, "--system")
         interactive = sys.stdin.isatty()
-        reader: LineReader = EditorReader(history_file(), list(COMMANDS)) if interactive else StreamReader()
+        reader = line_reader(history_file(), list(COMMANDS))
         screen = ChatScreen(
             terminal,
             reader,
@@ -123,9 +124,10 @@ def _session(
 
 def _greet(terminal: Terminal, llm: LLM, talk: Chat) -> None:
     bases = ", ".join(f"{base:g}" for base in llm.bases)
-    terminal.note(f"{llm.model.name}: {counted(len(llm.bases), 'bucket')} at RoPE bases {bases}")
+    at = "RoPE base" if len(llm.bases) == 1 else "RoPE bases"
+    terminal.note(f"{llm.model.name}: {counted(len(llm.bases), 'bucket')} at {at} {bases}")
     size = gibibytes(llm.memory.total)
     terminal.note(f"context of {llm.context_size:,} tokens; about {size} of memory at most")
     if talk.conversation.turns:
-        terminal.note(f"resumed after {talk.conversation.turns} turns")
+        terminal.note(f"resumed after {counted(talk.conversation.turns, 'turn')}")
     terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")

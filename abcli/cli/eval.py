@@ -28,7 +28,7 @@ from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.report import (
     MAX_DEPTHS,
-    Report,
+    EvaluationReport,
     make_report,
     read_report,
 )
@@ -156,7 +156,7 @@ def _evaluate(
     questions: QuestionOptions,
     results: ResultOptions,
     options: ModelOptions,
-) -> Report:
+) -> EvaluationReport:
     model, config = checked_model(
         model_word,
         options,

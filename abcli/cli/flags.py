@@ -9,11 +9,16 @@ from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
 
-def flag(help_text: str, *names: str, **settings: Any) -> Any:
-    """The typer option of one flag, for use in `Annotated`."""
-    return typer.Option(*names, help=help_text, **settings)
+def flag(help_text: str, *names: str, show_default: bool | str = True, **settings: Any) -> Any:
+    """The typer option of one flag, for use in `Annotated`; a default can be said in words."""
+    if isinstance(show_default, str):
+        # The parser itself would put words between parentheses.
+        help_text += f" [dim]{escape(f'[default: {show_default}]')}[/dim]"
+        show_default = False
+    return typer.Option(*names, help=help_text, show_default=show_default, **settings)
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:

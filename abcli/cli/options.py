@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from abcli.chat.files import read_text_file
+from abcli.chat.files import decode_prompt, read_text_file
 from abcli.cli.flags import flag
 from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.cli.model_name import ModelNameOptions
@@ -32,6 +32,7 @@ from abcli.prepare import check_context
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import asked_buckets, parse_numbers
 from abcli.sampling import DEFAULT_DRY_BREAKERS, SETTINGS, GenerationConfig, SamplingConfig, SamplingNumbers
+from abcli.text import unescaped
 from abcli.ui.download import fetch_shown
 from abcli.ui.terminal import Terminal
 
@@ -277,13 +278,30 @@ class AnswerOptions:
     )
     stop: Annotated[list[str] | None, flag("Text that ends the answer; repeatable.", "--stop", "-r")] = None
     ignore_eos: Annotated[bool, flag("Go on after the model ends its answer.", "--ignore-eos")] = False
+    escape: Annotated[
+        bool | None,
+        flag(
+            r"Read \n, \r, \t, \', \", \\ and \xHH in texts on the command line.",
+            "--escape/--no-escape",
+            "-e",
+            show_default="in --stop and --dry-sequence-breaker only",
+        ),
+    ] = None
 
     def config(self, sampling: SamplingConfig) -> GenerationConfig:
         """How to generate one answer. Raises UsageError."""
         if self.predict < -1:
             raise UsageError(f"--predict {self.predict} is impossible", "choose 0 or more, or -1")
-        base = GenerationConfig(sampling, self.predict, tuple(self.stop or ()))
+        stops, breakers = tuple(self.stop or ()), sampling.dry_breakers
+        if self.escape is not False:
+            stops = tuple(read_escapes(text, "--stop") for text in stops)
+            breakers = tuple(read_escapes(text, "--dry-sequence-breaker") for text in breakers)
+        base = GenerationConfig(replace(sampling, dry_breakers=breakers), self.predict, stops)
         return replace(base, ignore_eos=self.ignore_eos)
+
+    def text(self, text: str, what: str) -> str:
+        """A prompt from the command line. Raises PromptError."""
+        return read_escapes(check_argument(text, what), what) if self.escape else check_argument(text, what)
 
 
 def parse_logit_bias(text: str) -> tuple[int, float]:
@@ -299,19 +317,30 @@ def parse_logit_bias(text: str) -> tuple[int, float]:
 
 
 def check_argument(text: str, what: str) -> str:
-    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates."""
+    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates.
+
+    Like the text of a file it may begin with a byte order mark, which is dropped. Raises PromptError.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        return decode_prompt(text.encode("utf-8", "surrogateescape"), what)
+    except (PromptError, UnicodeEncodeError) as error:
+        message = error.message if isinstance(error, PromptError) else f"{what} is not UTF-8"
+        raise PromptError(message, "check the terminal's encoding") from None
+
+
+def read_escapes(text: str, what: str) -> str:
+    """`text` with its escape sequences read. Raises PromptError."""
+    try:
+        return unescaped(text)
+    except UnicodeDecodeError:
         raise PromptError(
-            f"{what} is not UTF-8: at character {error.start:,}", "check the terminal's encoding"
+            f"{what} {text!r:.100} is not UTF-8 after its escapes are read", "write \\xHH for each byte of UTF-8"
         ) from None
-    return text
 
 
 def _text_or_file(text: str, path: Path | None, flag: str) -> str:
     if path is None:
-        return text
+        return check_argument(text, flag)
     if text:
         raise UsageError(f"{flag} and {flag}-file are both given", "give one of them")
     return read_text_file(path)

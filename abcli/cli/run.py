@@ -11,6 +11,7 @@ import typer
 
 from abcli.chat.files import decode_prompt, read_text_file
 from abcli.chat.messages import Message, Prompt
+from abcli.cli.flags import flag
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
 from abcli.cli.setup import opened, prepared
 from abcli.errors import AbcliError, PromptError, UsageError
@@ -40,7 +41,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     stats: Annotated[
         bool | None,
-        typer.Option("--stats/--no-stats", help="Speeds on standard error.", show_default="on a terminal"),
+        flag("Speeds on standard error.", "--stats/--no-stats", show_default="on a terminal"),
     ] = None,
     model_options: ModelOptions,
     bucket_options: ProfiledBucketOptions,
@@ -51,14 +52,15 @@ def run(
     model, text = split_words(words or [], has_model=model_options.model is not None, has_prompt=prompt is not None)
     if prompt is not None and text is not None:
         raise UsageError("the prompt is given twice", "give --prompt or PROMPT")
-    text = gather_prompt(prompt if prompt is not None else text, file)
+    text = prompt if prompt is not None else text
+    text = gather_prompt(answer_options.text(text, "the prompt") if text is not None else None, file)
     _check_raw(raw=raw, parse_special=parse_special, system=system)
     generation = answer_options.config(sampling_options.config())
     check(generation.sampling)
     terminal = Terminal()
     found = prepared(terminal, model, model_options, bucket_options)
     with opened(terminal, found, model_options) as llm:
-        messages = [Message("system", check_argument(system, "--system"))] if system is not None else []
+        messages = [Message("system", answer_options.text(system, "--system"))] if system is not None else []
         prompt_given: Prompt = text if raw else [*messages, Message("user", text)]
         tokens = llm.prompt_tokens(prompt_given, raw=raw, parse_special=parse_special)
         with on_interrupt(llm.cancel), terminal.prefill_progress() as progress:
@@ -67,7 +69,7 @@ def run(
                 for piece in llm.decode(tokens, generation, progress):
                     answer = piece.answer
                     if not as_json:
-                        terminal.write(piece.text)
+                        terminal.write_answer(piece.text)
             except AbcliError:
                 terminal.end_line()
                 raise

@@ -58,8 +58,9 @@ def opened(terminal: Terminal, found: Prepared, options: ModelOptions) -> Iterat
             )
         if options.verbose:
             bases = ", ".join(f"{base:g}" for base in llm.bases)
-            terminal.note(f"{llm.description}; bases {bases}; merge {llm.buckets.merge}; {llm.engine.prefill_note}")
-            terminal.note(f"engine {llm.engine_choice.kind}: {llm.engine_choice.reason}")
+            terminal.note(f"{llm.description}; bases {bases}; merge {llm.buckets.merge}; {llm.engine.sharing}")
+            turning = f"; {llm.engine.turning}" if llm.engine.turning else ""
+            terminal.note(f"engine {llm.engine_choice.kind}: {llm.engine_choice.reason}{turning}")
         if found.context.prefill == "shared" and len(llm.bases) > 1 and not llm.shares_prefill:
-            terminal.warn(f"--prefill shared is not possible: {llm.engine.prefill_note}")
+            terminal.warn(f"--prefill shared is not possible: {llm.engine.sharing}")
         yield llm

@@ -90,7 +90,7 @@ def waves(
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     plot: Annotated[
-        bool | None, typer.Option("--plot/--no-plot", help="Plot in the terminal.", show_default="on a terminal")
+        bool | None, flag("Plot in the terminal.", "--plot/--no-plot", show_default="on a terminal")
     ] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Write a figure; needs the extra 'plot'.")] = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write a figure; needs the extra 'plot'.")] = None,

@@ -13,16 +13,15 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from abcli.atomic import write_atomically
 from abcli.config import Buckets, ContextConfig, engines_directory
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine, check_servable
-from abcli.engine.protocol import Engine
+from abcli.engine.fused import check_servable
+from abcli.engine.make import Kind, make_engine
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, UnsupportedModelError
 from abcli.gguf.checked import CheckedModel
@@ -30,11 +29,11 @@ from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.llama import CancelFlag, devices, version
 from abcli.native.model import Model
 from abcli.native.rotating.context import FusedContext, SlotPart
+from abcli.native.rotating.keys import PROBE_POSITION, agree
 
 # Raised when the probe comes to look at more.
-PROBE_VERSION = 2
-# The text stands far from the beginning, where a wrong angle shows; its last tokens come one by one.
-_START = 997
+PROBE_VERSION = 3
+# The text stands where a wrong angle shows; its last tokens come one by one.
 _TEXT = "The history of the lighthouse begins with fires that were lit on hills, for the sailors to steer by at night."
 _TEXT_TOKENS = 20
 _SINGLE_TOKENS = 4
@@ -45,15 +44,12 @@ _MOST_DIVERGENCE = 0.1
 _FLOORS = 4.0
 # A base so near that only rounding tells it from the true one.
 _NUDGE = 1 + 1e-5
-# Largest error of a key relative to the layer's largest number: a few roundings of f16.
-_KEY_TOLERANCE = 4e-3
 # How long the comparison of speeds goes on, and how many rounds it takes at least.
 _SECONDS = 0.8
 _ROUNDS = 3
 _WARM_STEPS = 2
 
 Logs = NDArray[np.float64]
-Kind = Literal["fused", "contexts"]
 
 
 @dataclass(frozen=True)
@@ -189,10 +185,8 @@ def measure_engines(model: Model, config: ContextConfig, buckets: Buckets) -> Sp
     small = replace(config, context_size=_PROBE_CONTEXT, prefill="exact", prompt_cache=None)
     tokens = dict.fromkeys(range(config.slots), model.vocabulary_size // 2)
     with ExitStack() as stack:
-        engines: list[Engine] = [
-            stack.enter_context(FusedEngine(model, small, buckets)),
-            stack.enter_context(ContextsEngine(model, small, buckets)),
-        ]
+        kinds: tuple[Kind, Kind] = ("fused", "contexts")
+        engines = [stack.enter_context(make_engine(kind, model, small, buckets)) for kind in kinds]
         times: list[list[float]] = [[] for _ in engines]
         for engine in engines:
             for _ in range(_WARM_STEPS):
@@ -295,7 +289,7 @@ def _text(model: Model, context: FusedContext, pieces: int = 1) -> Logs:
         if end == start:
             continue
         logits = np.empty((len(columns), model.vocabulary_size), np.float32)
-        context.compute([SlotPart(0, _START + start, tokens[start:end])], columns, [logits])
+        context.compute([SlotPart(0, PROBE_POSITION + start, tokens[start:end])], columns, [logits])
         if end >= head:
             found.append(logits.astype(np.float64))
         start = end
@@ -314,7 +308,6 @@ def _wrong_layer(
 ) -> int | None:
     """The first layer in which a bucket's key of the first token is another one."""
     for layer in sorted(wanted):
-        limit = _KEY_TOLERANCE * float(np.abs(wanted[layer]).max())
-        if any(not float(np.abs(keys[layer] - wanted[layer]).max()) <= limit for keys in found):
+        if not all(agree(keys[layer], wanted[layer]) for keys in found):
             return layer
     return None

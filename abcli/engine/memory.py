@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from abcli.config import CONTEXT_STEP, MAX_CONTEXT, Buckets, ContextConfig
+from abcli.engine.engine import MIN_SHARED_TOKENS
 from abcli.engine.memory_shape import MemoryShape
-from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.engine.workers import available_cores, plan_workers
 from abcli.errors import OutOfMemoryError
 from abcli.gguf.checked import CheckedModel

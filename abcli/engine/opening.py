@@ -9,10 +9,9 @@ from time import perf_counter
 
 from abcli.config import Buckets, ContextConfig
 from abcli.engine.choose import Choice, choose
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.engine import Engine
+from abcli.engine.make import make_engine
 from abcli.engine.memory import Prediction, check_memory
-from abcli.engine.protocol import Engine
 from abcli.errors import UnsupportedModelError
 from abcli.gguf.checked import CheckedModel
 from abcli.gguf.lora import warn_of_ignored
@@ -59,8 +58,7 @@ def open_engine(
     with Model(checked) as model:
         check_buckets(model, len(buckets.bases))
         choice = choose(model, context, buckets, say=say)
-        kind = FusedEngine if choice.kind == "fused" else ContextsEngine
-        with kind(model, context, buckets, warn) as engine:
+        with make_engine(choice.kind, model, context, buckets, warn) as engine:
             yield Opened(model, engine, perf_counter() - begin, choice, memory)
 
 

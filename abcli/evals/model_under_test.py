@@ -10,9 +10,9 @@ from pathlib import Path
 
 from abcli.chat.template import ChatTemplate, load_template
 from abcli.config import Buckets, ContextConfig, PrefillMode
-from abcli.engine.contexts import MIN_SHARED_TOKENS, ContextsEngine
+from abcli.engine.engine import MIN_SHARED_TOKENS, Engine
+from abcli.engine.make import make_engine
 from abcli.engine.memory import check_memory
-from abcli.engine.protocol import Engine
 from abcli.errors import ContextFullError, UnsupportedModelError
 from abcli.evals.prompts import PromptMaker, TokenizedQuestion
 from abcli.evals.scorer import TraceStore, traces
@@ -113,7 +113,7 @@ class Subject(Owner):
 
             def open_engine() -> Engine:
                 check_memory(self.checked, config, buckets)
-                return stack.enter_context(ContextsEngine(self.model, config, buckets, self._warn))
+                return stack.enter_context(make_engine("contexts", self.model, config, buckets, self._warn))
 
             # A bucket alone would compute whole prompts, and its last bits would not be those it has in company.
             last_alone = prefill.mode == "shared" and len(bases) == 1

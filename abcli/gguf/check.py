@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from abcli.errors import ModelFileError, UnsupportedModelError
 from abcli.gguf.cursor import FETCH_AGAIN
-from abcli.gguf.header import MAGIC, Header, read_header
+from abcli.gguf.header import MAGIC, Header, TensorInfo, read_header
 from abcli.gguf.header_checks import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
 
 CHAT_MODEL_HINT = "use a GGUF file of a model that writes text"
@@ -67,17 +68,19 @@ FOREIGN_ARCHITECTURES = {
     "gemma-embedding": "an encoder for embeddings",
     "llama-embed": "an encoder for embeddings",
     "t5encoder": "an encoder",
-    "t5": "an encoder-decoder model",
-    "dream": "a diffusion model, which does not write token by token",
-    "llada": "a diffusion model, which does not write token by token",
-    "llada-moe": "a diffusion model, which does not write token by token",
-    "rnd1": "a diffusion model, which does not write token by token",
     "eagle3": "a draft model for speculative decoding",
     "dflash": "a draft model for speculative decoding",
     "gemma4-assistant": "a draft model for speculative decoding",
     "wavtokenizer-dec": "a decoder for audio",
     "qwen3tts": "a speech model",
     "pockettts": "a speech model",
+}
+# Architectures whose models write text, but in another way than abcli can: what they are, and why not.
+OTHER_WRITERS = {
+    "t5": "an encoder-decoder model, whose encoder has to read the prompt first",
+    **dict.fromkeys(
+        ("dream", "llada", "llada-moe", "rnd1"), "a diffusion model, which does not write token by token but all over"
+    ),
 }
 # llama.cpp maps the file and asserts that what it maps starts at a multiple of this (TENSOR_ALIGNMENT).
 NATIVE_ALIGNMENT = 32
@@ -100,11 +103,16 @@ def check_file(path: Path) -> tuple[Header, ...]:
     check_kind_of_model(header)
     check_tokenizer(header)
     check_hyperparameters(header)
-    if not tensors:
-        raise UnsupportedModelError(f"{path} has no weights, only metadata", CHAT_MODEL_HINT)
+    check_weights(header, tensors)
     check_tensor_types(header, tensors)
     check_embeddings(header, tensors)
     return files
+
+
+def check_weights(header: Header, tensors: Sequence[TensorInfo]) -> None:
+    """Raise UnsupportedModelError for a file without any."""
+    if not tensors:
+        raise UnsupportedModelError(f"{header.path} has no weights, only metadata", CHAT_MODEL_HINT)
 
 
 def split_paths(header: Header) -> tuple[Path, ...]:
@@ -225,6 +233,11 @@ def check_kind_of_model(header: Header) -> None:
     if kind is None and not (isinstance(architecture, str) and ARCHITECTURE_NAME.fullmatch(architecture)):
         raise ModelFileError(
             f"{header.path} does not say which architecture it has (general.architecture)", FETCH_AGAIN
+        )
+    if kind is None and (other := OTHER_WRITERS.get(header.architecture)):
+        raise UnsupportedModelError(
+            f"{header.path} is {other}; abcli only decodes token by token",
+            "llama.cpp's own programs run it; take a model of another architecture here",
         )
     kind = kind or FOREIGN_ARCHITECTURES.get(header.architecture)
     # 1..4 are ways to pool the states of all tokens into one embedding (llama.h, llama_pooling_type).

@@ -16,6 +16,7 @@ from abcli.gguf.check import (
     check_kind_of_file,
     check_kind_of_model,
     check_part,
+    check_weights,
     split_paths,
 )
 from abcli.gguf.checked import CheckedModel
@@ -32,6 +33,7 @@ from abcli.gguf.lora import (
     read_adapter,
 )
 from abcli.gguf.weights import Scan, check_finite
+from abcli.text import counted
 
 Status = Literal["ok", "failed", "skipped"]
 _READ_BYTES = 4 << 20
@@ -174,7 +176,8 @@ class Verification:
     def _header(self) -> str:
         check_kind_of_file(self.path)
         self.header = header = read_header(self.path)
-        return f"GGUF version {header.version}, {len(header.metadata)} keys, {len(header.tensors)} tensors"
+        counts = f"{counted(len(header.metadata), 'key')}, {counted(len(header.tensors), 'tensor')}"
+        return f"GGUF version {header.version}, {counts}"
 
     def _layout(self, header: Header) -> str:
         check_integrity(header)
@@ -182,7 +185,8 @@ class Verification:
 
     def _parts(self, header: Header) -> str:
         self._files = (header, *(check_part(part, header) for part in split_paths(header)[1:]))
-        return "a single file" if len(self._files) == 1 else f"{len(self._files)} files, {len(self._tensors)} tensors"
+        count = len(self._files)
+        return "a single file" if count == 1 else f"{count} files, {counted(len(self._tensors), 'tensor')}"
 
     def _kind(self, header: Header) -> str:
         check_kind_of_model(header)
@@ -198,9 +202,10 @@ class Verification:
 
     def _hyperparameters(self, header: Header) -> str:
         check_hyperparameters(header)
-        return f"{header.layers} layers of {header.embedding_length} dimensions"
+        return f"{counted(header.layers, 'layer')} of {header.embedding_length} dimensions"
 
     def _types(self, header: Header) -> str:
+        check_weights(header, self._tensors)
         check_tensor_types(header, self._tensors)
         return ", ".join(sorted({tensor.type_name for tensor in self._tensors}))
 
@@ -211,6 +216,7 @@ class Verification:
         return f"{header.vocabulary_size:,} tokens{note}"
 
     def _embeddings(self, header: Header) -> str:
+        check_weights(header, self._tensors)
         check_embeddings(header, self._tensors)
         return f"{header.vocabulary_size:,} rows"
 
@@ -231,8 +237,7 @@ def _finite(scans: Iterable[Scan]) -> str:
 
 def _matrices(adapter: Adapter) -> str:
     ranks = " and ".join(str(rank) for rank in adapter.ranks)
-    count = len(adapter.pairs)
-    return f"{count} {'pair' if count == 1 else 'pairs'} of matrices of rank {ranks}"
+    return f"{counted(len(adapter.pairs), 'pair')} of matrices of rank {ranks}"
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from abcli.batch.slots import reuse_rule
 from abcli.config import BucketConfig, ContextConfig, ModelConfig, PrefillMode
-from abcli.engine.slots import MIN_SHARED_TOKENS
+from abcli.engine.engine import MIN_SHARED_TOKENS
 from abcli.llm import LLM
 from abcli.prepare import prepare
 

@@ -152,6 +152,20 @@ def test_rm_deletes_one_quant_and_keeps_the_rest(
     assert listed(abcli).keys() == {f"{NAME}:Q4_K_M"}
 
 
+def test_rm_is_not_stopped_by_the_broken_link_of_another_quant(
+    abcli: Command, commits: tuple[str, str], cache: Path
+) -> None:
+    _older, newer = commits
+    snapshot = cache / "models--user--tiny-GGUF" / "snapshots" / newer
+    broken = next(path for path in snapshot.rglob("*.gguf") if path.name.endswith("00002-of-00002.gguf"))
+    broken.resolve().unlink()
+    outcome = abcli("models", "rm", f"{NAME}:Q4_K_M", "--yes")
+    assert outcome.code == 0, outcome.errors
+    assert outcome.text.startswith(f"removed {NAME}:Q4_K_M, ")
+    assert not (snapshot / FILE).exists()
+    assert not broken.is_symlink()
+
+
 def test_rm_of_a_revision_keeps_the_other(abcli: Command, commits: tuple[str, str], cache: Path) -> None:
     older, newer = commits
     assert abcli("models", "rm", f"{NAME}@{older[:12]}", "--yes").code == 0

@@ -12,13 +12,13 @@ import pytest
 from abcli.config import Buckets, ContextConfig, engines_directory
 from abcli.engine import opening
 from abcli.engine.choose import Speeds, Verdict, choose, measure_engines, verify_fused
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.contexts import ContextsBackend
+from abcli.engine.fused import FusedBackend
 from abcli.engine.opening import open_engine
 from abcli.errors import NativeError, UnsupportedModelError
+from abcli.native.ggml_api import TensorStruct
 from abcli.native.model import Model
-from abcli.native.rotating.devices import Device
-from abcli.native.rotating.turning import Turning
+from abcli.native.rotating.tables import Tables
 from tests.support.models import checked_model, open_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
@@ -70,21 +70,20 @@ def test_the_probe_notices_wrong_rotations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, architecture: Any
 ) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
-    original = Device.inverse_angles
-    start = Turning.__init__
+    turn, angles = Tables.turn, Tables._angles
 
-    def other_angles(self: Device, key: Any) -> int:
-        return original(self, (key[0], key[1], key[2] * 1.1))
+    def other_angles(self: Tables, rotation: Any) -> Any:
+        return 1.1 * angles(self, rotation)
 
-    def other_follows(self: Turning, *arguments: Any) -> None:
-        *first, follows, last = arguments
-        kept = frozenset() if wrong == "nothing turned" else frozenset(index for index in follows if index % 2)
-        start(self, *first, kept, last)
+    def other_rows(self: Tables, context: int, rows: int, *arguments: Any) -> int:
+        # There are four heads of queries and two of keys.
+        keys = TensorStruct.from_address(rows).ne[1] == 2
+        return turn(self, context, rows, *arguments) if keys and wrong == "queries alone" else rows
 
     if wrong == "angles of keys and queries":
-        monkeypatch.setattr(Device, "inverse_angles", other_angles)
+        monkeypatch.setattr(Tables, "_angles", other_angles)
     else:
-        monkeypatch.setattr(Turning, "__init__", other_follows)
+        monkeypatch.setattr(Tables, "turn", other_rows)
     with open_model(path) as model:
         verdict = verify_fused(model, config()[0], BASES)
         assert not verdict.sound
@@ -193,18 +192,18 @@ def test_the_measurement_decodes_with_both(tiny: Model) -> None:
     assert min(speeds.fused, speeds.contexts) > 0
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("fused", FusedEngine), ("contexts", ContextsEngine)])
+@pytest.mark.parametrize(("kind", "wanted"), [("fused", FusedBackend), ("contexts", ContextsBackend)])
 def test_opening_makes_the_chosen_engine(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, wanted: type
 ) -> None:
     warnings: list[str] = []
     with open_engine(checked_model(tiny_model), *config(engine=kind), warnings.append) as opened:
-        assert isinstance(opened.engine, wanted)
+        assert isinstance(opened.engine._backend, wanted)
         assert opened.engine_choice.kind == kind
         opened.engine.prefill(0, [1, 2, 3])
     chosen = replace(opened.engine_choice, reason="measured")
     monkeypatch.setattr(opening, "choose", lambda *_, **__: chosen)
     with open_engine(checked_model(tiny_model), *config(), warnings.append) as opened:
-        assert isinstance(opened.engine, wanted)
+        assert isinstance(opened.engine._backend, wanted)
         assert opened.engine_choice.reason == "measured"
     assert warnings == []

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from abcli.config import Buckets, ContextConfig, EngineChoice, LoraConfig
 from abcli.engine.choose import verify_fused
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.engine import Engine
 from abcli.engine.opening import open_engine
-from abcli.engine.protocol import Engine
 from abcli.gguf.checked import CheckedModel
 from abcli.native.model import Model
+from tests.support.engines import contexts_engine, fused_engine, stepped
 from tests.support.lora import random_lora, write_lora, write_merged
 from tests.support.models import checked_model, set_up
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
@@ -35,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "partial": {"architecture": "stablelm"},
     "sliding window": {"architecture": "gemma3", "layers": 7},
 }
-ENGINES: dict[EngineChoice, Any] = {"contexts": ContextsEngine, "fused": FusedEngine}
+ENGINES: dict[EngineChoice, Any] = {"contexts": contexts_engine, "fused": fused_engine}
 Settings: TypeAlias = tuple[CheckedModel, ContextConfig, Buckets]
 # How far rounding takes logits apart whose deviation is 2.
 TOLERANCE = 2e-3
@@ -65,9 +64,9 @@ def logits(settings: Settings) -> NDArray[np.float32]:
     """The logits [steps, buckets, vocabulary] after a prompt, and after two more tokens."""
     exact = settings[1].prefill == "exact"
     with engine_of(settings) as engine:
-        assert engine.prefill_note.startswith("exact" if exact else "shared")
+        assert engine.sharing.shared != exact
         found = [engine.prefill(0, TOKENS).copy()]
-        found += [engine.step({0: token})[0].copy() for token in (3, 5)]
+        found += [stepped(engine, {0: token})[0] for token in (3, 5)]
     return np.array(found)
 
 

@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 
 from abcli.config import CONTEXT_STEP, Buckets, ContextConfig, LoraConfig
 from abcli.engine import memory
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
 from abcli.engine.memory import Prediction, Room, available_memory, check_memory, predict
 from abcli.errors import OutOfMemoryError
 from abcli.gguf.checked import CheckedModel
 from abcli.native.llama import Device, echo_log
 from abcli.native.model import Model
 from abcli.text import gibibytes
+from tests.support.engines import contexts_engine, fused_engine
 from tests.support.lora import is_projection, random_lora, write_lora
 from tests.support.models import checked_model, set_up
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
@@ -59,7 +58,7 @@ def buffers(log: list[str], kind: str) -> float:
 def measured(setup: Asked, log: list[str]) -> tuple[Prediction, dict[str, float]]:
     """The prediction and llama.cpp's own sizes in MiB of an engine with a context for each bucket."""
     checked, context, buckets = setup
-    with Model(checked) as model, ContextsEngine(model, context, buckets):
+    with Model(checked) as model, contexts_engine(model, context, buckets):
         found = {"caches": buffers(log, "KV") + buffers(log, "RS"), "outputs": buffers(log, "output")}
         found |= {"compute": buffers(log, "compute")}
     return predict(*setup), found
@@ -94,7 +93,7 @@ def test_one_context_for_all_buckets(tmp_path: Path, log: list[str]) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", **SHAPES["wide"])
     checked, context, buckets = asked(path, context_size=1000, slots=2, engine="fused")
     prediction = predict(checked, context, buckets)
-    with Model(checked) as model, FusedEngine(model, context, buckets):
+    with Model(checked) as model, fused_engine(model, context, buckets):
         pass
     # The smaller one, which finds out what follows the base, has gone.
     largest = {kind: max(sizes(log, kind)) for kind in ("KV", "compute", "output")}
@@ -127,7 +126,7 @@ def test_adapters_are_counted(tmp_path: Path, log: list[str], kind: str, rank: i
     prediction = predict(checked, context, buckets)
     without = predict(checked_model(path, 0), context, buckets)
     assert without.item("adapters").total == 0
-    with Model(checked) as model, ContextsEngine(model, context, buckets) as engine:
+    with Model(checked) as model, contexts_engine(model, context, buckets) as engine:
         # llama.cpp plans its buffers anew at the first batch.
         engine.prefill(0, [1, 2, 3])
     assert prediction.item("adapters").total / 2**20 == pytest.approx(buffers(log, "LoRA"), abs=0.02)

@@ -44,9 +44,8 @@ from pathlib import Path
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from abcli.config import BucketConfig, ContextConfig, ModelConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
 from abcli.engine.choose import verify_fused
+from abcli.engine.make import make_engine
 from abcli.gguf.checked import check_model
 from abcli.native.llama import devices
 from abcli.native.model import Model
@@ -77,16 +76,20 @@ result = {"devices": [device.name for device in devices()]}
 with Model(check_model(ModelConfig(path, layers))) as model:
     for prefill in ("exact", "shared"):
         chosen = replace(config, prefill=prefill)
-        with ContextsEngine(model, chosen, buckets) as reference, FusedEngine(model, chosen, buckets) as engine:
+        reference, engine = (make_engine(kind, model, chosen, buckets) for kind in ("contexts", "fused"))
+        with reference, engine:
             found = [divergence(reference.prefill(1, tokens), engine.prefill(1, tokens))]
             for token in range(10):
-                found.append(divergence(reference.step({1: token})[0], engine.step({1: token})[0]))
+                found.append(divergence(reference.step({1: token})[1], engine.step({1: token})[1]))
             for each in (reference, engine):
                 each.copy(1, 0)
                 each.truncate(0, 60)
-            found.append(divergence(reference.step({0: 3, 1: 4}), engine.step({0: 3, 1: 4})))
-            result[prefill] = {"note": engine.prefill_note, "divergence": max(found)}
-            result["kinds"] = sorted("cpu" if device.is_cpu else "other" for device in engine._context.devices.opened)
+            both = [each.step({0: 3, 1: 4}) for each in (reference, engine)]
+            found += [divergence(both[0][slot], both[1][slot]) for slot in (0, 1)]
+            result[prefill] = {"note": str(engine.sharing), "divergence": max(found)}
+            opened = engine._backend._context.devices.opened
+            result["turning"] = engine.turning
+            result["kinds"] = sorted("cpu" if device.is_cpu else "other" for device in opened)
     result["sound"] = verify_fused(model, replace(config, slots=1), buckets.bases).sound
 print(json.dumps(result))
 """
@@ -124,6 +127,7 @@ def test_fused_equals_contexts_on_another_device(
     result = json.loads(answer.stdout.splitlines()[-1])
     assert any(name.startswith("RPC") for name in result["devices"])
     assert result["kinds"] == kinds
+    assert result["turning"] == "rows are turned inside llama.cpp's graph"
     assert result["sound"]
     for prefill in ("exact", "shared"):
         assert result[prefill]["note"].startswith(prefill)

@@ -173,7 +173,7 @@ def test_traces_are_stored_and_then_read(monkeypatch: pytest.MonkeyPatch, tiny_m
     def refuse(*_: object) -> None:
         raise AssertionError("nothing is left to compute")
 
-    monkeypatch.setattr(subject_module, "ContextsEngine", refuse)
+    monkeypatch.setattr(subject_module, "make_engine", refuse)
     with subject_of(tiny_model, scores=tmp_path) as opened:
         assert all(map(is_same, first, opened.trace(QUESTIONS, BASES[::-1], prefill)))
         assert opened.trace([], BASES, prefill) == []

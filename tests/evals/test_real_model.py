@@ -10,7 +10,6 @@ import llama_cpp
 import pytest
 
 from abcli.config import ENV_HOME, Buckets, ContextConfig
-from abcli.engine.contexts import ContextsEngine
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.prompts import TokenizedQuestion
@@ -21,6 +20,7 @@ from abcli.generate import Generator, common_prefix
 from abcli.native.sampler import SamplerChain
 from abcli.profiles.profile import Profile
 from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.engines import contexts_engine
 from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_model
 
@@ -78,7 +78,7 @@ def greedy_answers(
         return SamplerChain(model, sampling)
 
     answers: list[list[list[int]]] = [[] for _ in rules]
-    with ContextsEngine(model, config, buckets) as engine:
+    with contexts_engine(model, config, buckets) as engine:
         generators = [Generator(engine, model, make_sampler, item.merge, item.weights) for item in rules]
         for question in questions:
             if len(bases) == 1:

@@ -16,8 +16,8 @@ from abcli.errors import EvaluationDataError
 from abcli.evals.configurations import Configuration
 from abcli.evals.questions import Question
 from abcli.evals.report import (
+    EvaluationReport,
     RecordedModel,
-    Report,
     data_file,
     decode_report,
     encode_report,
@@ -47,10 +47,10 @@ def question(number: int, length: int = 1024) -> Question:
     )
 
 
-def made_up(scores: dict[str, tuple[Score, ...]] | None = None, **changes: Any) -> Report:
+def made_up(scores: dict[str, tuple[Score, ...]] | None = None, **changes: Any) -> EvaluationReport:
     """A report of two configurations on eight questions at each of two lengths."""
     questions = tuple(record(question(number, length)) for length in (512, 1024) for number in range(8))
-    report = Report(
+    report = EvaluationReport(
         task="kv",
         lengths=(512, 1024),
         depths=5,
@@ -70,7 +70,7 @@ def made_up(scores: dict[str, tuple[Score, ...]] | None = None, **changes: Any) 
     return replace(report, **changes)
 
 
-def written(report: Report, path: Path) -> Path:
+def written(report: EvaluationReport, path: Path) -> Path:
     write_report(path, report, report.summaries())
     return path
 
@@ -79,7 +79,10 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     report = made_up(contexts={"kv/1024/0": "context 0 of é"})
     # Numbers lose what is behind the sixth decimal, and nothing else.
     rounded = {name: tuple(replace(s, nll=round(s.nll, 6)) for s in of) for name, of in report.scores.items()}
-    assert read_report(written(report, tmp_path / "report.json")) == replace(report, scores=rounded)
+    path = written(report, tmp_path / "report.json")
+    assert read_report(path) == replace(report, scores=rounded)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_report(path) == replace(report, scores=rounded)
 
 
 @settings(max_examples=25, deadline=None)

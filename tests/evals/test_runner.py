@@ -107,13 +107,13 @@ def check_near(whole: Evaluation, resumed: Evaluation) -> None:
 def test_a_second_evaluation_computes_only_what_is_new(storing: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate(SETTINGS, [THREE], storing)
     opened = []
-    engine = subject_module.ContextsEngine
+    engine = subject_module.make_engine
 
     def counting(*arguments: object) -> object:
         opened.append(arguments)
         return engine(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(subject_module, "ContextsEngine", counting)
+    monkeypatch.setattr(subject_module, "make_engine", counting)
     again = evaluate(SETTINGS, [ONE, TWO, THREE, replace(THREE, name="mean", merge="mean", weights=())], storing)
     assert opened == []
     assert again.scores["three"] == first.scores["three"]

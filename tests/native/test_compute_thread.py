@@ -10,10 +10,9 @@ import llama_cpp.llama_cpp as llama
 import pytest
 
 from abcli.engine.choose import verify_fused
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.context import Sequences
+from tests.support.engines import contexts_engine, fused_engine
 from tests.support.models import open_model, set_up
 
 
@@ -77,10 +76,10 @@ def test_whatever_computes_with_several_threads_does_it_there(
     prompt = [5 + index % 40 for index in range(40)]
     with open_model(tiny_model) as model:
         verify_fused(model, context, buckets.bases)
-        for kind in (FusedEngine, ContextsEngine):
+        for kind in (fused_engine, contexts_engine):
             with kind(model, context, buckets) as engine:
                 engine.prefill(0, prompt)
                 engine.step({0: 7})
-        with ContextsEngine(model, *set_up((10_000.0,), context_size=256, threads=2)) as engine:
+        with contexts_engine(model, *set_up((10_000.0,), context_size=256, threads=2)) as engine:
             engine.prefill(0, prompt)
     assert elsewhere == set()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from abcli.engine.fused import FusedEngine
 from abcli.native.llama import echo_log
+from tests.support.engines import fused_engine
 from tests.support.models import open_model, set_up
 
 
@@ -38,6 +38,6 @@ def test_nor_is_one_while_a_context_is_made(tiny_model: Path, request: pytest.Fi
     with open_model(tiny_model) as model:
         request.getfixturevalue("interrupting")
         with pytest.raises(KeyboardInterrupt):
-            FusedEngine(model, *settings)
-        with FusedEngine(model, *settings) as engine:
+            fused_engine(model, *settings)
+        with fused_engine(model, *settings) as engine:
             assert engine.prefill(0, [1, 2]).shape == (2, model.vocabulary_size)

@@ -31,6 +31,7 @@ BAD_SETTINGS = [
     {"mirostat": 3},
     {"mirostat_eta": -1},
     {"seed": 0xFFFFFFFF},
+    {"seed": -5},
     {"logit_bias": ((-1, 0.0),)},
     {"logit_bias": ((320, 0.0),)},
     {"logit_bias": ((0, math.nan),)},

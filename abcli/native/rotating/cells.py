@@ -1,12 +1,13 @@
 """The cells of a fused context, where they lie: keys and values copied from sequence to sequence, keys turned.
 
-It relies on what `Turning` proves: the token at position p of sequence s lies in cell p of stream s.
+It relies on what `check` proves: the token at position p of sequence s lies in cell p of stream s.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -14,16 +15,20 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.errors import NativeError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.rotating.devices import Device, DeviceGraph, Devices
 from abcli.native.rotating.graph import CacheTensor, Observation, RopeNode
 from abcli.native.rotating.keys import aligned_bytes
+from abcli.native.rotating.turning import Visit, input_of
 from abcli.native.state import MAGIC, StateError
+from abcli.rope.frequencies import angular_frequencies
 
 # ggml's CPU rotates these and no others.
 _TURNABLE = frozenset({llama.GGML_TYPE_F32, llama.GGML_TYPE_F16})
 _TENSORS_PER_LAYER = 8
+_OPERATION_OFFSET = TensorStruct.op.offset
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,67 @@ class DeviceCache:
         """The number of layers whose keys follow the base."""
         return sum(self._rope(keys) is not None for keys in self._keys.values())
 
-    def give(self, source: int, target: int, where: Range, old: float, new: float) -> None:
-        """Copy a range from sequence `source`, under base `old`, to `target`, its keys turned to base `new`.
+    def give(self, source: int, base: float, targets: Mapping[int, float], where: Range) -> None:
+        """Copy a range from sequence `source`, under `base`, to each of `targets`, its keys turned to their base.
 
-        Both sequences hold the range in the same cells; the devices' positions are set. Raises NativeError.
+        All of them hold the range in the same cells; the devices' positions are set. One graph does it on each device.
+        Raises NativeError.
         """
 
         def build(context: int, device: Device, layers: Sequence[int]) -> list[int]:
-            return self._copies(context, device, layers, (source, target), where, (old, new))
+            return [
+                result
+                for target, new in targets.items()
+                for result in self._copies(context, device, layers, (source, target), where, (base, new))
+            ]
 
-        self._on_each_device(build)
+        self._on_each_device(build, _TENSORS_PER_LAYER * len(targets))
+
+    def turned(
+        self, layer: int, key: NDArray[np.float32], position: int, bases: tuple[float, float]
+    ) -> NDArray[np.float32]:
+        """What the layer's `key` (float32 [numbers]) at `position` under the first base is under the second one."""
+        rope = self._rope(self._keys[layer])
+        if rope is None:
+            return key
+        old, new = (angular_frequencies(rope.parameters, base) for base in bases)
+        half = len(new)
+        heads = key.reshape(-1, rope.width)
+        pairs = heads[:, : 2 * half].reshape(len(heads), *((2, half) if rope.parameters.neox else (half, 2)))
+        axis = 1 if rope.parameters.neox else 2
+        first, second = (pairs.take(index, axis) for index in (0, 1))
+        complex_pairs = (first + 1j * second) * np.exp(1j * position * (new - old))
+        turned = np.stack([complex_pairs.real, complex_pairs.imag], axis).reshape(len(heads), -1)
+        return np.asarray(np.concatenate([turned, heads[:, 2 * half :]], axis=1).ravel(), np.float32)
+
+    def check(self, sequences: NDArray[np.int64], positions: NDArray[np.int32]) -> Visit:
+        """Proves, for each layer of a graph that it is shown, that row i's key goes to the cell of its position.
+
+        `sequences` and `positions` are those of the rows, [rows]. Raises NativeError.
+        """
+        cells = {keys.pointer: keys.cells for keys in self._keys.values()}
+        checked: set[int] = set()
+
+        def visit(tensor: int, graph: int) -> None:
+            operation = ctypes.c_int.from_address(tensor + _OPERATION_OFFSET).value
+            if api.operation(operation, tensor) != b"SET_ROWS":
+                return
+            node = TensorStruct.from_address(tensor)
+            # Layers share the indices of their cells.
+            if node.view_src not in cells or node.src[1] in checked:
+                return
+            checked.add(node.src[1])
+            source = input_of(node.src[1], graph)
+            indices = TensorStruct.from_address(source)
+            found = np.empty(indices.ne[0], np.int64)
+            wanted = sequences * cells[node.view_src] + positions
+            if indices.type == api.GGML_TYPE_I64 and len(found) == len(wanted):
+                api.tensor_get(source, found.ctypes.data, 0, found.nbytes)
+                if np.array_equal(found, wanted):
+                    return
+            raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use `engine=contexts`")
+
+        return visit
 
     def read(self, sequence: int, where: Range) -> NDArray[np.uint8]:
         """The range's keys and values as bytes in the form of llama.cpp's state (`abcli.native.state`), one cache."""
@@ -126,7 +182,8 @@ class DeviceCache:
         """The rotation that keys of this layer take part in, None if they do not follow the base."""
         return self._ropes[keys.rope] if keys.rope in self._follows and keys.rope is not None else None
 
-    def _on_each_device(self, build: Callable[[int, Device, Sequence[int]], list[int]]) -> None:
+    def _on_each_device(self, build: Callable[[int, Device, Sequence[int]], list[int]], tensors: int) -> None:
+        """Compute what `build` makes of the layers of each device, at most `tensors` tensors for each layer."""
         layers: dict[int, tuple[Device, list[int]]] = {}
         for layer, keys in self._keys.items():
             device = self._devices.of(TensorStruct.from_address(keys.pointer))
@@ -135,7 +192,7 @@ class DeviceCache:
             for device, chosen in layers.values():
                 graph = DeviceGraph(
                     device.backend,
-                    _TENSORS_PER_LAYER * len(chosen) + 8,
+                    tensors * len(chosen) + 8,
                     lambda context, device=device, chosen=chosen: build(context, device, chosen),  # type: ignore[misc]
                 )
                 stack.enter_context(graph).compute()

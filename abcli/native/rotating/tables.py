@@ -1,0 +1,177 @@
+"""Cosines and sines of the angles by which each row of a batch is turned on, where llama.cpp computes the rows.
+
+A row x that RoPE has turned by its context's base b0 becomes that of base b by turning pair i on by
+p * (theta_i(b) - theta_i(b0)): x' = cos * x + sin * quarter(x), where quarter turns every pair by 90 degrees. ggml's
+own rotation does that, by the same angle for all rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.errors import NativeError
+from abcli.native import ggml_api as api
+from abcli.native.ggml_api import TensorStruct
+from abcli.native.rotating.devices import ALIGNMENT, Device, Devices
+from abcli.rope.frequencies import RopeParameters, angular_frequencies
+
+# A rotation, two products, a sum and two views.
+NODES_PER_ROTATION = 6
+# More steps than this lie nowhere between a rotation and the weights that its numbers come from.
+_MAX_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch lie: for each of `slots` slots, for each base of `bases`, `tokens` tokens."""
+
+    bases: tuple[float, ...]
+    slots: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows of the batch."""
+        return self.slots * len(self.bases) * self.tokens
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How heads of `width` numbers are rotated."""
+
+    parameters: RopeParameters
+    width: int
+
+    def fill(self, out: NDArray[np.float32], angles: NDArray[np.float64]) -> None:
+        """Write cosines and sines of `angles` [rows, pairs] to `out` [2, rows, width], which held 1 and 0 at first."""
+        dimensions = self.parameters.dimensions
+        half = dimensions // 2
+        first, second = (
+            (slice(0, half), slice(half, dimensions))
+            if self.parameters.neox
+            else (slice(0, dimensions, 2), slice(1, dimensions, 2))
+        )
+        for table, numbers in zip(out, (np.cos(angles), np.sin(angles)), strict=True):
+            table[:, first] = table[:, second] = numbers
+
+    def turn(self, context: int, rows: int, cosines: int, sines: int, one: int) -> int:
+        """The tensor f32 [width, heads, rows] `rows`, turned by the tables f32 [width, 1, rows].
+
+        `one` is a tensor i32 [1] that holds 1. It takes `NODES_PER_ROTATION` nodes.
+        """
+        _, heads, count, _ = TensorStruct.from_address(rows).ne
+        mode = api.MODE_NEOX if self.parameters.neox else api.MODE_NORMAL
+        # All rows stand at one position here: its cosines are computed once.
+        flat = api.reshape_3d(context, rows, self.width, heads * count, 1)
+        quarter = api.rope(
+            context, flat, one, None, self.parameters.dimensions, mode, 0, 1.0, np.pi / 2, 0.0, 1.0, 0.0, 0.0
+        )
+        quarter = api.reshape_3d(context, quarter, self.width, heads, count)
+        along = api.multiply(context, rows, cosines)
+        return int(api.add(context, along, api.multiply(context, quarter, sines)))
+
+
+class _Table:
+    """The tables of one rotation on one device, for any number of rows up to `capacity`."""
+
+    def __init__(self, device: Device, rotation: Rotation, capacity: int) -> None:
+        self.rotation = rotation
+        self._device = device
+        size = 2 * self._step(capacity)
+        self._buffer = device.memory(size)
+        self._whole = device.tensor(llama.GGML_TYPE_F32, (size // 4, 1, 1), self._buffer)
+        self._tensors: dict[int, tuple[int, int]] = {}
+        # What is uploaded, and the numbers of the tables in it; for `_rows` rows.
+        self._rows = 0
+        self._host: NDArray[np.float32] = np.empty(0, np.float32)
+        self._numbers: NDArray[np.float32] = np.empty(0, np.float32)
+
+    def tensors(self, rows: int) -> tuple[int, int]:
+        """Tensors f32 [width, 1, rows] over the cosines and the sines of so many rows."""
+        if rows not in self._tensors:
+            shape = (self.rotation.width, 1, rows)
+            cosines, sines = (
+                self._device.tensor(llama.GGML_TYPE_F32, shape, self._buffer, offset)
+                for offset in (0, self._step(rows))
+            )
+            self._tensors[rows] = cosines, sines
+        return self._tensors[rows]
+
+    def upload(self, angles: NDArray[np.float64]) -> None:
+        """Fill the tables with what belongs to `angles` [rows, pairs]."""
+        rows, width = len(angles), self.rotation.width
+        if rows != self._rows:
+            self._rows = rows
+            self._host = np.zeros((2, self._step(rows) // 4), np.float32)
+            self._numbers = self._host[:, : rows * width].reshape(2, rows, width)
+            self._numbers[0] = 1.0
+        self.rotation.fill(self._numbers, angles)
+        api.tensor_set(self._whole, self._host.ctypes.data, 0, self._host.nbytes)
+
+    def _step(self, rows: int) -> int:
+        """The bytes from the cosines to the sines."""
+        return -(-rows * 4 * self.rotation.width // ALIGNMENT) * ALIGNMENT
+
+
+class Tables:
+    """The tables of all rotations on all devices, made when they are first needed; `devices` own the memory."""
+
+    def __init__(self, devices: Devices, base: float, capacity: int) -> None:
+        """`base` is that by which llama.cpp turns; `capacity` is the largest number of rows."""
+        self._devices = devices
+        self._base = base
+        self._capacity = capacity
+        self._tables: dict[tuple[Device, Rotation], _Table] = {}
+        # The rows to be computed next, and radians per position of each, by rotation.
+        self._layout = Layout((base,), 1, 1)
+        self._positions: NDArray[np.int32] = np.zeros(1, np.int32)
+        self._deltas: dict[RopeParameters, NDArray[np.float64]] = {}
+
+    def turn(self, context: int, rows: int, rotation: Rotation, weights: TensorStruct) -> int:
+        """The tensor f32 [width, heads, rows] `rows`, turned; it is computed where `weights` lie.
+
+        Raises NativeError if the device has no room for the tables, or there are more rows than `capacity`.
+        """
+        count = TensorStruct.from_address(rows).ne[2]
+        if count > self._capacity:
+            raise NativeError(f"llama.cpp computes {count} rows at once where {self._capacity} were expected")
+        device = self._devices.of(weights)
+        table = self._tables.get((device, rotation))
+        if table is None:
+            table = self._tables[device, rotation] = _Table(device, rotation, self._capacity)
+            table.upload(self._angles(rotation))
+        return rotation.turn(context, rows, *table.tensors(count), device.one)
+
+    def fill(self, layout: Layout, positions: NDArray[np.int32]) -> None:
+        """Say what the rows of the next batch are; `positions` int32 [rows] is where they stand."""
+        if layout != self._layout:
+            self._layout = layout
+            self._deltas.clear()
+        self._positions = positions
+        for table in self._tables.values():
+            table.upload(self._angles(table.rotation))
+
+    def _angles(self, rotation: Rotation) -> NDArray[np.float64]:
+        """The angles float64 [rows, pairs]; exactly 0 for rows of the context's base."""
+        parameters, layout = rotation.parameters, self._layout
+        if parameters not in self._deltas:
+            native = angular_frequencies(parameters, self._base)
+            deltas = np.array([angular_frequencies(parameters, base) - native for base in layout.bases])
+            self._deltas[parameters] = np.tile(np.repeat(deltas, layout.tokens, axis=0), (layout.slots, 1))
+        return np.asarray(self._positions[:, None] * self._deltas[parameters])
+
+
+def weights_of(tensor: int) -> TensorStruct:
+    """The weights that the numbers of a rotation come from; where they lie, llama.cpp computes it."""
+    for _ in range(_MAX_STEPS):
+        node = TensorStruct.from_address(tensor)
+        if node.buffer:
+            return node
+        if not node.src[0]:
+            break
+        tensor = node.src[0]
+    raise NativeError("llama.cpp rotates numbers that come from no weights", "use `engine=contexts`")
