@@ -1,6 +1,7 @@
 """Schemas that are refused, and what is said of them."""
 
 import json
+import resource
 import time
 
 import pytest
@@ -222,10 +223,12 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_schemas_cost_little(in_bytes, case):
     """They are compiled or refused; what is measured is the processor's time, whoever else is busy."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.process_time()
     refusal = refusal_of(lambda: in_bytes.start(constraint(HOSTILE[case])).mask())
     assert refusal is None or "\n" not in refusal.message
     assert time.process_time() - begin < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
 
 
 KEYS = (
