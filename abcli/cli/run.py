@@ -11,9 +11,9 @@ import typer
 
 from abcli.chat.files import decode_prompt, read_text_file
 from abcli.chat.messages import Message, Prompt
-from abcli.cli.flags import flag
-from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
-from abcli.cli.setup import opened, prepared
+from abcli.cli._flags import flag
+from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
+from abcli.cli._setup import opened, prepared
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.generate import Answer
 from abcli.grammar.check import check
