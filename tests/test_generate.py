@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from abcli.errors import CancelledError, ContextFullError, PromptError, UsageError
 from abcli.generate import Generator, TextStream, common_prefix
@@ -30,6 +32,20 @@ def test_an_answer_streams_and_stops_at_the_end_token() -> None:
     assert (text, reason) == ("So.", "stop")
     assert pieces == ["S", "o", ".", ""]
     assert GreedySampler.opened == 0
+
+
+def test_what_is_complete_ends_without_another_step() -> None:
+    class UpToDot(GreedySampler):
+        def sample(self, logits: NDArray[np.float32]) -> int:
+            token = super().sample(logits)
+            self.finished = token == ord(".")
+            return token
+
+    engine = FakeEngine(reciting(b"So. And", len(PROMPT)))
+    with Generator(engine, ByteTokenizer(), UpToDot) as generator:
+        pieces = list(generator.stream(0, PROMPT, GenerationConfig(ignore_eos=True, max_tokens=3)))
+    assert (pieces[-1].answer.text, pieces[-1].answer.finish_reason) == ("So.", "stop")
+    assert len(pieces) == 3
 
 
 def test_characters_split_over_tokens_come_out_whole() -> None:
