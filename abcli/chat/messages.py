@@ -11,7 +11,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Message:
-    """Who says what; `content` is plain text, in which control tokens mean nothing."""
+    """Who says what; control tokens in it mean nothing. `reasoning_content` is the thought before an answer."""
 
     role: Role
     content: str
+    reasoning_content: str = ""

@@ -42,8 +42,11 @@ from abcli.errors import TemplateError
 OTHER_TEMPLATE = "choose another template with --chat-template"
 
 _BASE_BUDGET = 64 * 1024 * 1024
-# Templates copy every message a few times on its way through.
-_BUDGET_PER_CHARACTER = 64
+# Templates copy every message a few times on its way through, and many collect the whole text in one variable, which is
+# copied a few times for every message.
+_COPIES_OF_A_MESSAGE = 64
+_COPIES_PER_MESSAGE = 16
+_MAX_COPIES_BUDGET = 1024 * 1024 * 1024
 _SECONDS = 10.0
 _MAX_REASON = 300
 _TEXT_METHODS = frozenset(
@@ -69,7 +72,11 @@ _TEMPLATE_FAULTS = (
 )
 
 
-class _RefusalError(jinja2.TemplateError):
+class RefusalError(TemplateError):
+    """The template itself says that it does not take the messages."""
+
+
+class _RaisedError(jinja2.TemplateError):
     """The template called `raise_exception`."""
 
 
@@ -198,7 +205,7 @@ def _pay_output(_context: Context, value: Any) -> Any:
 
 
 def _raise_exception(message: object = "") -> NoReturn:
-    raise _RefusalError(str(message))
+    raise _RaisedError(str(message))
 
 
 def _strftime_now(pattern: str) -> str:
@@ -229,19 +236,18 @@ class CompiledTemplate:
                 f"the chat template is broken: {_reason(error)}{_place(error)}", OTHER_TEMPLATE
             ) from error
 
-    def render(self, variables: Mapping[str, Any], *, content_size: int, refusal_hint: str) -> str:
-        """The text for `variables`; `content_size` is the length of the messages in characters.
+    def render(self, variables: Mapping[str, Any], *, content_size: int, message_count: int = 1) -> str:
+        """The text for `variables`; `content_size` is the length of all the messages in characters.
 
-        Raises TemplateError for whatever goes wrong inside the template, with `refusal_hint` if it was the
-        template that refused (`raise_exception`).
+        Raises TemplateError for whatever goes wrong inside the template, as RefusalError if it was the template that
+        refused (`raise_exception`).
         """
+        collecting = min(_COPIES_PER_MESSAGE * message_count * content_size, _MAX_COPIES_BUDGET)
         try:
-            with limited(_BASE_BUDGET + _BUDGET_PER_CHARACTER * content_size, _SECONDS):
+            with limited(_BASE_BUDGET + _COPIES_OF_A_MESSAGE * content_size + collecting, _SECONDS):
                 return self._template.render(variables)
-        except _RefusalError as error:
-            raise TemplateError(
-                f"the chat template refuses this conversation: {_reason(error)}", refusal_hint
-            ) from error
+        except _RaisedError as error:
+            raise RefusalError(_reason(error), OTHER_TEMPLATE) from error
         except SecurityError as error:
             raise TemplateError(
                 f"the chat template does what it must not: {_reason(error)}{_place(error)}", OTHER_TEMPLATE

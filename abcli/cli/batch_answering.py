@@ -56,7 +56,7 @@ class Run:
         """Load the model and write the result of every item."""
         with ready(self.terminal, config, buckets, verbose=verbose) as loaded:
             engine = loaded.opened.engine
-            template = load_template(loaded.opened.model, template_choice)
+            template = load_template(loaded.opened.model, template_choice, self.terminal.warn)
             switch = StopSwitch(loaded.generator.cancel)
             return self._write(
                 switch,

@@ -62,7 +62,7 @@ def chat(
             validate(sampling, opened.engine.vocabulary_size)
 
         check(generation.sampling)
-        template = load_template(opened.model, model_options.chat_template)
+        template = load_template(opened.model, model_options.chat_template, terminal.warn)
         talk = Chat(loaded.generator, opened.engine, template, opened.model.piece, generation, check, overflow=overflow)
         current = _session(loaded, generation.sampling, resumed, session, terminal)
         talk.restore(current)

@@ -60,7 +60,7 @@ def run(
         if raw:
             tokens = opened.model.tokenize(text, add_special=True, parse_special=parse_special)
         else:
-            template = load_template(opened.model, model_options.chat_template)
+            template = load_template(opened.model, model_options.chat_template, terminal.warn)
             messages = [Message("system", check_argument(system, "--system"))] if system is not None else []
             tokens = template.tokens([*messages, Message("user", text)])
         with on_interrupt(loaded.generator.cancel), terminal.prefill_progress() as progress:

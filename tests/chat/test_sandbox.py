@@ -97,7 +97,7 @@ WORKING = {
 
 def render(source: str) -> str:
     variables: dict[str, Any] = {"messages": [{"role": "user", "content": "<h\u00e9>"}], "tools": None}
-    return CompiledTemplate(source).render(variables, content_size=4, refusal_hint="")
+    return CompiledTemplate(source).render(variables, content_size=4)
 
 
 @pytest.mark.parametrize("source", WORKING)
@@ -139,12 +139,22 @@ def test_an_error_says_what_and_where(case: str) -> None:
     assert raised.value.hint
 
 
+def test_a_template_may_collect_the_whole_text_in_one_variable() -> None:
+    messages = [{"role": "user", "content": "x" * 200}] * 600
+    source = (
+        "{% set n = namespace(x='') %}{% for m in messages %}"
+        "{% set n.x = n.x + '<' + m.role + '>' + m.content + '</s>' %}{% endfor %}{{ n.x }}"
+    )
+    text = CompiledTemplate(source).render({"messages": messages}, content_size=120_000, message_count=600)
+    assert text == f"<user>{'x' * 200}</s>" * 600
+
+
 def test_a_long_conversation_has_a_larger_budget() -> None:
     content = "x" * 3_000_000
     source = (
         "{% set n = namespace(x='') %}{% for i in range(30) %}{% set n.x = messages[0].content + '!' %}{% endfor %}ok"
     )
     variables = {"messages": [{"role": "user", "content": content}]}
-    assert CompiledTemplate(source).render(variables, content_size=len(content), refusal_hint="") == "ok"
+    assert CompiledTemplate(source).render(variables, content_size=len(content)) == "ok"
     with pytest.raises(TemplateError, match="builds more text"):
-        CompiledTemplate(source).render(variables, content_size=0, refusal_hint="")
+        CompiledTemplate(source).render(variables, content_size=0)
