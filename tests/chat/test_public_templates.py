@@ -55,7 +55,7 @@ def independent(source: str, model: Model, messages: list[Message], opened: bool
     )
 
 
-@pytest.fixture(params=FOUND)
+@pytest.fixture(params=FOUND, scope="session")
 def source(request: pytest.FixtureRequest) -> str:
     path = FOUND[request.param]
     if path is None:
@@ -63,8 +63,12 @@ def source(request: pytest.FixtureRequest) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_it_writes_what_jinja2_writes(source: str, bpe: Model) -> None:
-    template = ChatTemplate(source, bpe)
+@pytest.fixture(scope="session")
+def template(source: str, bpe: Model) -> ChatTemplate:
+    return ChatTemplate(source, bpe)
+
+
+def test_it_writes_what_jinja2_writes(source: str, bpe: Model, template: ChatTemplate) -> None:
     for messages in ([QUESTION], [QUESTION, ANSWER, Message("user", "And <b>3+3</b>?")]):
         for opened in (True, False):
             expected = independent(source, bpe, messages, opened)
@@ -72,8 +76,7 @@ def test_it_writes_what_jinja2_writes(source: str, bpe: Model) -> None:
     assert template.tokens([QUESTION])
 
 
-def test_no_message_is_lost_or_refused(source: str, bpe: Model) -> None:
-    template = ChatTemplate(source, bpe)
+def test_no_message_is_lost_or_refused(template: ChatTemplate) -> None:
     system = Message("system", "Be <brief>.")
     for messages in ([system, QUESTION], [QUESTION, QUESTION], [system, system, QUESTION, ANSWER, system, QUESTION]):
         text = template.render(messages)
@@ -81,15 +84,15 @@ def test_no_message_is_lost_or_refused(source: str, bpe: Model) -> None:
         assert text.count("2+2?") == sum(message.role == "user" for message in messages)
 
 
-def test_a_long_conversation_is_rendered_in_windows_with_the_same_text(source: str, bpe: Model) -> None:
-    messages = [Message("user", f"Question {turn // 2}") if turn % 2 == 0 else ANSWER for turn in range(161)]
-    template = ChatTemplate(source, bpe)
+def test_a_long_conversation_is_rendered_in_windows_with_the_same_text(
+    source: str, bpe: Model, template: ChatTemplate
+) -> None:
+    messages = [Message("user", f"Question {turn // 2}") if turn % 2 == 0 else ANSWER for turn in range(101)]
     windowed = template._windows.text(messages, True, "\ufdd2")
     assert windowed == independent(source, bpe, messages, True)
 
 
-def test_a_thought_inside_an_answer_is_as_good_as_one_apart(source: str, bpe: Model) -> None:
-    template = ChatTemplate(source, bpe)
+def test_a_thought_inside_an_answer_is_as_good_as_one_apart(template: ChatTemplate) -> None:
     inside = Message("assistant", f"<think>\n{ANSWER.reasoning_content}\n</think>\n\n{ANSWER.content}")
     after = Message("user", "Go on.")
     assert template.render([QUESTION, inside, after]) == template.render([QUESTION, ANSWER, after])
