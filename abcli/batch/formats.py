@@ -196,8 +196,8 @@ def _grammar_problem(grammar: str, json_schema: str) -> tuple[str, str] | None:
 def _messages(value: Any) -> tuple[Message, ...]:
     messages = read_messages(value)
     for number, message in enumerate(messages, 1):
-        _text(message.content, f"the content of message {number}")
-        _text(message.reasoning_content, f"the reasoning of message {number}")
+        calls = "".join(call.id + call.name for call in message.tool_calls)
+        _text(message.content + message.reasoning_content + message.name + calls, f"the content of message {number}")
     return messages
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from abcli.chat.control_text import Marks
@@ -10,11 +11,15 @@ from abcli.chat.thoughts import CLOSE
 
 
 def missing_message(messages: Sequence[Message], written: str, marks: Marks) -> int | None:
-    """The index of the first message whose text is not in `written`, None if all are.
+    """The index of the first message whose text or calls are not in `written`, None if all are.
 
     `messages` are broken up by `marks`, so that each has an edge where its text begins. Templates may strip, change
-    case and white space, put messages elsewhere, and cut what they take for a thought off an answer.
+    case and white space, put messages elsewhere, write results of tools as JSON, and cut what they take for a thought
+    off an answer.
     """
+    for index, message in enumerate(messages):
+        if not all(call.name.strip() in written for call in message.tool_calls):
+            return index
     bodies = [(index, _body(message, marks)) for index, message in enumerate(messages)]
     bodies = [(index, body) for index, body in bodies if body]
     folded: str | None = None
@@ -26,7 +31,7 @@ def missing_message(messages: Sequence[Message], written: str, marks: Marks) -> 
             position = found + len(body)
             continue
         out_of_order = index if out_of_order is None else out_of_order
-        if body in written:
+        if body in written or (messages[index].role == "tool" and _as_json(body) in written):
             continue
         folded = _folded(written) if folded is None else folded
         if _folded(body) not in folded:
@@ -40,6 +45,10 @@ def _body(message: Message, marks: Marks) -> str:
     if message.role == "assistant" and CLOSE in marks.remove(message.content):
         return ""
     return message.content.strip()
+
+
+def _as_json(body: str) -> str:
+    return json.dumps(body, ensure_ascii=False)[1:-1]
 
 
 def _folded(text: str) -> str:

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 class Marks:
     """Four characters that occur in none of the texts concerned.
 
-    `inside`, put behind the first character of "<|im_end|>", leaves nothing that reads as that token; `edge` and
-    `thought_edge` stand where a message and its thought begin. Taking them out gives the old text. `anchor` is for
-    `WindowedRendering`.
+    `inside`, put behind the first character of "<|im_end|>", leaves nothing that reads as that token; `edge`
+    stands where a message begins, `inner_edge` where its thought or the name of a call does. Taking them out gives the
+    old text. `anchor` is for `WindowedRendering`.
     """
 
     inside: str
     edge: str
-    thought_edge: str
+    inner_edge: str
     anchor: str
 
     def remove(self, text: str) -> str:
         """`text` without marks."""
-        return text.replace(self.inside, "").replace(self.edge, "").replace(self.thought_edge, "")
+        return text.replace(self.inside, "").replace(self.edge, "").replace(self.inner_edge, "")
 
 
 class ControlText:

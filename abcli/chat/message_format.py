@@ -6,14 +6,21 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from abcli.chat.messages import ROLES, Message, Role
+from abcli.chat.messages import ROLES, Message, Role, ToolCall
 from abcli.errors import PromptError
 
 # The system's messages are called the developer's by newer models.
 _OTHER_NAMES = {"developer": "system"}
 _EXAMPLE = '[{"role": "user", "content": "..."}]'
-_READ = ("role", "content", "reasoning_content", "reasoning")
 _IGNORED = ("refusal", "name")
+# What messages of each role may have besides a role, a content and what is ignored.
+_OWN: dict[Role, tuple[str, ...]] = {
+    "system": (),
+    "user": (),
+    "assistant": ("reasoning_content", "reasoning", "tool_calls"),
+    "tool": ("tool_call_id",),
+}
+_EXAMPLE_CALL = '{"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}'
 
 
 def read_messages(value: Any) -> tuple[Message, ...]:
@@ -25,8 +32,16 @@ def read_messages(value: Any) -> tuple[Message, ...]:
 
 def message_fields(message: Message) -> dict[str, Any]:
     """`message` as JSON values, without what is empty; `read_messages` reads it back."""
-    thought = {"reasoning_content": message.reasoning_content} if message.reasoning_content else {}
-    return {"role": message.role, "content": message.content, **thought}
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    for name in ("reasoning_content", "tool_call_id", "name"):
+        if value := getattr(message, name):
+            fields[name] = value
+    if message.tool_calls:
+        fields["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return fields
 
 
 def given(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,15 +76,56 @@ def _message(value: Any, number: int) -> Message:
     if role is None:
         raise PromptError(f"message {number} has the role {shown(value.get('role'))}", f"use one of {', '.join(ROLES)}")
     fields = given(value)
-    unknown = [name for name in fields if name not in (*_READ, *_IGNORED)]
+    known = ("role", "content", *_OWN[role], *_IGNORED)
+    unknown = [name for name in fields if name not in known]
     if unknown:
-        raise PromptError(f"the field {shown(unknown[0])} is not known", f"message {number} may have role and content")
-    content = fields.get("content")
+        raise PromptError(
+            f"the field {shown(unknown[0])} is not known", f"message {number} may have {', '.join(known[:-2])}"
+        )
+    calls = _calls(fields.get("tool_calls", []), number)
+    content = fields.get("content", "" if calls else None)
     if isinstance(content, list):
         content = "\n".join(_part(part, number) for part in content)
-    text = read_text(content, f"the content of message {number}")
-    thought = fields.get("reasoning_content", fields.get("reasoning", ""))
-    return Message(role, text, read_text(thought, f"the reasoning of message {number}"))
+    return Message(
+        role,
+        read_text(content, f"the content of message {number}"),
+        read_text(fields.get("reasoning_content", fields.get("reasoning", "")), f"the reasoning of message {number}"),
+        calls,
+        read_text(fields.get("tool_call_id", ""), f"the tool_call_id of message {number}"),
+        read_text(fields.get("name", ""), f"the name of message {number}") if role == "tool" else "",
+    )
+
+
+def _calls(value: Any, number: int) -> tuple[ToolCall, ...]:
+    if not isinstance(value, list):
+        raise PromptError(f"the tool_calls of message {number} are {shown(value)}", f"write [{_EXAMPLE_CALL}]")
+    return tuple(_call(item, number) for item in value)
+
+
+def _call(value: Any, number: int) -> ToolCall:
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict):
+        raise PromptError(f"message {number} has a call {shown(value)}", f"write {_EXAMPLE_CALL}")
+    name = read_text(function.get("name"), f"the name of a call in message {number}")
+    arguments = function.get("arguments", "{}")
+    if isinstance(arguments, str):
+        arguments = _object(read_text(arguments, f"the arguments of a call in message {number}"))
+    if not isinstance(arguments, dict) or not name:
+        raise PromptError(f"message {number} has a call {shown(value)}", "its arguments must be a JSON object's text")
+    identifier = value.get("id")
+    return ToolCall(
+        name,
+        read_text(json.dumps(arguments, ensure_ascii=False), f"the arguments of a call in message {number}"),
+        read_text("" if identifier is None else identifier, f"the id of a call in message {number}"),
+    )
+
+
+def _object(text: str) -> Any:
+    """The JSON value in `text`, None if there is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _part(value: Any, number: int) -> str:

@@ -5,14 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant wants called; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Message:
-    """Who says what; control tokens in it mean nothing. `reasoning_content` is the thought before an answer."""
+    """Who says what; control tokens in it mean nothing.
+
+    An assistant's message may have a thought before it (`reasoning_content`) and calls of tools; a tool's message is
+    the result of the call `tool_call_id` of the function `name`.
+    """
 
     role: Role
     content: str
     reasoning_content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""

@@ -153,6 +153,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, (str, bytes, int, float)):
             return isinstance(obj, str) and attr in _TEXT_METHODS
+        if type(obj) is list and attr in ("append", "pop"):
+            # A list that the template made itself: those that it is given are of another type.
+            return True
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -181,7 +184,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *arguments: Any, **options: Any) -> Any:
         spend(1)
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        if function is dict:
+        if function is dict or (isinstance(owner, list) and name == "append"):
             spend_on(arguments, options)
         elif isinstance(owner, str) and name == "join" and len(arguments) == 1:
             arguments = (list(watched(arguments[0])),)
@@ -212,6 +215,17 @@ def _strftime_now(pattern: str) -> str:
     if len(pattern) > 100 or re.search(r"%[^a-zA-Z%]*\d", pattern):
         raise SecurityError(f"it asks for the time as {pattern[:40]!r}")
     return datetime.now().astimezone().strftime(pattern)
+
+
+class _GivenList(list[Any]):
+    """A list that belongs to us: a template may not change it."""
+
+
+def _given(value: Any) -> Any:
+    """`value` with lists that are told from the template's own."""
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items()}
+    return _GivenList(map(_given, value)) if isinstance(value, list) else value
 
 
 @functools.cache
@@ -245,7 +259,7 @@ class CompiledTemplate:
         collecting = min(_COPIES_PER_MESSAGE * message_count * content_size, _MAX_COPIES_BUDGET)
         try:
             with limited(_BASE_BUDGET + _COPIES_OF_A_MESSAGE * content_size + collecting, _SECONDS):
-                return self._template.render(variables)
+                return self._template.render(_given(variables))
         except _RaisedError as error:
             raise RefusalError(_reason(error), OTHER_TEMPLATE) from error
         except SecurityError as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from abcli.chat.control_text import ControlText, Marks, unused_marks
 from abcli.chat.files import read_text_file
 from abcli.chat.known_templates import KNOWN_TEMPLATES
 from abcli.chat.message_format import message_fields
-from abcli.chat.messages import Message, Role
+from abcli.chat.messages import Message, Role, ToolCall
 from abcli.chat.sandbox import OTHER_TEMPLATE, CompiledTemplate, RefusalError
 from abcli.chat.shapes import shapes
 from abcli.chat.thoughts import CLOSE, OPEN, split_thought
@@ -48,6 +49,24 @@ class _Accepted:
     marks: Marks
     rendered: str
     guarded: str
+
+
+@dataclass(frozen=True)
+class _CallForm:
+    """How a template wants an assistant's message with calls: most want arguments as objects and an empty text."""
+
+    arguments_as_text: bool
+    empty_as_none: bool
+
+    def of(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """A message's fields in this form."""
+        calls = fields["tool_calls"]
+        if not self.arguments_as_text:
+            functions = [call["function"] for call in calls]
+            objects = [{**function, "arguments": json.loads(function["arguments"])} for function in functions]
+            calls = [{**call, "function": function} for call, function in zip(calls, objects, strict=True)]
+        content = None if self.empty_as_none and not fields["content"] else fields["content"]
+        return {**fields, "content": content, "tool_calls": calls}
 
 
 class ChatTemplate:
@@ -140,14 +159,21 @@ class ChatTemplate:
     def _guarded(self, message: Message, marks: Marks) -> Message:
         """`message` in such a form that no part of it can be part of a control token."""
         content = self._control.break_everywhere(message.content, marks, marks.edge)
-        thought = self._control.break_everywhere(message.reasoning_content, marks, marks.thought_edge)
-        return replace(message, content=content, reasoning_content=thought)
+        thought = self._control.break_everywhere(message.reasoning_content, marks, marks.inner_edge)
+        calls = _changed_calls(
+            message,
+            lambda name: self._control.break_everywhere(name, marks, marks.inner_edge),
+            lambda text: self._control.break_everywhere(text, marks, ""),
+        )
+        return replace(message, content=content, reasoning_content=thought, tool_calls=calls)
 
     def _broken(self, message: Message, marks: Marks) -> Message:
         """`message` with the control tokens in it broken up."""
         content = self._control.break_tokens(message.content, marks)
         thought = self._control.break_tokens(message.reasoning_content, marks)
-        return replace(message, content=content, reasoning_content=thought)
+        broken = partial(self._control.break_tokens, marks=marks)
+        calls = _changed_calls(message, broken, broken)
+        return replace(message, content=content, reasoning_content=thought, tool_calls=calls)
 
     def _with_thought_apart(self, message: Message) -> Message:
         """An answer that was stored as the model wrote it, as templates expect it."""
@@ -206,7 +232,10 @@ class ChatTemplate:
 
     def _fields(self, message: Message) -> dict[str, Any]:
         """`message` as the template wants it."""
-        return _in_parts(message_fields(message), self._roles_with_parts)
+        fields = message_fields(message)
+        if message.content or not message.tool_calls:
+            fields = _in_parts(fields, self._roles_with_parts)
+        return self._call_form.of(fields) if message.tool_calls else fields
 
     @cached_property
     def _roles_with_parts(self) -> frozenset[Role]:
@@ -224,6 +253,16 @@ class ChatTemplate:
                     found = wanted
                     break
         return found
+
+    @cached_property
+    def _call_form(self) -> _CallForm:
+        """How an answer that only calls tools must be written for the call to be in what the template writes."""
+        question = {"role": "user", "content": [{"type": "text", "text": "a"}] if self._roles_with_parts else "a"}
+        call = ToolCall("f", json.dumps({"a": _PROBE}), "123456789")
+        answer = message_fields(Message("assistant", "", tool_calls=(call,)))
+        result = {"role": "tool", "content": "b", "tool_call_id": call.id, "name": call.name}
+        forms = [_CallForm(text, none) for none in (False, True) for text in (False, True)]
+        return next((form for form in forms if _PROBE in self._probe([question, form.of(answer), result])), forms[0])
 
     def _probe(self, messages: list[dict[str, Any]]) -> str:
         """What the template writes for `messages` up to the answer; empty if it fails."""
@@ -312,6 +351,28 @@ def template_source(choice: str) -> str:
             f"there is no chat template {choice!r}: {error.message}",
             f"give a file or one of: {', '.join(KNOWN_TEMPLATES)}",
         ) from error
+
+
+def _changed_calls(
+    message: Message, change_name: Callable[[str], str], change: Callable[[str], str]
+) -> tuple[ToolCall, ...]:
+    """The calls of a message, their names and the texts in their arguments having gone through a change."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, dict):
+            return {change(key): changed(item) for key, item in value.items()}
+        return [changed(item) for item in value] if isinstance(value, list) else value
+
+    return tuple(
+        replace(
+            call,
+            name=change_name(call.name),
+            arguments=json.dumps(changed(json.loads(call.arguments)), ensure_ascii=False),
+        )
+        for call in message.tool_calls
+    )
 
 
 def _in_parts(fields: dict[str, Any], roles: frozenset[Role]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -9,7 +10,7 @@ import jinja2
 import jinja2.ext
 import pytest
 
-from abcli.chat.messages import Message
+from abcli.chat.messages import Message, ToolCall
 from abcli.chat.template import ChatTemplate
 from abcli.native.model import Model
 from scripts.fetch_public_templates import directory
@@ -96,3 +97,26 @@ def test_a_thought_inside_an_answer_is_as_good_as_one_apart(template: ChatTempla
     inside = Message("assistant", f"<think>\n{ANSWER.reasoning_content}\n</think>\n\n{ANSWER.content}")
     after = Message("user", "Go on.")
     assert template.render([QUESTION, inside, after]) == template.render([QUESTION, ANSWER, after])
+
+
+def test_calls_of_tools_and_their_results_reach_the_model(template: ChatTemplate) -> None:
+    calls = tuple(
+        ToolCall(f"look_up_{name}", json.dumps({"key": f"<|im_end|> {name}"}), f"call_{name}") for name in "ab"
+    )
+    for chosen in (calls[:1], calls):
+        results = [
+            Message("tool", f'"{call.name}" is <|im_end|>', tool_call_id=call.id, name=call.name) for call in chosen
+        ]
+        messages = [
+            QUESTION,
+            Message("assistant", "", tool_calls=chosen),
+            *results,
+            Message("assistant", "Done."),
+            QUESTION,
+        ]
+        text = template.render(messages)
+        for call, result in zip(chosen, results, strict=True):
+            assert call.name in text.replace(result.content, "").replace(json.dumps(result.content), "")
+            assert f"<|im_end|> {call.name[-1]}" in text
+            assert result.content in text or json.dumps(result.content)[1:-1] in text
+        assert template.tokens(messages)

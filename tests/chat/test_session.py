@@ -26,6 +26,7 @@ from abcli.chat.session import Session, SessionStore, export_session, import_ses
 from abcli.chat.session_format import FormatError, decode_session, encode_session
 from abcli.config import SamplingConfig
 from abcli.errors import SessionError, UsageError
+from tests.chat.strategies import MESSAGES
 
 TALK = [Message("system", "Be brief."), Message("user", 'H\u00e9llo\n"there"'), Message("assistant", "\U0001f600")]
 SAMPLING = SamplingConfig(temperature=0, dry_breakers=("x",), logit_bias=((5, float("-inf")), (7, 1.5)), grammar="root")
@@ -55,7 +56,7 @@ NUMBERS = st.floats(allow_nan=False)
 
 @settings(deadline=None)
 @given(
-    messages=st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXTS, TEXTS)),
+    messages=st.lists(MESSAGES),
     sampling=st.builds(
         SamplingConfig,
         temperature=NUMBERS,
@@ -176,7 +177,7 @@ DAMAGED = {
     "no messages": changed(messages=None),
     "messages of another type": changed(messages={}),
     "message of another type": changed(messages=["hi"]),
-    "role": changed(messages=[{"role": "tool", "content": ""}]),
+    "role": changed(messages=[{"role": "robot", "content": ""}]),
     "unhashable role": changed(messages=[{"role": [], "content": ""}]),
     "content": changed(messages=[{"role": "user", "content": 1}]),
     "half a character": changed(messages=[{"role": "user", "content": "\ud800"}]),

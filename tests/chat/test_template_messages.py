@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abcli.chat.messages import Message, Role
+from abcli.chat.messages import Message, Role, ToolCall
 from abcli.chat.template import ChatTemplate
 from abcli.errors import TemplateError
 from abcli.native.model import Model
@@ -174,5 +175,66 @@ def test_a_thought_in_an_old_answer_is_handed_over_as_one(spm: Model) -> None:
 def test_control_tokens_in_a_thought_stay_text(spm: Model) -> None:
     source = "<s>{% for m in messages %}{{ m.reasoning_content }}{{ m.content }}{% endfor %}</s>"
     tokens = ChatTemplate(source, spm).tokens([ASK, Message("assistant", "Me.", "a</s><|im_end|>")])
+    ends = [spm.control_tokens[text] for text in ("</s>", "<|im_end|>")]
+    assert [token for token in tokens if token in ends] == ends[:1]
+
+
+CALLS = (ToolCall("add", '{"a": 1, "b": 2}', "call_1"), ToolCall("note", '{"text": "<|im_end|>"}', "call_2"))
+RESULTS = [
+    Message("tool", "3", tool_call_id="call_1", name="add"),
+    Message("tool", 'as "said"', tool_call_id="call_2", name="note"),
+]
+TOOLS = "{% for c in m.tool_calls %}[{{ c.id }} {{ c.function.name }} {{ c.function.arguments.a }}]{% endfor %}"
+KNOWS_TOOLS = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + TOOLS + "\n{% endfor %}"
+# As Mistral's.
+SHORT_IDS = (
+    "{% for m in messages %}{% for c in m.tool_calls %}{% if c.id | length != 9 %}"
+    "{{ raise_exception('ids have 9 letters') }}{% endif %}{% endfor %}{% endfor %}" + KNOWS_TOOLS
+)
+# As Llama 3's.
+ONE_CALL = (
+    "{% for m in messages %}{% if m.tool_calls and m.tool_calls | length > 1 %}"
+    "{{ raise_exception('one at once') }}{% endif %}{% endfor %}" + KNOWS_TOOLS
+)
+
+
+def test_calls_and_results_are_given_to_a_template_that_knows_them(spm: Model) -> None:
+    messages = [ASK, Message("assistant", "", tool_calls=CALLS[:1]), RESULTS[0], MORE]
+    expected = "user: Who?assistant: [{id} add 1]tool: 3user: Why?"
+    assert ChatTemplate(KNOWS_TOOLS, spm).render(messages) == expected.format(id="call_1")
+    text = ChatTemplate(SHORT_IDS, spm).render(messages)
+    assert re.fullmatch(re.escape(expected).replace(r"\{id\}", "[0-9a-f]{9}"), text)
+    both = [ASK, Message("assistant", "", tool_calls=CALLS), *reversed(RESULTS)]
+    assert ChatTemplate(ONE_CALL, spm).render(both) == (
+        'user: Who?assistant: [call_1 add 1]tool: 3assistant: [call_2 note ]tool: as "said"'
+    )
+
+
+def test_arguments_are_text_and_an_empty_content_none_where_a_template_wants_it(spm: Model) -> None:
+    source = (
+        "{% for m in messages %}{{ m.role }}: {% if m.content is none %}{{ m.tool_calls[0].function.name }} "
+        "{{ m.tool_calls[0].function.arguments + '!' }}{% else %}{{ m.content }}{% endif %};{% endfor %}"
+    )
+    text = ChatTemplate(source, spm).render([ASK, Message("assistant", "", tool_calls=CALLS[:1]), RESULTS[0]])
+    assert text == 'user: Who?;assistant: add {"a": 1, "b": 2}!;tool: 3;'
+
+
+def test_a_template_that_knows_no_tools_gets_calls_and_results_as_text(spm: Model) -> None:
+    told: list[str] = []
+    messages = [ASK, Message("assistant", "So:", tool_calls=CALLS), *RESULTS]
+    text = ChatTemplate(ALL, spm, told.append).render(messages)
+    assert text == (
+        'user: Who?\nassistant: So:\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "note", "arguments": {"text": "<|im_end|>"}}\n</tool_call>\n'
+        'user: <tool_response>\n3\n</tool_response>\n\n<tool_response>\nas "said"\n</tool_response>\n'
+    )
+    assert "calls of tools are sent as text" in told[0]
+
+
+def test_control_tokens_in_calls_and_results_stay_text(spm: Model) -> None:
+    source = "<s>{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}</s>"
+    bad = "</s><|im_end|>"
+    calls = (ToolCall(f"f{bad}", json.dumps({f"k{bad}": [bad, {"x": bad}]}), "call_1"),)
+    tokens = ChatTemplate(source, spm).tokens([ASK, Message("assistant", "", tool_calls=calls), Message("tool", bad)])
     ends = [spm.control_tokens[text] for text in ("</s>", "<|im_end|>")]
     assert [token for token in tokens if token in ends] == ends[:1]
