@@ -1,5 +1,94 @@
-"""abcli: local language models whose attention overlooks nothing (Attention Buckets on llama.cpp)."""
+"""abcli: local language models whose attention overlooks nothing (Attention Buckets on llama.cpp).
+
+`load` opens a model, which answers: see `LLM`. Every error is an `AbcliError`.
+"""
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from abcli.version import __version__
+
+if TYPE_CHECKING:
+    from abcli.answer import Answer, Piece, Timings, Usage
+    from abcli.chat.controller import Chat
+    from abcli.chat.messages import Message
+    from abcli.engine.engine import Engine
+    from abcli.errors import (
+        AbcliError,
+        CancelledError,
+        ContextFullError,
+        DownloadError,
+        GrammarError,
+        ModelFileError,
+        NativeError,
+        OutOfMemoryError,
+        ProfileError,
+        PromptError,
+        TemplateError,
+        UnsupportedModelError,
+        UsageError,
+    )
+    from abcli.generate import Sampler, Tokenizer
+    from abcli.llm import LLM, load
+    from abcli.merge import Merged, Merger
+    from abcli.sampling import GenerationConfig, SamplingConfig
+
+# Where each name comes from, imported when it is first used: the command line needs few of them.
+_HOMES = {
+    "abcli.answer": ("Answer", "Piece", "Timings", "Usage"),
+    "abcli.chat.controller": ("Chat",),
+    "abcli.chat.messages": ("Message",),
+    "abcli.engine.engine": ("Engine",),
+    "abcli.errors": (
+        *("AbcliError", "CancelledError", "ContextFullError", "DownloadError", "GrammarError", "ModelFileError"),
+        *("NativeError", "OutOfMemoryError", "ProfileError", "PromptError", "TemplateError"),
+        *("UnsupportedModelError", "UsageError"),
+    ),
+    "abcli.generate": ("Sampler", "Tokenizer"),
+    "abcli.llm": ("LLM", "load"),
+    "abcli.merge": ("Merged", "Merger"),
+    "abcli.sampling": ("GenerationConfig", "SamplingConfig"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "LLM",
+    "AbcliError",
+    "Answer",
+    "CancelledError",
+    "Chat",
+    "ContextFullError",
+    "DownloadError",
+    "Engine",
+    "GenerationConfig",
+    "GrammarError",
+    "Merged",
+    "Merger",
+    "Message",
+    "ModelFileError",
+    "NativeError",
+    "OutOfMemoryError",
+    "Piece",
+    "ProfileError",
+    "PromptError",
+    "Sampler",
+    "SamplingConfig",
+    "TemplateError",
+    "Timings",
+    "Tokenizer",
+    "UnsupportedModelError",
+    "Usage",
+    "UsageError",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that defines it."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'abcli' has no attribute {name!r}")
+    return getattr(import_module(home), name)

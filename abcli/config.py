@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,11 +24,11 @@ ENGINE_CHOICES: tuple[EngineChoice, ...] = get_args(EngineChoice)
 MAX_BUCKETS = 16
 DEFAULT_BUCKETS = 6
 DEFAULT_CONTEXT = 4096
+# llama.cpp pads a context to a multiple of this (llama-context.cpp).
+CONTEXT_STEP = 256
+MAX_CONTEXT = 2**31 - CONTEXT_STEP
 # Bytes that stored prompt prefixes may take on the disk.
 PROMPT_CACHE_LIMIT = 4 << 30
-DEFAULT_DRY_BREAKERS = ("\n", ":", '"', "*")
-# llama.cpp reads this seed as "draw one"; abcli draws its own so that it can be shown.
-NATIVE_RANDOM_SEED = 0xFFFFFFFF
 
 ENV_HOME = "ABCLI_HOME"
 ENV_DEBUG = "ABCLI_DEBUG"
@@ -37,8 +37,49 @@ DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter that changes the model; `scale` (float32) multiplies its weights, 0 leaves it out."""
+
+    path: Path
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is loaded; -1 GPU layers: all of them."""
+
+    path: Path
+    gpu_layers: int = -1
+    lora: tuple[LoraConfig, ...] = ()
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """How tokens are decoded; 0 threads: one per core; a context size of 0 tokens: the trained length.
+
+    No `prefill` is that of the model's profile if it has one, else "auto", which shares long prompts.
+    `prompt_cache` is the directory that keeps the state of long prompts, None for none. `engine` decodes all buckets in
+    one batch ("fused"), each in a context of its own ("contexts"), or as measured to be faster ("auto").
+    `force` loads also what is predicted not to fit into memory.
+    """
+
+    context_size: int = DEFAULT_CONTEXT
+    slots: int = 1
+    batch_size: int = 2048
+    ubatch_size: int = 512
+    threads: int = 0
+    flash_attention: FlashAttention = "auto"
+    cache_type_k: CacheType = "f16"
+    cache_type_v: CacheType = "f16"
+    prefill: PrefillMode | None = None
+    prompt_cache: Path | None = None
+    engine: EngineChoice = "auto"
+    force: bool = False
+
+
+@dataclass(frozen=True)
 class BucketConfig:
-    """Which bases the buckets use; `bases` and `multipliers` override `count` and `spread`.
+    """Which buckets are asked for; `bases` and `multipliers` override `count` and `spread`.
 
     `weights` are those of the merge rule `pool`, one for each bucket, with the sum 1; none are equal ones.
     """
@@ -52,80 +93,16 @@ class BucketConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    """A LoRA adapter that changes the model; `scale` (float32) multiplies its weights, 0 leaves it out."""
+class Buckets:
+    """The buckets of a model: the RoPE base of each, how they are merged, and the base of a shared prefill.
 
-    path: Path
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How a model is loaded and decoded; 0 threads: one per core; -1 GPU layers: all of them.
-
-    `prefill_base` is the RoPE base under which a shared prefill computes; None is the model's native base.
-    `prompt_cache` is the directory that keeps the state of long prompts, None for none. `engine` decodes all buckets in
-    one batch ("fused"), each in a context of its own ("contexts"), or as measured to be faster ("auto").
-    `force` loads also what is predicted not to fit into memory.
+    Bases are rounded to float32, as llama.cpp keeps them.
     """
 
-    model: Path
     bases: tuple[float, ...]
-    context_size: int = DEFAULT_CONTEXT
-    slots: int = 1
-    batch_size: int = 2048
-    ubatch_size: int = 512
-    threads: int = 0
-    gpu_layers: int = -1
-    flash_attention: FlashAttention = "auto"
-    cache_type_k: CacheType = "f16"
-    cache_type_v: CacheType = "f16"
-    prefill: PrefillMode = "auto"
-    prefill_base: float | None = None
-    prompt_cache: Path | None = None
-    engine: EngineChoice = "auto"
-    force: bool = False
-    lora: tuple[LoraConfig, ...] = ()
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """llama.cpp's sampler settings under llama.cpp's names and defaults (common/common.h)."""
-
-    seed: int = -1
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    typical_p: float = 1.0
-    top_n_sigma: float = -1.0
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    dry_multiplier: float = 0.0
-    dry_base: float = 1.75
-    dry_allowed_length: int = 2
-    dry_penalty_last_n: int = -1
-    dry_breakers: tuple[str, ...] = DEFAULT_DRY_BREAKERS
-    repeat_last_n: int = 64
-    repeat_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    mirostat: int = 0
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    grammar: str = ""
-    json_schema: str = ""
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """One answer: how to sample it and when to stop; -1 new tokens means until the context is full."""
-
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    max_tokens: int = -1
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
+    prefill_base: float
+    merge: MergeRule = "confidence"
+    weights: tuple[float, ...] = ()
 
 
 def home() -> Path:

@@ -1,7 +1,7 @@
 """Every error abcli raises on purpose, as one tree.
 
 AbcliError                      exit code 1
-|-- UsageError                  exit code 2: flags or values that make no sense
+|-- UsageError                  exit code 2: settings that make no sense
 |-- ModelFileError              a missing, damaged or foreign model file
 |-- DownloadError               a model that cannot be fetched from the hub
 |-- UnsupportedModelError       a sound file that abcli cannot serve as asked
@@ -33,9 +33,17 @@ class AbcliError(Exception):
 
 
 class UsageError(AbcliError):
-    """A flag, or a combination of flags, that makes no sense."""
+    """A setting, or a combination of settings, that makes no sense; `setting` is the one to blame, if it is one.
+
+    Messages and hints of all errors write settings as Python names between backquotes (`engine=contexts`), which the
+    command line shows as its flags.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, hint: str = "", *, setting: str = "") -> None:
+        super().__init__(message, hint)
+        self.setting = setting
 
 
 class ModelFileError(AbcliError):
@@ -64,7 +72,7 @@ class ContextFullError(AbcliError):
     def __init__(self, used: int, available: int, hint: str = "") -> None:
         super().__init__(
             f"the prompt needs {used} tokens, but the context holds {available}",
-            hint or "shorten the prompt, or ask for a larger context with --ctx-size",
+            hint or "shorten the prompt, or ask for a larger `ctx_size`",
         )
         self.used = used
         self.available = available

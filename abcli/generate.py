@@ -13,10 +13,11 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import GenerationConfig, MergeRule, SamplingConfig
-from abcli.engine.protocol import Engine, Progress
-from abcli.errors import AbcliError, CancelledError, ContextFullError, NativeError, PromptError, UsageError
+from abcli.config import MergeRule
+from abcli.engine.engine import Engine, Progress
+from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
 from abcli.merge import Merger
+from abcli.sampling import GenerationConfig, SamplingConfig
 
 FinishReason = Literal["stop", "length"]
 
@@ -43,6 +44,10 @@ class Sampler(Protocol):
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose a token from logits [vocab] and remember it."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether what the answer has to follow is complete, so that no token can come after the last one."""
 
     def close(self) -> None:
         """Free what the sampler holds."""
@@ -104,7 +109,7 @@ class TextStream:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         """`stop` lists the strings that end the text; they are not part of it."""
         if any(not text for text in stop):
-            raise UsageError("a stop string is empty", "give --stop some text")
+            raise UsageError("a stop string is empty", "give `stop` some text")
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stop = tuple(stop)
         self._held = ""
@@ -141,12 +146,17 @@ class _Running:
     config: GenerationConfig
     sampler: Sampler
     stream: TextStream
-    next_token: int
-    resources: ExitStack
+    on_progress: Progress | None
+    begin: float
+    computed: int
+    """How many of the prompt's tokens had to be computed."""
+    left: int
+    """How many of them are yet to be computed; none once the answer has begun."""
+    next_token: int = -1
 
 
 class Generator:
-    """Decodes answers in the slots of an engine, all running ones together; one thread at a time."""
+    """Answers prompts in the slots of an engine, all in progress together; one thread at a time."""
 
     def __init__(
         self,
@@ -183,14 +193,9 @@ class Generator:
             self.drop(slot)
 
     def cancel(self) -> None:
-        """Make the running or next `start` or `step` raise CancelledError; safe in a signal handler."""
+        """Make the running step, or else the next one, raise CancelledError; safe in a signal handler."""
         self._cancelled = True
         self._engine.cancel()
-
-    @property
-    def active(self) -> int:
-        """The number of answers in progress."""
-        return len(self._running)
 
     def start(
         self,
@@ -198,110 +203,68 @@ class Generator:
         prompt: Sequence[int],
         config: GenerationConfig,
         on_progress: Progress | None = None,
-    ) -> Piece:
-        """Prefill `prompt` in `slot`, reusing what the slot already holds of it, and sample the first token.
+    ) -> Answer:
+        """Let the steps to come compute `prompt` in `slot` and answer it; what the slot holds of it is reused.
 
-        Raises ContextFullError, CancelledError, NativeError, PromptError for an empty prompt, and what the
-        sampler's construction raises. The slot then holds a beginning of the prompt. What goes wrong in sampling
-        is the answer's `error`.
+        The answer that grows; one that is in progress there is dropped. `on_progress` is told of each piece.
+        Raises ContextFullError, CancelledError, NativeError, PromptError for an empty prompt, and what making the
+        sampler raises; nothing is then in progress in the slot.
         """
-        self._cancelled = False
-        with ExitStack() as stack:
-            running = self._prepare(slot, prompt, config, stack)
-            begin = perf_counter()
-            cached = self._keep_shared(slot, prompt)
-            logits = self._engine.prefill(slot, prompt[cached:], self._watched(on_progress))
-            statistics = running.answer.statistics
-            statistics.cached_tokens = len(prompt) - self._engine.computed_tokens
-            statistics.prefill_seconds = perf_counter() - begin
-            return self._begin(running, prompt, logits)
-
-    def start_together(
-        self, requests: Sequence[tuple[int, Sequence[int], GenerationConfig]]
-    ) -> list[Piece | AbcliError]:
-        """Begin several (slot, prompt, settings) as `start` does, their prompts computed together; each one's outcome.
-
-        An outcome is an error where the request's prompt or settings are wrong; nothing runs in its slot then. Raises
-        CancelledError and NativeError. The engine's prompt cache is not asked.
-        """
-        self._cancelled = False
-        with ExitStack() as stack:
-            outcomes: list[_Running | AbcliError] = []
-            for slot, prompt, config in requests:
-                try:
-                    outcomes.append(self._prepare(slot, prompt, config, stack))
-                except NativeError:
-                    raise
-                except AbcliError as error:
-                    outcomes.append(error)
-            begin = perf_counter()
-            left = {}
-            for (slot, prompt, _config), outcome in zip(requests, outcomes, strict=True):
-                if isinstance(outcome, _Running):
-                    cached = self._keep_shared(slot, prompt)
-                    outcome.answer.statistics.cached_tokens = cached
-                    left[slot] = prompt[cached:]
-            logits = dict(zip(left, self._engine.prefill_together(left), strict=True)) if left else {}
-            seconds = perf_counter() - begin
-            pieces: list[Piece | AbcliError] = []
-            for (slot, prompt, _config), outcome in zip(requests, outcomes, strict=True):
-                if isinstance(outcome, AbcliError):
-                    pieces.append(outcome)
-                    continue
-                outcome.answer.statistics.prefill_seconds = seconds
-                pieces.append(self._begin(outcome, prompt, logits[slot]))
-            return pieces
-
-    def _prepare(self, slot: int, prompt: Sequence[int], config: GenerationConfig, stack: ExitStack) -> _Running:
-        """An answer of which nothing is computed yet; `stack` frees its sampler."""
         if not prompt:
             raise PromptError("the prompt is empty", "type some text")
         if len(prompt) > self._engine.context_size:
             raise ContextFullError(len(prompt), self._engine.context_size)
         self.drop(slot)
+        if not self._running:
+            self._cancelled = False
+        begin = perf_counter()
         stream = TextStream(config.stop)
         sampler = self._make_sampler(config.sampling)
-        resources = stack.enter_context(ExitStack())
-        resources.callback(sampler.close)
-        answer = Answer(slot, sampler.seed, Statistics(len(prompt)))
-        return _Running(answer, config, sampler, stream, -1, resources)
-
-    def _keep_shared(self, slot: int, prompt: Sequence[int]) -> int:
-        """Leave in the slot what it holds of the prompt; the number of tokens."""
-        shared = common_prefix(self._engine.tokens(slot), prompt)
-        # The logits after the last token are needed, so at least that one is computed again.
-        return self._engine.truncate(slot, min(shared, len(prompt) - 1))
-
-    def _begin(self, running: _Running, prompt: Sequence[int], logits: NDArray[np.float32]) -> Piece:
-        """Sample the first token; an answer that goes on keeps its resources from then on."""
-        running.sampler.accept_prompt(prompt)
-        if running.config.max_tokens == 0:
-            running.answer.finish_reason = "length"
-            return Piece(running.answer, "")
-        running.resources = running.resources.pop_all()
-        self._running[running.answer.slot] = running
-        self._sample(running, logits)
-        return self._emit(running)
+        with ExitStack() as stack:
+            stack.callback(sampler.close)
+            sampler.accept_prompt(prompt)
+            shared = common_prefix(self._engine.tokens(slot), prompt)
+            # The logits after the last token are needed, so at least that one is computed again.
+            kept = self._engine.truncate(slot, min(shared, len(prompt) - 1))
+            left = self._engine.begin(slot, prompt[kept:])
+            stack.pop_all()
+        answer = Answer(slot, sampler.seed, Statistics(len(prompt), len(prompt) - left))
+        self._running[slot] = _Running(answer, config, sampler, stream, on_progress, begin, left, left)
+        return answer
 
     def step(self) -> list[Piece]:
-        """Decode one token of every answer in progress; what each gained. Empty when none is left.
+        """Decode a token of every answer in progress, and a piece of the prompts that wait; what each answer gained.
 
-        Raises CancelledError and NativeError; the answers then stay in progress until dropped. What goes wrong in
-        sampling is the `error` of that answer alone.
+        That is nothing for one whose prompt still waits; an answer's first token comes with the end of its prompt.
+        Empty too if nothing is in progress. Raises CancelledError and NativeError, and what a prompt's `on_progress`
+        raises; the answers then stay in progress until dropped. What goes wrong in sampling is the `error` of that
+        answer alone.
         """
-        if self._cancelled:
-            raise CancelledError
-        if not self._running:
-            return []
         begin = perf_counter()
-        running = list(self._running.values())
-        logits = self._engine.step({item.answer.slot: item.next_token for item in running})
-        for item, rows in zip(running, logits, strict=True):
-            self._sample(item, rows)
+        waiting = [item for item in self._running.values() if item.left]
+        tokens = {slot: item.next_token for slot, item in self._running.items() if not item.left}
+        if self._cancelled:
+            self._cancelled = False
+            raise CancelledError
+        try:
+            logits = self._engine.step(tokens) if self._running else {}
+        except CancelledError:
+            self._cancelled = False
+            raise
+        gaining = [self._running[slot] for slot in logits]
+        for item in gaining:
+            if item.left:
+                item.answer.statistics.prefill_seconds = perf_counter() - item.begin
+            self._sample(item, logits[item.answer.slot])
         seconds = perf_counter() - begin
-        for item in running:
-            item.answer.statistics.decode_seconds += seconds
-        return [self._emit(item) for item in running]
+        for slot in tokens:
+            self._running[slot].answer.statistics.decode_seconds += seconds
+        pieces = [self._emit(item) for item in gaining]
+        for item in waiting:
+            before, item.left = item.left, self._engine.waiting(item.answer.slot)
+            if item.on_progress is not None and item.left != before:
+                item.on_progress(item.computed - item.left, item.computed)
+        return pieces
 
     def stream(
         self,
@@ -315,32 +278,21 @@ class Generator:
         Raises as `start` and `step` do, and the answer's `error`.
         """
         try:
-            piece = self.start(slot, prompt, config, on_progress)
-            while piece.answer.error is None:
-                yield piece
-                if piece.answer.finish_reason is not None:
-                    return
-                (piece,) = self.step()
-            raise piece.answer.error
+            answer = self.start(slot, prompt, config, on_progress)
+            while answer.finish_reason is None:
+                for piece in self.step():
+                    if answer.error is not None:
+                        raise answer.error
+                    yield piece
         finally:
             self.drop(slot)
 
     def drop(self, slot: int) -> None:
-        """Stop the answer in `slot`, if any; what the engine's slot holds stays for reuse."""
+        """Stop the answer in `slot`, if any, or computing its prompt; what the engine's slot holds stays for reuse."""
         running = self._running.pop(slot, None)
         if running is not None:
-            running.resources.close()
-
-    def _watched(self, on_progress: Progress | None) -> Progress:
-        """`on_progress` that also notices a `cancel` that came while the engine was between two pieces."""
-
-        def progress(done: int, total: int) -> None:
-            if self._cancelled:
-                raise CancelledError
-            if on_progress is not None:
-                on_progress(done, total)
-
-        return progress
+            self._engine.drop(slot)
+            running.sampler.close()
 
     def _sample(self, running: _Running, logits: NDArray[np.float32]) -> None:
         """Choose the next token; what goes wrong concerns this answer and must not end the others."""
@@ -350,6 +302,8 @@ class Generator:
             running.answer.error = error
 
     def _choose(self, running: _Running, logits: NDArray[np.float32]) -> None:
+        if running.config.max_tokens == 0:
+            return
         if len(logits) == 1:  # nothing to merge; the sampler refuses numbers that are none
             running.next_token = running.sampler.sample(logits[0])
             return
@@ -366,13 +320,15 @@ class Generator:
             self.drop(answer.slot)
             return Piece(answer, "")
         text = ""
-        if self._tokenizer.is_end(token) and not running.config.ignore_eos:
+        if running.config.max_tokens == 0:
+            answer.finish_reason = "length"
+        elif self._tokenizer.is_end(token) and not running.config.ignore_eos:
             answer.finish_reason = "stop"
         else:
             answer.tokens.append(token)
             answer.statistics.completion_tokens += 1
             text = running.stream.feed(self._tokenizer.piece(token))
-            if running.stream.stopped:
+            if running.stream.stopped or running.sampler.finished:
                 answer.finish_reason = "stop"
             elif answer.statistics.completion_tokens == running.config.max_tokens or self._is_full(answer.slot):
                 answer.finish_reason = "length"

@@ -203,13 +203,6 @@ class Merger:
         return min(agreement, 1.0)
 
 
-def merge(logits: NDArray[np.float32], rule: MergeRule, pool_weights: Sequence[float] = ()) -> Merged:
-    """Like `Merger.merge`, for a single step: the arrays returned are the caller's own."""
-    if logits.ndim != 2:
-        raise UsageError(f"cannot merge logits of shape {logits.shape}", "give [buckets, vocabulary]")
-    return Merger(*logits.shape).merge(logits, rule, pool_weights)
-
-
 def merge_kept(
     log_probabilities: NDArray[np.float32],
     entropies: NDArray[np.float32],

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from abcli.bench.rounds import Rounds, Spread, Turn, take_turns
-from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.config import BucketConfig, Buckets, ContextConfig, ModelConfig
+from abcli.engine.make import make_engine
 from abcli.engine.workers import available_cores
 from abcli.generate import Generator
+from abcli.gguf.checked import check_model
 from abcli.hub.locate import locate_model
 from abcli.merge import Merger
 from abcli.native.compute_thread import compute_thread, run_on_compute_thread
@@ -39,7 +40,8 @@ from abcli.native.context import BatchPart, Context
 from abcli.native.llama import CancelFlag, echo_log
 from abcli.native.model import Model
 from abcli.native.sampler import SamplerChain
-from abcli.rope.bases import symmetric_multipliers
+from abcli.rope.bases import resolve_buckets
+from abcli.sampling import GenerationConfig, SamplingConfig
 
 PROMPT = "The history of the lighthouse begins with fires that were lit on hills. "
 CONTEXT = 1024
@@ -56,15 +58,17 @@ class Arrangement:
 class RawContexts:
     """llama.cpp calls alone: N contexts, W of them at a time with T threads each, no merging or sampling."""
 
-    def __init__(self, model: Model, config: EngineConfig, workers: int, threads: int, stack: ExitStack) -> None:
+    def __init__(
+        self, model: Model, config: ContextConfig, buckets: Buckets, workers: int, threads: int, stack: ExitStack
+    ) -> None:
         cancel = CancelFlag()
         self._contexts = [
             stack.enter_context(Context(model, base, config, config.context_size, threads, cancel))
-            for base in config.bases
+            for base in buckets.bases
         ]
         self._pool = compute_thread() if workers == 1 else stack.enter_context(ThreadPoolExecutor(workers))
         self._tokens = model.tokenize(PROMPT, add_special=True, parse_special=False)
-        self._row = [np.empty(model.vocabulary_size, np.float32) for _ in config.bases]
+        self._row = [np.empty(model.vocabulary_size, np.float32) for _ in buckets.bases]
         self._length = 0
 
     def _everywhere(self, tokens: list[int]) -> None:
@@ -84,9 +88,9 @@ class RawContexts:
             self._everywhere([self._tokens[index % len(self._tokens)]])
 
 
-def ours(model: Model, config: EngineConfig, stack: ExitStack) -> Callable[[int], None]:
+def ours(model: Model, config: ContextConfig, buckets: Buckets, stack: ExitStack) -> Callable[[int], None]:
     """abcli's own loop: engine, merge, sampler, text."""
-    engine = stack.enter_context(ContextsEngine(model, config))
+    engine = stack.enter_context(make_engine("contexts", model, config, buckets))
     generator = stack.enter_context(Generator(engine, model, partial(SamplerChain, model)))
     tokens = model.tokenize(PROMPT, add_special=True, parse_special=False)
     settings = GenerationConfig(SamplingConfig(seed=1), ignore_eos=True)
@@ -124,22 +128,19 @@ def _drawing(pieces: Iterator[None]) -> Callable[[int], None]:
 
 def arrangements(model: Model, buckets: int, threads: int, stack: ExitStack) -> list[Arrangement]:
     """Everything that is measured, ready to decode."""
-
-    def config(count: int) -> EngineConfig:
-        bases = tuple(model.native_base * factor for factor in symmetric_multipliers(count))
-        return EngineConfig(model.path, bases, context_size=CONTEXT, threads=threads)
-
+    config = ContextConfig(context_size=CONTEXT, threads=threads)
+    one, many = (resolve_buckets(BucketConfig(count=count), model.native_base) for count in (1, buckets))
     found = [
-        Arrangement("raw, 1 context", RawContexts(model, config(1), 1, threads, stack).advance),
+        Arrangement("raw, 1 context", RawContexts(model, config, one, 1, threads, stack).advance),
         Arrangement("llama_cpp.Llama", high_level(model.path, threads, stack)),
-        Arrangement("abcli, 1 bucket", ours(model, config(1), stack)),
+        Arrangement("abcli, 1 bucket", ours(model, config, one, stack)),
     ]
     for workers in sorted({1, 2, threads} & set(range(1, min(buckets, threads) + 1))):
         each = max(1, threads // workers)
         name = f"raw, {buckets} contexts, {workers} at a time, {each} threads each"
-        raw = RawContexts(model, config(buckets), workers, each, stack)
+        raw = RawContexts(model, config, many, workers, each, stack)
         found.append(Arrangement(name, raw.advance))
-    found.append(Arrangement(f"abcli, {buckets} buckets", ours(model, config(buckets), stack)))
+    found.append(Arrangement(f"abcli, {buckets} buckets", ours(model, config, many, stack)))
     return found
 
 
@@ -185,12 +186,13 @@ def memory(path: Path, buckets: int) -> dict[str, float]:
 def measure_memory(path: Path, buckets: int) -> dict[str, float]:
     """The figures of `memory`, for this process."""
     process = psutil.Process()
-    with Model(path) as model:
-        bases = tuple(model.native_base * factor for factor in symmetric_multipliers(buckets))
-        config = EngineConfig(path, bases, context_size=CONTEXT, prefill="exact")
+    with Model(check_model(ModelConfig(path))) as model:
+        config = ContextConfig(context_size=CONTEXT, prefill="exact")
         lines: list[str] = []
         echo_log(lines.append)
-        with ContextsEngine(model, config) as engine:
+        with make_engine(
+            "contexts", model, config, resolve_buckets(BucketConfig(count=buckets), model.native_base)
+        ) as engine:
             engine.prefill(0, [index % 1000 for index in range(CONTEXT - 2)])
             engine.step({0: 1})
             sizes = re.findall(r"(?:KV|compute|output) +buffer size *(?:=|is) +([0-9.]+) MiB", "".join(lines))
@@ -215,7 +217,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure_memory(path, options.buckets)))
         return
     used = {count: memory(path, count) for count in (1, options.buckets)}
-    with Model(path) as model, ExitStack() as stack:
+    with Model(check_model(ModelConfig(path))) as model, ExitStack() as stack:
         found = arrangements(model, options.buckets, options.threads, stack)
         times = measure(found, options.rounds, options.tokens)
         merge_time = merging(model, options.buckets, model.vocabulary_size)

@@ -34,25 +34,22 @@ from abcli.batch.jobs import Job
 from abcli.batch.prefixes import ReuseRule
 from abcli.batch.scheduler import Scheduler, StopSwitch
 from abcli.batch.slots import plan_slots, reuse_rule
-from abcli.config import BucketConfig, EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.opening import Opened, open_engine
+from abcli.config import BucketConfig, ContextConfig, ModelConfig
 from abcli.engine.workers import available_cores
-from abcli.generate import Generator
-from abcli.gguf.header import read_header
 from abcli.hub.locate import locate_model
+from abcli.llm import LLM
 from abcli.native.compute_thread import run_on_compute_thread
-from abcli.native.sampler import SamplerChain
-from abcli.rope.bases import choose_bases
+from abcli.prepare import prepare
+from abcli.sampling import GenerationConfig, SamplingConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Work:
-    """An engine with its loop and slots, and how prompts may share their beginnings."""
+    """A model with its slots, and how prompts may share their beginnings."""
 
-    opened: Opened
-    generator: Generator
+    llm: LLM
     reuse: ReuseRule
 
 
@@ -113,7 +110,7 @@ def measure_prompts(path: Path, buckets: int, options: argparse.Namespace) -> di
     size = options.longest + options.new
     with ExitStack() as stack:
         one = open_work(stack, path, buckets, 1, size, options.prompts, options)
-        tokens = source_tokens(one.opened, options.text)
+        tokens = source_tokens(one.llm, options.text)
         chance = random.Random(1)
         prompts = []
         for _ in range(options.prompts):
@@ -121,11 +118,11 @@ def measure_prompts(path: Path, buckets: int, options: argparse.Namespace) -> di
             start = chance.randrange(len(tokens) - length)
             prompts.append(tokens[start : start + length])
         arrangements: dict[str, Callable[[], float | None]] = {
-            f"one after the other, {one.opened.engine_choice.kind}": lambda: answer_in_turn(one, prompts, options.new)
+            f"one after the other, {one.llm.engine_choice.kind}": lambda: answer_in_turn(one, prompts, options.new)
         }
         for slots in options.slots or [None]:
             work = open_work(stack, path, buckets, slots, size, options.prompts, options)
-            name = f"batch, {work.opened.engine.slots} slots, {work.opened.engine_choice.kind}"
+            name = f"batch, {work.llm.engine.slots} slots, {work.llm.engine_choice.kind}"
             arrangements[name] = partial(answer_batch, work, prompts, options.new)
         if buckets == 1:
             cores = options.threads or available_cores()
@@ -143,7 +140,7 @@ def measure_document(path: Path, options: argparse.Namespace) -> dict[str, list[
         size = options.document + options.question + options.new
         slots = options.slots[-1] if options.slots else None
         work = open_work(stack, path, options.document_buckets, slots, size, options.questions, options)
-        tokens = source_tokens(work.opened, options.text)
+        tokens = source_tokens(work.llm, options.text)
         document = (tokens * (options.document // len(tokens) + 1))[: options.document]
         chance = random.Random(2)
         questions = [chance.sample(tokens, options.question) for _ in range(options.questions)]
@@ -181,21 +178,18 @@ def open_work(
     stack: ExitStack, path: Path, buckets: int, slots: int | None, size: int, answers: int, options: argparse.Namespace
 ) -> Work:
     """A model of its own with `slots` slots of `size` tokens, None for as many as --slots auto takes."""
-    header = read_header(path)
-    bases = choose_bases(BucketConfig(count=buckets), header.native_base)
-    config = EngineConfig(path, bases, context_size=size, threads=options.threads, engine=options.engine)
-    config = replace(config, slots=plan_slots(slots, config, header, answers).slots)
-    opened = stack.enter_context(open_engine(config, BucketConfig(count=buckets)))
-    make_sampler = partial(SamplerChain, opened.model, context_size=size)
-    generator = stack.enter_context(Generator(opened.engine, opened.model, make_sampler))
-    return Work(opened, generator, reuse_rule(config, opened.engine))
+    context = ContextConfig(context_size=size, threads=options.threads, engine=options.engine)
+    found = prepare(ModelConfig(path), context, BucketConfig(count=buckets))
+    planned = replace(found.context, slots=plan_slots(slots, found, answers).slots)
+    llm = stack.enter_context(LLM(replace(found, context=planned)))
+    return Work(llm, reuse_rule(llm))
 
 
-def source_tokens(opened: Opened, texts: Sequence[Path] | None) -> list[int]:
+def source_tokens(llm: LLM, texts: Sequence[Path] | None) -> list[int]:
     """The tokens of the texts, one after another."""
     paths = texts or sorted((REPOSITORY / "docs").glob("*.md"))
     text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
-    return opened.model.tokenize(text, add_special=False, parse_special=False)
+    return llm.tokenize(text, add_special=False, parse_special=False)
 
 
 def generation(new: int) -> GenerationConfig:
@@ -205,17 +199,17 @@ def generation(new: int) -> GenerationConfig:
 
 def empty(work: Work) -> None:
     """Forget what earlier rounds have left."""
-    for slot in range(work.opened.engine.slots):
-        work.opened.engine.truncate(slot, 0)
+    for slot in range(work.llm.engine.slots):
+        work.llm.engine.truncate(slot, 0)
 
 
 def answer_batch(work: Work, prompts: Sequence[list[int]], new: int) -> None:
     """All prompts through the scheduler."""
     empty(work)
     jobs = [Job(index, index + 1, str(index), (), generation(new)) for index in range(len(prompts))]
-    switch = StopSwitch(work.generator.cancel)
-    engine = work.opened.engine
-    scheduler = Scheduler(jobs, engine, work.generator, lambda job: prompts[job.index], switch, reuse=work.reuse)
+    switch = StopSwitch(work.llm.generator.cancel)
+    engine = work.llm.engine
+    scheduler = Scheduler(jobs, engine, work.llm.generator, lambda job: prompts[job.index], switch, reuse=work.reuse)
     results = list(scheduler.results())
     if len(results) != len(prompts) or any(result.completion_tokens != new for result in results):
         raise SystemExit("a prompt has no full answer")
@@ -224,8 +218,8 @@ def answer_batch(work: Work, prompts: Sequence[list[int]], new: int) -> None:
 def answer_in_turn(work: Work, prompts: Sequence[list[int]], new: int) -> None:
     """One prompt after the other, as `abcli run` answers one."""
     for prompt in prompts:
-        work.opened.engine.truncate(0, 0)
-        for _ in work.generator.stream(0, prompt, generation(new)):
+        work.llm.engine.truncate(0, 0)
+        for _ in work.llm.generator.stream(0, prompt, generation(new)):
             pass
 
 
@@ -238,13 +232,13 @@ def answer_with_llama(llama: Llama, prompts: Sequence[list[int]], new: int) -> N
 
 def prefill_once(work: Work, document: list[int]) -> None:
     """The document alone."""
-    work.opened.engine.truncate(0, 0)
-    work.opened.engine.prefill(0, document)
+    work.llm.engine.truncate(0, 0)
+    work.llm.engine.prefill(0, document)
 
 
 def decode_bare(work: Work, prompt: list[int], questions: int, new: int) -> float:
     """As many tokens as the answers to all questions have, in full slots; merging and sampling left out."""
-    engine = work.opened.engine
+    engine = work.llm.engine
     empty(work)
     engine.prefill(0, prompt)
     for slot in range(1, engine.slots):
@@ -265,7 +259,7 @@ def decode_bare(work: Work, prompt: list[int], questions: int, new: int) -> floa
 
 def prefill_questions(work: Work, document: list[int], questions: Sequence[list[int]]) -> float:
     """What is computed of each prompt when the document is there, up to the first new token."""
-    engine = work.opened.engine
+    engine = work.llm.engine
     engine.truncate(0, 0)
     engine.prefill(0, [*document, *questions[0]])
     begin = perf_counter()

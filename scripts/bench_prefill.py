@@ -19,11 +19,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from abcli.config import EngineConfig, PrefillMode
-from abcli.engine.contexts import ContextsEngine
+from abcli.config import BucketConfig, ContextConfig, ModelConfig, PrefillMode
+from abcli.engine.engine import Engine
+from abcli.engine.make import make_engine
+from abcli.gguf.checked import check_model
 from abcli.hub.locate import locate_model
 from abcli.native.model import Model
-from abcli.rope.bases import symmetric_multipliers
+from abcli.rope.bases import resolve_buckets
 
 
 def main() -> None:
@@ -38,15 +40,15 @@ def main() -> None:
     options = parser.parse_args()
     path = locate_model(options.model)
     with ExitStack() as stack:
-        model = stack.enter_context(Model(path))
+        model = stack.enter_context(Model(check_model(ModelConfig(path))))
         tokens = model.tokenize(options.text.read_text(encoding="utf-8"), add_special=False, parse_special=False)
         size = max(options.lengths) + 256
         cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
-        def engine(buckets: int, mode: PrefillMode, prompt_cache: Path | None = None) -> ContextsEngine:
-            bases = tuple(model.native_base * factor for factor in symmetric_multipliers(buckets))
-            config = EngineConfig(path, bases, context_size=size, prefill=mode, prompt_cache=prompt_cache)
-            return stack.enter_context(ContextsEngine(model, config))
+        def engine(buckets: int, mode: PrefillMode, prompt_cache: Path | None = None) -> Engine:
+            config = ContextConfig(context_size=size, prefill=mode, prompt_cache=prompt_cache)
+            chosen = resolve_buckets(BucketConfig(count=buckets), model.native_base)
+            return stack.enter_context(make_engine("contexts", model, config, chosen))
 
         one, exact, shared = engine(1, "exact"), engine(options.buckets, "exact"), engine(options.buckets, "shared")
         cached = engine(options.buckets, "shared", cache)
@@ -60,11 +62,11 @@ def main() -> None:
             length: measure(arrangements, tokens[:length], options.rounds, options.exact_rounds)
             for length in options.lengths
         }
-        name = f"{path.name}: {model.description}; {shared.prefill_note}"
+        name = f"{path.name}: {model.description}; {shared.sharing}"
     report(name, seconds, options)
 
 
-def first_token(engine: ContextsEngine, prompt: list[int]) -> float:
+def first_token(engine: Engine, prompt: list[int]) -> float:
     """Seconds from an empty slot to the logits after the prompt."""
     engine.truncate(0, 0)
     begin = time.perf_counter()

@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from abcli.config import EngineConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.config import BucketConfig, ContextConfig, ModelConfig
+from abcli.engine.engine import Engine
+from abcli.engine.make import make_engine
+from abcli.gguf.checked import check_model
 from abcli.hub.locate import locate_model
 from abcli.native.model import Model
-from abcli.rope.bases import symmetric_multipliers
+from abcli.rope.bases import resolve_buckets, symmetric_multipliers
 
 Logs = NDArray[np.float64]
 
@@ -38,9 +41,7 @@ def divergence(left: Logs, right: Logs) -> NDArray[np.float64]:
     return np.asarray((np.exp(left) * (left - right)).sum(axis=1))
 
 
-def compare(
-    exact: ContextsEngine, shared: ContextsEngine, prompt: list[int], native: int
-) -> dict[str, NDArray[np.float64]]:
+def compare(exact: Engine, shared: Engine, prompt: list[int], native: int) -> dict[str, NDArray[np.float64]]:
     """The three divergences of one prompt, each [buckets]."""
     for engine in (exact, shared):
         engine.truncate(0, 0)
@@ -70,19 +71,21 @@ def main() -> None:
     text = "\n".join(file.read_text(encoding="utf-8") for file in options.text)
     chance = random.Random(options.seed)
     collected: dict[str, list[NDArray[np.float64]]] = {"shared": [], "noise": [], "bases": []}
-    with Model(path) as model:
-        multipliers = symmetric_multipliers(6)
-        bases = tuple(float(np.float32(model.native_base * factor)) for factor in multipliers)
-        size = options.longest + 8
-        exact_config = EngineConfig(path, bases, context_size=size, prefill="exact")
-        shared_config = EngineConfig(path, bases, context_size=size, prefill="shared")
+    with Model(check_model(ModelConfig(path))) as model:
+        buckets = resolve_buckets(BucketConfig(count=6), model.native_base)
+        middle = buckets.bases.index(buckets.prefill_base)
+        exact_config = ContextConfig(context_size=options.longest + 8, prefill="exact")
+        shared_config = replace(exact_config, prefill="shared")
         tokens = model.tokenize(text, add_special=False, parse_special=False)
         lengths = np.geomspace(options.shortest, options.longest, options.prompts).astype(int)
-        with ContextsEngine(model, exact_config) as exact, ContextsEngine(model, shared_config) as shared:
-            note = shared.prefill_note
+        with (
+            make_engine("contexts", model, exact_config, buckets) as exact,
+            make_engine("contexts", model, shared_config, buckets) as shared,
+        ):
+            note = str(shared.sharing)
             for number, length in enumerate(lengths):
                 start = chance.randrange(0, len(tokens) - int(length))
-                found = compare(exact, shared, tokens[start : start + int(length)], multipliers.index(1.0))
+                found = compare(exact, shared, tokens[start : start + int(length)], middle)
                 for name, values in found.items():
                     collected[name].append(values)
                 sys.stderr.write(f"\r{number + 1}/{len(lengths)}")
@@ -93,7 +96,7 @@ def main() -> None:
         table.add_column(column, justify="right")
     report: dict[str, object] = {"model": name, "prompts": options.prompts, "seed": options.seed}
     stacked = {key: np.array(values) for key, values in collected.items()}
-    for bucket, factor in enumerate(multipliers):
+    for bucket, factor in enumerate(symmetric_multipliers(6)):
         table.add_row(f"{factor:.2f}", *(_mean(stacked[key][:, bucket]) for key in ("shared", "noise", "bases")))
     table.add_row("all", *(_mean(stacked[key].ravel()) for key in ("shared", "noise", "bases")))
     Console(width=120).print(table)

@@ -31,17 +31,19 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from abcli.config import EngineConfig, LoraConfig
+from abcli.config import BucketConfig, ContextConfig, LoraConfig, ModelConfig
 from abcli.engine.memory import Room, predict
 from abcli.errors import AbcliError
 from abcli.gguf.check import check_file
+from abcli.gguf.checked import check_model
 from abcli.gguf.description import inspect, inspect_adapter
 from abcli.gguf.fingerprint import fingerprint
 from abcli.gguf.header import read_header
-from abcli.gguf.lora import is_adapter, read_adapter, with_adapters
+from abcli.gguf.lora import check_adapters, is_adapter, read_adapter
 from abcli.gguf.verification import Verification
 from abcli.gguf.weights import scan_weights
 from abcli.native import crash_probe as trial
+from abcli.rope.bases import resolve_buckets
 from tests.support.lora import random_lora, write_lora
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
@@ -242,17 +244,17 @@ def read_all(path: Path) -> str:
     list(Verification(path).structure())
     try:
         if is_adapter(read_header(path)):
-            model = check_file(path.with_name("llama.gguf"))
-            fingerprint(with_adapters(model, [LoraConfig(path)]))
+            files = check_file(path.with_name("llama.gguf"))
+            fingerprint(files, check_adapters(files, [LoraConfig(path)]))
             adapter = read_adapter(path)
             inspect_adapter(adapter)
             scan_weights(adapter.header)
             return "accepted"
-        header = check_file(path)
-        inspect(header)
-        config = EngineConfig(path, (5000.0, 10000.0), context_size=4096, gpu_layers=0)
-        predict(config, header).advice(Room(2**20))
-        scan_weights(header)
+        checked = check_model(ModelConfig(path, gpu_layers=0))
+        inspect(checked.files)
+        buckets = resolve_buckets(BucketConfig(bases=(5000.0, 10000.0)), checked.header.native_base)
+        predict(checked, ContextConfig(context_size=4096), buckets).advice(Room(2**20))
+        scan_weights(checked.header)
     except AbcliError:
         return "refused"
     return "accepted"

@@ -23,14 +23,13 @@ from typing import Any
 
 import psutil
 
-from abcli.config import BucketConfig, EngineConfig, LoraConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.config import BucketConfig, ContextConfig, LoraConfig, ModelConfig
+from abcli.engine.make import Kind, make_engine
 from abcli.engine.memory import predict
-from abcli.gguf.lora import check_model
+from abcli.gguf.checked import check_model
 from abcli.native.llama import echo_log
 from abcli.native.model import Model
-from abcli.rope.bases import choose_bases
+from abcli.rope.bases import resolve_buckets
 
 MEBIBYTE = 2**20
 PROMPT_TOKENS = 600
@@ -83,16 +82,16 @@ def measure(path: Path, buckets: int, context: int, arguments: argparse.Namespac
     """Bytes predicted and measured of one set-up; run it in a fresh process."""
     process = psutil.Process()
     cache, fused = arguments.cache_types, arguments.fused
-    header = check_model(path, [LoraConfig(lora) for lora in arguments.lora])
+    checked = check_model(ModelConfig(path, lora=tuple(LoraConfig(lora) for lora in arguments.lora)))
     log: list[str] = []
     echo_log(log.append)
     before = _memory(process)
-    bases = choose_bases(BucketConfig(count=buckets), header.native_base)
-    config = EngineConfig(path, bases, context_size=context, cache_type_k=cache, cache_type_v=cache)
+    chosen = resolve_buckets(BucketConfig(count=buckets), checked.header.native_base)
+    config = ContextConfig(context_size=context, cache_type_k=cache, cache_type_v=cache)
     config = replace(config, slots=arguments.slots, prefill=arguments.prefill, engine="fused" if fused else "contexts")
-    prediction = predict(config, header)
-    make: Any = FusedEngine if fused else ContextsEngine
-    with Model(path, adapters=header.adapters) as model, make(model, config, header=header) as engine:
+    prediction = predict(checked, config, chosen)
+    kind: Kind = "fused" if fused else "contexts"
+    with Model(checked) as model, make_engine(kind, model, config, chosen) as engine:
         # A context that tried something out and went says so in the log; its buffers are none of the set-up's.
         loaded = _logged("".join(log), prediction.contexts)
         count = min(PROMPT_TOKENS, context - 2)

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from abcli.calibrate.calibration import GRID
 from abcli.calibrate.selection import fitted
 from abcli.calibrate.table import Table, make_table
-from abcli.config import BucketConfig, EngineConfig, MergeRule, evaluations_directory
+from abcli.config import BucketConfig, ContextConfig, MergeRule, ModelConfig, evaluations_directory
 from abcli.evals.model_under_test import Subject
 from abcli.evals.runner import TASKS, EvaluationSettings, make_questions
+from abcli.gguf.checked import check_model
 from abcli.merge import merge_kept, pool_plausible
 from abcli.rope.bases import choose_bases
 
@@ -167,7 +168,7 @@ def collect(chosen: argparse.Namespace) -> Material:
     settings = EvaluationSettings(
         chosen.task, (chosen.length,), chosen.limit + chosen.held_out, chosen.seed, 5, chosen.data, chosen.answers
     )
-    with Subject(EngineConfig(chosen.model, ()), None, chosen.scores) as subject:
+    with Subject(check_model(ModelConfig(chosen.model)), ContextConfig(), scores=chosen.scores) as subject:
         questions = make_questions(settings, subject)
         spread = choose_bases(BucketConfig(), subject.native_base)
         paper = choose_bases(BucketConfig(spread="paper"), subject.native_base)

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--buckets", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    header = check_file(locate_model(options.model))
+    header = check_file(locate_model(options.model))[0]
     parameters = rope_parameters(header, neox=False, context_size=options.length)
     multipliers = candidate_multipliers(0.5, 2.5, 201)
     native = int(np.argmin(np.abs(np.asarray(multipliers) - 1.0)))

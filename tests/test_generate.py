@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abcli.config import GenerationConfig, SamplingConfig
 from abcli.errors import CancelledError, ContextFullError, PromptError, UsageError
 from abcli.generate import Generator, TextStream, common_prefix
+from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.fakes import END, ByteTokenizer, FakeEngine, GreedySampler, reciting
 
 PROMPT = list(b"What?")
@@ -127,26 +127,31 @@ def test_what_a_slot_holds_is_not_computed_again() -> None:
         list(generator.stream(0, PROMPT, GenerationConfig()))
         before = engine.computed
         longer = [*PROMPT, *b"yes", *b" more"]
-        piece = generator.start(0, longer, GenerationConfig())
+        answer = generator.start(0, longer, GenerationConfig())
+        assert generator.step() == []
+        (piece,) = generator.step()
+        assert piece.answer is answer
         assert engine.computed - before == len(b" more")
-        assert piece.answer.statistics.cached_tokens == len(PROMPT) + 3
+        assert answer.statistics.cached_tokens == len(PROMPT) + 3
         before = engine.computed
         generator.start(0, longer, GenerationConfig())
+        generator.step()
         assert engine.computed - before == 1
 
 
 def test_slots_decode_together_in_one_step() -> None:
-    engine = FakeEngine(reciting(b"abc", len(PROMPT)), slots=3)
+    engine = FakeEngine(reciting(b"abc", len(PROMPT)), slots=3, piece=100)
     with make(engine) as generator:
-        answers = [generator.start(slot, PROMPT, GenerationConfig(max_tokens=slot + 1)).answer for slot in range(3)]
-        while generator.active:
-            generator.step()
+        answers = [generator.start(slot, PROMPT, GenerationConfig(max_tokens=slot + 1)) for slot in range(3)]
+        while generator.step():
+            pass
     assert [answer.text for answer in answers] == ["a", "ab", "abc"]
+    assert engine.together == [3]
     assert engine.step_sizes == [2, 1]
     assert GreedySampler.opened == 0
 
 
-def test_cancel_during_the_prefill_leaves_the_slot_as_it_was() -> None:
+def test_cancel_during_the_prefill_comes_before_the_next_piece() -> None:
     engine = FakeEngine(reciting(b"abc", 20))
     with make(engine) as generator:
 
@@ -155,9 +160,10 @@ def test_cancel_during_the_prefill_leaves_the_slot_as_it_was() -> None:
                 generator.cancel()
 
         with pytest.raises(CancelledError):
-            generator.start(0, list(range(20)), GenerationConfig(), progress)
-        assert list(engine.tokens(0)) == []
-        assert generator.active == 0
+            list(generator.stream(0, list(range(20)), GenerationConfig(), progress))
+        assert list(engine.tokens(0)) == list(range(8))
+        assert engine.waiting(0) == 0
+        assert generator.step() == []
     assert GreedySampler.opened == 0
 
 
@@ -167,10 +173,9 @@ def test_cancel_between_steps_stops_the_stream_and_the_next_answer_works() -> No
         stream = generator.stream(0, PROMPT, GenerationConfig())
         assert [next(stream).text, next(stream).text] == ["a", "b"]
         generator.cancel()
-        engine.cancel_after = None
         with pytest.raises(CancelledError):
             next(stream)
-        assert generator.active == 0
+        assert generator.step() == []
         assert "".join(piece.text for piece in generator.stream(0, PROMPT, GenerationConfig())) == "abcdef"
 
 

@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 
 from abcli.config import MERGE_RULES
 from abcli.errors import NativeError, UsageError
-from abcli.merge import PLAUSIBLE_SHARE, Merger, merge
+from abcli.merge import PLAUSIBLE_SHARE, Merger
+from tests.support.merging import merge
 
 RULES = pytest.mark.parametrize("rule", MERGE_RULES)
 MIXTURES = pytest.mark.parametrize("rule", ["confidence", "mean", "entropy"])
@@ -283,7 +284,7 @@ def test_wrong_input():
     with pytest.raises(UsageError, match=r"\(3, 5\)"):
         Merger(2, 5).merge(random_logits(3, 5), "mean")
     with pytest.raises(UsageError):
-        merge(random_logits(2, 5)[0], "mean")
+        Merger(2, 5).merge(random_logits(2, 5)[0], "mean")
     with pytest.raises(UsageError):
         Merger(0, 5)
 

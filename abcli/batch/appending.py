@@ -87,7 +87,7 @@ def scan(path: Path, line_of: Callable[[bytes], int]) -> tuple[dict[int, tuple[i
             if problem:
                 raise BatchError(
                     f"line {problem} of {path} is not a result: the file is damaged or was edited",
-                    "remove that line, or use --restart to compute everything anew",
+                    "remove that line, or use `restart` to compute everything anew",
                 )
             try:
                 if not data.endswith(b"\n"):

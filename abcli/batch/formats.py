@@ -6,15 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
 from typing import Any
 
 from abcli.chat.message_format import given, read_messages, read_text, shown
 from abcli.chat.messages import Message
-from abcli.config import GenerationConfig, SamplingConfig
-from abcli.errors import AbcliError, GrammarError, PromptError
-from abcli.native.grammar import grammar_text
-from abcli.native.sampler import validate
+from abcli.errors import AbcliError, PromptError
+from abcli.grammar.constraint import KINDS
+from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig, check_sampling
 
 OPENAI_URL = "/v1/chat/completions"
 
@@ -40,10 +38,9 @@ _DEFAULTS = SamplingConfig()
 _SIMPLE = {
     item.name: type(getattr(_DEFAULTS, item.name))
     for item in fields(SamplingConfig)
-    if item.name not in ("json_schema", "logit_bias", "dry_breakers")
+    if item.name not in ("json_schema", "schema_lenient", "logit_bias", "dry_breakers")
 }
-_OTHER_SETTINGS = ("json_schema", "logit_bias", "dry_breakers", "max_tokens", "stop", "ignore_eos")
-_KEPT_GRAMMARS = 64
+_OTHER_SETTINGS = ("json_schema", "lenient", "logit_bias", "dry_breakers", "max_tokens", "stop", "ignore_eos")
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,7 @@ def own_request(record: Mapping[str, Any], generation: GenerationConfig, vocabul
         messages = _messages(record["messages"])
     settings = {key: value for key, value in record.items() if key not in ("id", "prompt", "messages", "metadata")}
     _refuse_unknown(settings, (*_SIMPLE, *_OTHER_SETTINGS), "put data of your own into metadata")
-    extra = {"id": record["id"]} if isinstance(record.get("id"), int) else {}
-    return Request(messages, _generation(settings, generation, vocabulary_size), extra)
+    return Request(messages, _generation(settings, generation, vocabulary_size))
 
 
 def openai_request(record: Mapping[str, Any], generation: GenerationConfig, vocabulary_size: int) -> Request:
@@ -107,6 +103,8 @@ def openai_request(record: Mapping[str, Any], generation: GenerationConfig, voca
         settings["max_tokens"] = limits[0]
     if "response_format" in settings:
         schema = _response_schema(settings.pop("response_format"))
+        if schema is not None and "json_schema" in settings:
+            raise PromptError("both response_format and json_schema are given", "give only one of them")
         if schema is not None:
             settings["json_schema"] = schema
     _refuse_unknown(settings, (*_SIMPLE, *_OTHER_SETTINGS), "it might change the answer; leave it out")
@@ -148,24 +146,19 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
     sampling: dict[str, Any] = {}
     answer: dict[str, Any] = {}
     for name, value in given(settings).items():
-        if name in _SIMPLE:
-            sampling[name] = _simple(value, name, _SIMPLE[name])
-        elif name == "json_schema":
-            # Its properties are generated in the order in which they are written.
-            sampling[name] = _text(value, name) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        elif name == "logit_bias":
-            sampling[name] = _biases(value)
-        elif name == "dry_breakers":
-            sampling[name] = _texts(value, name)
-        elif name == "ignore_eos":
+        if name == "ignore_eos":
             answer[name] = _simple(value, name, bool)
         elif name == "stop":
             answer[name] = _stop(value)
-        else:
+        elif name == "max_tokens":
             answer[name] = _limit(value)
-    if "grammar" in sampling or "json_schema" in sampling:
-        # One that the line brings takes the place of the run's.
-        sampling = {"grammar": "", "json_schema": "", **sampling}
+        elif name == "lenient":
+            sampling["schema_lenient"] = _simple(value, name, bool)
+        else:
+            sampling[name] = _sampling(name, value)
+    if any(kind in sampling for kind in KINDS):
+        # What the line brings takes the place of the run's.
+        sampling = {**dict.fromkeys(KINDS, ""), **sampling}
     if sampling:
         sampled = replace(base.sampling, **sampling)
         _check(sampled, vocabulary_size)
@@ -173,32 +166,33 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
     return replace(base, **answer) if answer else base
 
 
+def _sampling(name: str, value: Any) -> Any:
+    """The value of a field of SamplingConfig."""
+    if name == "json_schema":
+        # Its properties are generated in the order in which they are written.
+        return _text(value, name) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if name == "logit_bias":
+        return _biases(value)
+    if name == "dry_breakers":
+        return _texts(value, name)
+    simple = _simple(value, name, _SIMPLE[name])
+    return _native_seed(simple) if name == "seed" else simple
+
+
 def _check(sampling: SamplingConfig, vocabulary_size: int) -> None:
     try:
-        validate(sampling, vocabulary_size)
+        check_sampling(sampling, vocabulary_size)
     except AbcliError as error:
         raise PromptError(f"a setting of the line cannot be used: {error.message}", error.hint) from None
-    problem = _grammar_problem(sampling.grammar, sampling.json_schema)
-    if problem is not None:
-        raise GrammarError(*problem)
-
-
-@lru_cache(_KEPT_GRAMMARS)
-def _grammar_problem(grammar: str, json_schema: str) -> tuple[str, str] | None:
-    """What is wrong with a grammar or schema, and what to do; many lines have the same."""
-    try:
-        grammar_text(SamplingConfig(grammar=grammar, json_schema=json_schema))
-    except AbcliError as error:
-        return error.message, error.hint
-    return None
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    messages = read_messages(value)
-    for number, message in enumerate(messages, 1):
-        calls = "".join(call.id + call.name for call in message.tool_calls)
-        _text(message.content + message.reasoning_content + message.name + calls, f"the content of message {number}")
-    return messages
+    messages = []
+    for number, message in enumerate(read_messages(value), 1):
+        others = message.reasoning_content + message.name + "".join(call.name for call in message.tool_calls)
+        _text(others, f"message {number}")
+        messages.append(replace(message, content=_text(message.content, f"the content of message {number}")))
+    return tuple(messages)
 
 
 def _response_schema(value: Any) -> Any:
@@ -225,6 +219,11 @@ def _simple(value: Any, name: str, kind: type) -> Any:
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise PromptError(f"{name} is {shown(value)}", f"make it {wanted}")
     return value
+
+
+def _native_seed(seed: int) -> int:
+    """A seed for llama.cpp: OpenAI's have 64 bits and a sign; -1 leaves it to the run, as in llama.cpp."""
+    return seed if seed == -1 else seed % NATIVE_RANDOM_SEED
 
 
 def _limit(value: Any) -> int:
@@ -257,11 +256,11 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
 
 
 def _text(value: Any, name: str) -> str:
-    """A text that a tokenizer can read."""
+    """A text that a tokenizer can read. A byte order mark is dropped."""
     text = read_text(value, name)
     if "\0" in text:
         raise PromptError(f"{name} has a NUL character at {text.index(chr(0)):,}", "remove it")
-    return text
+    return text.removeprefix("\ufeff")
 
 
 def _checked_prompt(text: str) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abcli.chat.messages import Message
-from abcli.config import GenerationConfig
 from abcli.generate import FinishReason
+from abcli.sampling import GenerationConfig
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Job:
     index: int
     """Its place among all lines of the input that hold something, from 0; results in order are ordered by it."""
     line: int
-    """The line of the input at which it begins, from 1."""
+    """The line of the input at which it begins, from 1; in a JSON document its number among the items."""
     identifier: str
     """The user's id for it, unique in the input; the line's number as text where the input has none."""
     messages: tuple[Message, ...]
@@ -37,10 +37,11 @@ class BadLine:
     identifier: str | None
     message: str
     hint: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def result(self) -> Result:
         """What is written for it."""
-        return Result(self.index, self.line, self.identifier, error=self.message, hint=self.hint)
+        return Result(self.index, self.line, self.identifier, error=self.message, hint=self.hint, extra=self.extra)
 
 
 @dataclass(frozen=True)

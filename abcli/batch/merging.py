@@ -33,7 +33,7 @@ def merge_outputs(paths: Sequence[Path], output: Path, *, restart: bool = False)
     if output.exists() and any(output.samefile(path) for path in paths):
         raise UsageError(f"the output {output} is one of the shards", "choose another name")
     if output.exists() and not restart:
-        raise UsageError(f"{output} exists already", "choose another name, or use --restart to replace it")
+        raise UsageError(f"{output} exists already", "choose another name, or use `restart` to replace it")
     with ExitStack() as stack:
         lock_output(output, stack)
         stack.enter_context(reporting("write", output))
@@ -69,7 +69,7 @@ def _check_together(paths: Sequence[Path], headers: Sequence[Header]) -> OutputF
             )
         shard = str(header.settings.get("shard"))
         if "/" not in shard:
-            raise UsageError(f"{path} is no shard but a whole output", "merge only outputs of --shard I/N")
+            raise UsageError(f"{path} is no shard but a whole output", "merge only outputs of `shard` I/N")
         if shard in owners:
             raise UsageError(f"{path} and {owners[shard]} are the same shard, {shard}", "name each shard once")
         owners[shard] = path
@@ -87,7 +87,7 @@ def _check_together(paths: Sequence[Path], headers: Sequence[Header]) -> OutputF
     for known in OUTPUT_FORMATS:
         if format == known != "text":
             return known
-    raise UsageError(f"outputs of the format {format!r} cannot be merged", "use --output-format jsonl for shards")
+    raise UsageError(f"outputs of the format {format!r} cannot be merged", "use `output_format=jsonl` for shards")
 
 
 def _unsharded(header: Header) -> Mapping[str, Any]:
@@ -112,7 +112,7 @@ def _collect(
             if line in places:
                 raise BatchError(
                     f"{path} has a second result for line {line}; the first is in {paths[owners[line]]}",
-                    "run the shards again with --restart",
+                    "run the shards again with `restart`",
                 )
             places[line], owners[line] = (offset, len(data)), at
             spool.write(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -92,10 +92,13 @@ class HeldPrompts:
                 high = middle - 1
         return low
 
-    def owner(self, keys: PrefixKeys) -> int | None:
-        """A slot that holds the most of the beginning of a prompt with `keys`; None if no slot holds a block of it."""
+    def owner(self, keys: PrefixKeys, rather_not: Container[int] = ()) -> int | None:
+        """A slot that holds the most of the beginning of a prompt with `keys`; None if no slot holds a block of it.
+
+        One of `rather_not` only if no other holds as much.
+        """
         blocks = self.blocks(keys)
-        return min(self._owners[keys[blocks - 1]]) if blocks else None
+        return min(self._owners[keys[blocks - 1]], key=lambda slot: (slot in rather_not, slot)) if blocks else None
 
     def loss(self, slot: int, keys: PrefixKeys, waiting: Iterable[PrefixKeys]) -> int:
         """The blocks of the `waiting` prompts that no slot would hold any more if `slot` took a prompt with `keys`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal, get_args
 
 from abcli.batch import formats
 from abcli.batch.compression import DamagedError, compression_of, plain_suffix, read_chunks
+from abcli.batch.documents import read_document
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.records import (
     Line,
@@ -27,8 +28,10 @@ from abcli.batch.records import (
     text_records,
 )
 from abcli.batch.templates import Template, check_fields
-from abcli.config import NATIVE_RANDOM_SEED, GenerationConfig
+from abcli.chat.files import refuse_foreign
 from abcli.errors import AbcliError, PromptError, UsageError
+from abcli.grammar.check import check
+from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig
 
 InputFormat = Literal["text", "jsonl", "openai", "csv"]
 INPUT_FORMATS: tuple[InputFormat, ...] = get_args(InputFormat)
@@ -36,7 +39,7 @@ INPUT_FORMATS: tuple[InputFormat, ...] = get_args(InputFormat)
 _ANY_VOCABULARY = 1 << 31
 _TABLES = (".csv", ".tsv")
 _OBJECTS = (".jsonl", ".ndjson", ".json")
-_FOREIGN_MARKS = ((b"\xff\xfe", "UTF-16 or UTF-32"), (b"\xfe\xff", "UTF-16"), (b"\0\0\xfe\xff", "UTF-32"))
+_JSON: tuple[InputFormat, ...] = ("jsonl", "openai")
 _DIGEST_BYTES = 1 << 20
 
 
@@ -55,7 +58,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     """ "I/N" as (I, N). Raises UsageError unless 1 <= I <= N."""
     part, _, whole = text.partition("/")
     if not (part.isdecimal() and whole.isdecimal() and len(whole) < 10 and 1 <= int(part) <= int(whole)):
-        raise UsageError(f"--shard {text!r} is not I/N", "use 1/4, 2/4, 3/4 and 4/4 for four shards")
+        raise UsageError(f"`shard` {text!r} is not I/N", "use 1/4, 2/4, 3/4 and 4/4 for four shards")
     return int(part), int(whole)
 
 
@@ -110,6 +113,7 @@ class JobReader(Iterator[Job | BadLine]):
         context: str = "",
         system: str | None = None,
         vocabulary_size: int = _ANY_VOCABULARY,
+        on_remark: Callable[[str], None] | None = None,
     ) -> None:
         """See `read_jobs`."""
         # Lines that do not choose a seed are told by -1.
@@ -119,6 +123,8 @@ class JobReader(Iterator[Job | BadLine]):
         self._context = context
         self._system = system
         self._vocabulary_size = vocabulary_size
+        self._on_remark = on_remark
+        self._remarks: set[str] = set()
         self._index = 0
         self._lines_of: dict[bytes, int] = {}
         self._stack = ExitStack()
@@ -151,25 +157,38 @@ class JobReader(Iterator[Job | BadLine]):
         index = self._index
         self._index += 1
         identifier: str | None = None
+        extra: Mapping[str, Any] = {}
         try:
             if record.problem is not None:
                 raise record.problem
             value = record.value if record.value is not None else ""
             identifier = self._identifier(value, record.line)
+            extra = _kept_id(value)
+            self._claim(identifier, record.line)
             request = self._request(value)
             messages = formats.with_shared_text(request.messages, self._context, self._system)
             generation = self._seeded(request.generation, identifier)
-            return Job(index, record.line, identifier, messages, generation, request.extra)
+            self._remark(check(generation.sampling))
+            return Job(index, record.line, identifier, messages, generation, {**extra, **request.extra})
         except AbcliError as error:
-            return BadLine(index, record.line, identifier, error.message, error.hint)
+            return BadLine(index, record.line, identifier, error.message, error.hint, extra)
+
+    def _remark(self, remarks: Sequence[str]) -> None:
+        """Hand on what has not been said yet."""
+        for remark in remarks:
+            if remark not in self._remarks and self._on_remark is not None:
+                self._on_remark(remark)
+            self._remarks.add(remark)
 
     def _identifier(self, value: str | Mapping[str, Any], line: int) -> str:
-        """The id of a record. Raises PromptError for one that is not possible, or not the first of its kind."""
+        """The id of a record. Raises PromptError for one that is not possible."""
         name = "custom_id" if self.format == "openai" else "id"
         fields = {} if isinstance(value, str) or (self.format == "csv" and not value.get(name)) else value
         identifier = formats.find_identifier(fields, name)
-        if identifier is None:
-            identifier = str(line)
+        return str(line) if identifier is None else identifier
+
+    def _claim(self, identifier: str, line: int) -> None:
+        """Raise PromptError for an id that is not the first of its kind."""
         digest = hashlib.blake2b(identifier.encode(), digest_size=16).digest()
         first = self._lines_of.setdefault(digest, line)
         if first != line:
@@ -177,14 +196,14 @@ class JobReader(Iterator[Job | BadLine]):
             raise PromptError(
                 f"the id {shown!r} is that of line {first} already", "give every line an id of its own, or none at all"
             )
-        return identifier
 
     def _request(self, value: str | Mapping[str, Any]) -> formats.Request:
         if isinstance(value, str):
+            if self._template is not None or self.format == "openai":
+                raise PromptError("the item is a text, not an object", "make every item an object")
             return formats.text_request(value, self._defaults)
         if self._template is not None:
-            request = formats.text_request(self._template.fill(value), self._defaults)
-            return replace(request, extra={"id": value["id"]}) if isinstance(value.get("id"), int) else request
+            return formats.text_request(self._template.fill(value), self._defaults)
         build = formats.openai_request if self.format == "openai" else formats.own_request
         return build(value, self._defaults, self._vocabulary_size)
 
@@ -192,6 +211,11 @@ class JobReader(Iterator[Job | BadLine]):
         if self._seed < 0 or generation.sampling.seed >= 0:
             return generation
         return replace(generation, sampling=replace(generation.sampling, seed=seed_for(self._seed, identifier)))
+
+
+def _kept_id(value: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """An id that is a number stays one in the result."""
+    return {"id": value["id"]} if not isinstance(value, str) and isinstance(value.get("id"), int) else {}
 
 
 def read_jobs(
@@ -204,6 +228,7 @@ def read_jobs(
     context: str = "",
     system: str | None = None,
     vocabulary_size: int = _ANY_VOCABULARY,
+    on_remark: Callable[[str], None] | None = None,
 ) -> JobReader:
     """Read the prompts in `path` (None or "-": standard input); gzip and zstd are recognised.
 
@@ -211,7 +236,7 @@ def read_jobs(
     `seed_for` it. `separator` is the line between blocks of text (an empty one: blank lines). With a template the
     input is a table or JSON objects, whose fields it names. `context` comes before the first message of the user of
     every job, `system` is the system message of those without one. `vocabulary_size` bounds the tokens of a
-    logit_bias.
+    logit_bias. `on_remark` gets, once each, what is not enforced of the schemas.
 
     Raises PromptError for an input that cannot be read at all, UsageError for settings that do not go together;
     a line that cannot be used becomes a BadLine. BatchError is raised if reading fails later.
@@ -225,6 +250,7 @@ def read_jobs(
         context=context,
         system=system,
         vocabulary_size=vocabulary_size,
+        on_remark=on_remark,
     )
 
 
@@ -260,11 +286,19 @@ def _open(
     name = str(named) if named is not None else "standard input"
     suffix = plain_suffix(named) if named is not None else ""
     file = stack.enter_context(_opened(named)) if named is not None else sys.stdin.buffer
-    lines = split_lines(read_chunks(file, name, compression_of(named) if named is not None else None))
-    first, lines = _peek(lines)
+    chunks = read_chunks(file, name, compression_of(named) if named is not None else None)
+    if format in ("auto", *_JSON) and separator is None and suffix not in _TABLES:
+        document, chunks = read_document(chunks, name, is_json=format != "auto" or suffix in _OBJECTS)
+        if document is not None:
+            value = document[0].value if document else None
+            record = value if isinstance(value, Mapping) else None
+            chosen = format if format != "auto" else _recognise(record, _OBJECTS[0], separator, template)
+            _check_combination(chosen, separator, template)
+            return iter(document), chosen
+    first, lines = _peek(split_lines(chunks))
     if first is not None:
         _check_beginning(first, name)
-    chosen = format if format != "auto" else _recognise(first, suffix, separator, template)
+    chosen = format if format != "auto" else _recognise(_object_of(first), suffix, separator, template)
     _check_combination(chosen, separator, template)
     if chosen == "csv" and template is not None:
         table = TableReader(lines, tabs=suffix == ".tsv")
@@ -303,21 +337,25 @@ def _check_beginning(first: Line, name: str) -> None:
     """Raise PromptError for an input of which nothing can be read."""
     if isinstance(first.problem, DamagedError):
         raise first.problem
-    for mark, encoding in _FOREIGN_MARKS:
-        if first.data.startswith(mark):
-            raise PromptError(f"{name} is {encoding}, not UTF-8", "save it as UTF-8")
+    refuse_foreign(first.data, name)
 
 
-def _recognise(first: Line | None, suffix: str, separator: str | None, template: Template | None) -> InputFormat:
-    """The format of an input that begins with `first`; text where nothing speaks for another."""
+def _object_of(line: Line | None) -> Mapping[str, Any] | None:
+    """The JSON object in a line, None if it is none."""
+    if line is None or not line.data.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
+        return None
+    try:
+        return parse_object(line.data.decode("utf-8-sig"))
+    except (PromptError, UnicodeDecodeError):
+        return None
+
+
+def _recognise(
+    record: Mapping[str, Any] | None, suffix: str, separator: str | None, template: Template | None
+) -> InputFormat:
+    """The format of an input that begins with the object `record`, if any; text where nothing speaks for another."""
     if separator is not None:
         return "text"
-    record: Mapping[str, Any] | None = None
-    if first is not None and first.data.lstrip(b"\xef\xbb\xbf \t").startswith(b"{"):
-        try:
-            record = parse_object(first.data.decode("utf-8-sig"))
-        except (PromptError, UnicodeDecodeError):
-            record = None
     if template is not None:
         return "jsonl" if suffix not in _TABLES and (record is not None or suffix in _OBJECTS) else "csv"
     if record is not None and "custom_id" in record and "body" in record:
@@ -329,10 +367,10 @@ def _recognise(first: Line | None, suffix: str, separator: str | None, template:
 
 def _check_combination(format: InputFormat, separator: str | None, template: Template | None) -> None:
     if separator is not None and format != "text":
-        raise UsageError(f"--separator is for text, but the input is {format}", "leave it out, or use --format text")
+        raise UsageError(f"`separator` is for text, but the input is {format}", "leave it out, or use `format=text`")
     if template is None and format == "csv":
-        raise UsageError("a table makes prompts only by a template", "write one with {{column}} and give --template")
+        raise UsageError("a table makes prompts only by a template", "write one with {{column}} and give `template`")
     if template is not None and format not in ("csv", "jsonl"):
         raise UsageError(
-            f"--template fills in fields, but the input is {format}", "use --format csv or jsonl, or leave it out"
+            f"`template` fills in fields, but the input is {format}", "use `format` csv or jsonl, or leave it out"
         )

@@ -11,9 +11,10 @@ from typing import Any
 from abcli.batch.compression import DamagedError
 from abcli.chat.files import decode_prompt
 from abcli.errors import AbcliError, PromptError, UsageError
+from abcli.text import counted
 
 MAX_LINE_BYTES = 1 << 24
-_SPLIT_HINT = "split it, or put what all prompts share into --context"
+_SPLIT_HINT = "split it, or put what all prompts share into `context`"
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ class TableReader:
             line, row, problem = found
             if problem is None and len(row) != len(self.names):
                 problem = PromptError(
-                    f"the row has {len(row)} fields, but the header {len(self.names)}", "put quotes around commas"
+                    f"the row has {counted(len(row), 'field')}, but the header {len(self.names)}",
+                    "put quotes around commas",
                 )
             yield Record(line, None, problem) if problem else Record(line, dict(zip(self.names, row, strict=True)))
 

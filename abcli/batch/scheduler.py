@@ -11,14 +11,11 @@ from typing import TypeVar
 
 from abcli.batch.jobs import BadLine, Job, Result
 from abcli.batch.prefixes import HeldPrompts, PrefixKeys, ReuseRule, prefix_keys
-from abcli.engine.protocol import Engine
+from abcli.engine.engine import Engine
 from abcli.errors import AbcliError, CancelledError, ContextFullError, NativeError, OutOfMemoryError
 from abcli.generate import Answer, Generator
 
 LOOK_AHEAD = 256
-# Prompts that leave at most so many tokens to compute are computed together; more are no faster that way, and
-# the answers in progress wait meanwhile.
-_TOGETHER = 256
 # How many blocks more than the oldest prompt another must share with a slot to be taken first.
 _WORTH_OVERTAKING = 2
 # Greedy answers that are remembered for prompts that come again.
@@ -99,12 +96,6 @@ class _Waiting:
     """How many prompts had been begun when this one came."""
 
 
-@dataclass(frozen=True)
-class _Starting:
-    item: _Waiting
-    slot: int
-
-
 @dataclass
 class _Running:
     item: _Waiting
@@ -157,6 +148,8 @@ class Scheduler:
         self._waiting: list[_Waiting] = []
         self._following = 0
         self._running: dict[int, _Running] = {}
+        # The slots of those whose prompts are not complete, so that nobody can take them over yet.
+        self._computing: set[int] = set()
         self._free = list(range(engine.slots))
         self._held = HeldPrompts()
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
@@ -240,42 +233,36 @@ class Scheduler:
         self._waiting.append(_Waiting(job, tokens, prefix_keys(tokens), digest, self._begun))
 
     def _begin_waiting(self) -> None:
-        """Give every free slot a prompt, as long as there are any."""
+        """Give every free slot a prompt, as long as there are any whose shared beginning is not being computed yet."""
         if self._switch.stopping and self._waiting:
             self._left_out = True
             self._waiting.clear()
         while self._free and self._waiting and not self._switch.stopping:
-            self._begin(self._take_group())
-            self._on_step()
-
-    def _take_group(self) -> list[_Starting]:
-        """The next prompts to begin together, each with a slot: few tokens in all, and none needs another's state."""
-        group: list[_Starting] = []
-        tokens = 0
-        while self._free and self._waiting:
             index = self._next_index()
+            if index is None:
+                return
             item = self._waiting[index]
-            slot, source = self._choose_slot(item), self._held.owner(item.keys)
-            usable = self._usable(item, slot, source)
-            tokens += len(item.tokens) - usable
-            if group and (tokens > _TOGETHER or any(source == other.slot for other in group)):
-                break
+            slot = self._choose_slot(item)
             del self._waiting[index]
-            self._take_over(item, slot, source, usable)
-            self._free.remove(slot)
-            self._held.hold(slot, item.tokens, item.keys)
-            group.append(_Starting(item, slot))
-        return group
+            self._begin(item, slot, self._held.owner(item.keys, self._computing))
 
-    def _next_index(self) -> int:
+    def _next_index(self) -> int | None:
         """The place of the oldest prompt, or of one that shares much more with what the slots hold.
 
-        None is overtaken for long.
+        None is overtaken for long, except one that shares with a prompt that is being computed: it waits for that.
         """
-        blocks = [self._held.blocks(item.keys) for item in self._waiting]
-        best = max(range(len(blocks)), key=lambda index: (blocks[index], -index))
-        patient = self._begun - self._waiting[0].begun < 2 * self._look_ahead
-        return best if patient and blocks[best] >= blocks[0] + _WORTH_OVERTAKING else 0
+        coming = self._computing
+        ready = [
+            index
+            for index, item in enumerate(self._waiting)
+            if not coming or self._held.owner(item.keys, coming) not in coming
+        ]
+        if not ready:
+            return None
+        blocks = {index: self._held.blocks(self._waiting[index].keys) for index in ready}
+        oldest, best = ready[0], max(ready, key=lambda index: (blocks[index], -index))
+        patient = self._begun - self._waiting[oldest].begun < 2 * self._look_ahead
+        return best if patient and blocks[best] >= blocks[oldest] + _WORTH_OVERTAKING else oldest
 
     def _choose_slot(self, item: _Waiting) -> int:
         """The free slot whose content those that wait would miss least, preferably one that `item` can use."""
@@ -285,42 +272,42 @@ class Scheduler:
         owner = self._held.owner(item.keys)
         return min(self._free, key=lambda slot: (self._held.loss(slot, item.keys, waiting), slot != owner, slot))
 
-    def _begin(self, group: Sequence[_Starting]) -> None:
-        """Compute the prompts, apart from what their slots already hold of them, and the first tokens."""
-        if self._switch.cancelled:
-            raise CancelledError
-        self._begun += len(group)
-        requests = [(start.slot, start.item.tokens, start.item.job.generation) for start in group]
-        for start, outcome in zip(group, self._generator.start_together(requests), strict=True):
-            if isinstance(outcome, AbcliError):
-                self._held.forget(start.slot)
-                self._free.append(start.slot)
-                self._end(start.item, outcome)
-                continue
-            self.totals.prompt_tokens += outcome.answer.statistics.prompt_tokens
-            self.totals.cached_tokens += outcome.answer.statistics.cached_tokens
-            self._running[start.slot] = _Running(start.item)
-            self._note(outcome.answer)
+    def _begin(self, item: _Waiting, slot: int, source: int | None) -> None:
+        """Let the prompt be computed, apart from what `slot` or `source` holds of it."""
+        self._begun += 1
+        self._take_over(item, slot, source)
+        try:
+            answer = self._generator.start(slot, item.tokens, item.job.generation)
+        except _FATAL:
+            raise
+        except AbcliError as error:
+            self._held.forget(slot)
+            self._end(item, error)
+            return
+        self._free.remove(slot)
+        self._held.hold(slot, item.tokens, item.keys)
+        self._running[slot] = _Running(item)
+        self._computing.add(slot)
+        self.totals.prompt_tokens += answer.statistics.prompt_tokens
+        self.totals.cached_tokens += answer.statistics.cached_tokens
 
-    def _usable(self, item: _Waiting, slot: int, source: int | None) -> int:
-        """How many of the prompt's tokens `slot` may have from what it or `source` holds."""
-        if not self._sharing:
-            return 0
-        held = [self._held.prompt(place) for place in (slot, source) if place is not None]
-        return max(self._reuse.usable(prompt, item.tokens) for prompt in held)
-
-    def _take_over(self, item: _Waiting, slot: int, source: int | None, usable: int) -> None:
-        """Leave in `slot` the `usable` tokens of the prompt, from `source` if it does not hold them itself."""
-        if source is not None and usable > self._reuse.usable(self._held.prompt(slot), item.tokens):
-            self._engine.copy(source, slot)
+    def _take_over(self, item: _Waiting, slot: int, source: int | None) -> None:
+        """Leave in `slot` what the prompt may have of what the slot or `source` holds, but no more."""
+        usable = 0
+        if self._sharing:
+            usable = self._reuse.usable(self._held.prompt(slot), item.tokens)
+            if source is not None and (more := self._reuse.usable(self._held.prompt(source), item.tokens)) > usable:
+                self._engine.copy(source, slot)
+                usable = more
         # A recurrent model cannot go back to a shared beginning, so there is no use in copying.
         self._sharing = self._engine.truncate(slot, usable) == usable and self._sharing
 
     def _step(self) -> None:
-        """One token for every answer in progress."""
+        """One token for every answer in progress, and a piece of the prompts that wait."""
         if self._switch.cancelled:
             raise CancelledError
         for piece in self._generator.step():
+            self._computing.discard(piece.answer.slot)
             self._note(piece.answer)
         self._on_step()
 

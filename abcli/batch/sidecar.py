@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from abcli import __version__
 from abcli.atomic import write_atomically
-from abcli.config import GenerationConfig
 from abcli.errors import BatchError, UsageError
+from abcli.sampling import GenerationConfig
+from abcli.version import __version__
 
 _FORMAT = 1
 _MAX_BYTES = 1 << 24
@@ -69,7 +69,7 @@ def read_header(output: Path) -> Header | None:
         return _decoded(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise BatchError(
-            f"{path} is damaged or of another version of abcli", "use --restart to compute everything anew"
+            f"{path} is damaged or of another version of abcli", "use `restart` to compute everything anew"
         ) from None
 
 
@@ -104,7 +104,7 @@ def check_same(output: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
         more = len(differences) - _SHOWN_DIFFERENCES
         raise UsageError(
             f"{output} was begun with other settings (then -> now):{shown}" + (f"\n  and {more} more" * (more > 0)),
-            "repeat the settings of then, choose another output, or use --restart to compute everything anew",
+            "repeat the settings of then, choose another output, or use `restart` to compute everything anew",
         )
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from abcli.batch.prefixes import ReuseRule
-from abcli.config import EngineConfig
-from abcli.engine.memory import Room, free_room, gibibytes, predict
-from abcli.engine.protocol import Engine
-from abcli.engine.slots import MIN_SHARED_TOKENS
+from abcli.engine.memory import Room, free_room, predict
 from abcli.errors import OutOfMemoryError, UsageError
-from abcli.gguf.header import Header
-from abcli.text import counted
+from abcli.llm import LLM
+from abcli.prepare import Prepared
+from abcli.text import counted, gibibytes
 
 # llama.cpp's sequences: one for each slot, and a spare one.
 MOST_SLOTS = 255
@@ -42,58 +40,55 @@ class SlotPlan:
         return f"{slots} of {context_size:,} tokens for {kind}: {memory}"
 
 
-def plan_slots(
-    wanted: int | None, config: EngineConfig, header: Header, prompts: int | None = None, processes: int = 1
-) -> SlotPlan:
+def plan_slots(wanted: int | None, found: Prepared, prompts: int | None = None, processes: int = 1) -> SlotPlan:
     """As many slots as `wanted`; None: as many as are of use for so many buckets and `prompts`, if that is known.
 
     Those beyond the first take at most a quarter of the memory that the first leaves; so many `processes` share what
-    is free. `config` has the bases and a context size above 0. Raises UsageError for an impossible number and
-    OutOfMemoryError for one that does not fit, unless `config.force`.
+    is free. Raises UsageError for an impossible number and
+    OutOfMemoryError for one that does not fit, unless `force`.
     """
-    free = free_room(config)
+    config, bases = found.context, found.buckets.bases
+    free = free_room(found.model.config.gpu_layers)
     free = Room(free.host // processes, free.device // processes)
     if wanted is None:
-        useful = min(MOST_AUTOMATIC, max(LEAST_AUTOMATIC, ENOUGH_ROWS // len(config.bases)))
+        useful = min(MOST_AUTOMATIC, max(LEAST_AUTOMATIC, ENOUGH_ROWS // len(bases)))
         if prompts is not None:
             useful = min(useful, max(1, prompts))
-        one = _needed(1, config, header)
+        one = _needed(1, found)
         room = Room(one.host + (free.host - one.host) // _SHARE, one.device + (free.device - one.device) // _SHARE)
-        return _plan(max(1, _most(useful, config, header, room)), config, header, free)
+        return _plan(max(1, _most(useful, found, room)), found, free)
     if not 1 <= wanted <= MOST_SLOTS:
-        raise UsageError(f"--slots {wanted} is impossible", f"choose 1 to {MOST_SLOTS}, or auto")
-    plan = _plan(wanted, config, header, free)
+        raise UsageError(f"`slots` {wanted} is impossible", f"choose 1 to {MOST_SLOTS}, or auto")
+    plan = _plan(wanted, found, free)
     if not config.force and not _fits(plan.needed, free):
-        fitting = _most(wanted, config, header, free)
+        fitting = _most(wanted, found, free)
         raise OutOfMemoryError(
-            plan.text(config.context_size, len(config.bases)) + " is more than there is",
-            f"--slots {fitting} would fit; or take a shorter --ctx-size or fewer buckets"
+            plan.text(config.context_size, len(bases)) + " is more than there is",
+            f"`slots={fitting}` would fit; or take a shorter `ctx_size` or fewer buckets"
             if fitting
-            else "take a shorter --ctx-size or fewer buckets",
+            else "take a shorter `ctx_size` or fewer buckets",
         )
     return plan
 
 
-def _plan(slots: int, config: EngineConfig, header: Header, free: Room) -> SlotPlan:
-    return SlotPlan(slots, _needed(slots, config, header), free)
+def _plan(slots: int, found: Prepared, free: Room) -> SlotPlan:
+    return SlotPlan(slots, _needed(slots, found), free)
 
 
-def _needed(slots: int, config: EngineConfig, header: Header) -> Room:
-    found = predict(replace(config, slots=slots), header)
-    return Room(found.host, found.device)
+def _needed(slots: int, found: Prepared) -> Room:
+    needed = predict(found.model, replace(found.context, slots=slots), found.buckets)
+    return Room(needed.host, needed.device)
 
 
-def _most(limit: int, config: EngineConfig, header: Header, room: Room) -> int:
+def _most(limit: int, found: Prepared, room: Room) -> int:
     """The most slots up to `limit` that fit into `room`; 0 if not one does."""
-    return next((slots for slots in range(limit, 0, -1) if _fits(_needed(slots, config, header), room)), 0)
+    return next((slots for slots in range(limit, 0, -1) if _fits(_needed(slots, found), room)), 0)
 
 
 def _fits(needed: Room, room: Room) -> bool:
     return needed.host <= room.host and needed.device <= room.device
 
 
-def reuse_rule(config: EngineConfig, engine: Engine) -> ReuseRule:
-    """How much prompts may take over from one another in `engine`, which was made with `config`."""
-    if not engine.prefill_note.startswith("shared"):
-        return ReuseRule()
-    return ReuseRule(2 if config.prefill == "shared" else MIN_SHARED_TOKENS)
+def reuse_rule(llm: LLM) -> ReuseRule:
+    """How much prompts may take over from one another in the slots of `llm`."""
+    return ReuseRule(llm.engine.least_shared)

@@ -35,10 +35,10 @@ from abcli.batch.sidecar import (
     sidecar_path,
     write_header,
 )
-from abcli.config import NATIVE_RANDOM_SEED
 from abcli.errors import BatchError, UsageError
+from abcli.sampling import NATIVE_RANDOM_SEED
 
-_RESTART = "use --restart to compute everything anew, or choose another output"
+_RESTART = "use `restart` to compute everything anew, or choose another output"
 
 
 class Output:
@@ -320,7 +320,7 @@ def lock_output(path: Path, stack: ExitStack) -> None:
             lock.acquire(timeout=0)
     except Timeout:
         raise BatchError(
-            f"another process is writing {path}", "wait for it, or choose another output; see --shard for parts"
+            f"another process is writing {path}", "wait for it, or choose another output; see `shard` for parts"
         ) from None
     stack.callback(lock.release)
 

@@ -9,9 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
-from abcli.engine.memory import CONTEXT_STEP
-from abcli.engine.protocol import Engine
+from abcli.config import CONTEXT_STEP, ContextConfig
+from abcli.engine.engine import Engine
 from abcli.engine.workers import available_cores
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.context import BatchPart, Sequences, context_parameters
@@ -69,12 +68,12 @@ class EnginePlayer:
     @property
     def prompt_note(self) -> str:
         """See `Player.prompt_note`."""
-        return self._engine.prefill_note
+        return str(self._engine.sharing)
 
     @property
     def shares(self) -> bool:
         """See `Player.shares`."""
-        return len(self._engine.bases) > 1 and self._engine.prefill_note.startswith("shared")
+        return self._engine.sharing.shared
 
     def empty(self) -> None:
         """See `Player.empty`."""
@@ -103,9 +102,8 @@ class RawPlayer(Owner):
     prompt_note = "exact prefill"
     shares = False
 
-    def __init__(self, model: Model, config: EngineConfig, text: Text) -> None:
-        """A context with a sequence for each of `config.bases`. Raises NativeError if it cannot be made."""
-        count = len(config.bases)
+    def __init__(self, model: Model, config: ContextConfig, count: int, text: Text) -> None:
+        """A context with `count` sequences. Raises NativeError if it cannot be made."""
         cancel = CancelFlag()
         threads = config.threads or available_cores()
         parameters = context_parameters(model, model.native_base, config, threads, cancel)
@@ -161,7 +159,7 @@ class RawPlayer(Owner):
         self._length += len(tokens)
 
 
-def sized(config: EngineConfig, text: Text) -> EngineConfig:
+def sized(config: ContextConfig, text: Text) -> ContextConfig:
     """`config` with a context that holds `text` and hardly more."""
     tokens = max(1, len(text.prompt) + len(text.answer))
     return replace(config, context_size=-(-tokens // CONTEXT_STEP) * CONTEXT_STEP)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from abcli import __version__
 from abcli.bench.measure import Findings
 from abcli.bench.plan import ONE_BUCKET, BenchSettings, Contender, Phase
 from abcli.bench.resident import Memory
 from abcli.bench.rounds import Spread
 from abcli.bench.workshop import AutoChoice
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
+from abcli.version import __version__
 
 SCHEMA = 1
 _SECONDS_DECIMALS = 9
@@ -70,7 +70,8 @@ class Circumstances:
     llama_cpp: str
     devices: tuple[tuple[str, str], ...]
     threads: int
-    config: EngineConfig
+    gpu_layers: int
+    config: ContextConfig
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "threads": where.threads,
             "batch_size": config.batch_size,
             "ubatch_size": config.ubatch_size,
-            "gpu_layers": config.gpu_layers,
+            "gpu_layers": where.gpu_layers,
             "flash_attention": config.flash_attention,
             "cache_type_k": config.cache_type_k,
             "cache_type_v": config.cache_type_v,

@@ -6,19 +6,17 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from abcli.bench.contenders import Text
-from abcli.config import EngineConfig, LoraConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.config import Buckets, ContextConfig, LoraConfig, ModelConfig
+from abcli.engine.make import Kind, make_engine
 from abcli.engine.memory import free_room, predict
-from abcli.gguf.header import Header
-from abcli.gguf.lora import check_model
+from abcli.gguf.checked import CheckedModel, check_model
 from abcli.native.model import Model
 
 _NEW_TOKENS = 2
@@ -39,20 +37,22 @@ class Memory:
     device: int | None = None
 
 
-def measure_memory(config: EngineConfig, header: Header, prompt_tokens: int) -> Memory:
+def measure_memory(model: CheckedModel, config: ContextConfig, buckets: Buckets, prompt_tokens: int) -> Memory:
     """The memory of the engine `config.engine` ("contexts" or "fused"), measured where that is possible.
 
     What is predicted not to fit is not tried, unless `config.force`.
     """
-    prediction = predict(config, header)
-    if not config.force and not prediction.fits(free_room(config)):
+    prediction = predict(model, config, buckets)
+    if not config.force and not prediction.fits(free_room(model.config.gpu_layers)):
         return Memory(prediction.total)
     asked = {
-        "config": {
-            **asdict(config),
-            "model": str(config.model.absolute()),
-            "lora": [(str(lora.path.absolute()), lora.scale) for lora in config.lora],
+        "model": {
+            "path": str(model.path.absolute()),
+            "gpu_layers": model.config.gpu_layers,
+            "lora": [(str(lora.path.absolute()), lora.scale) for lora in model.config.lora],
         },
+        "context": asdict(replace(config, prompt_cache=None)),
+        "buckets": asdict(buckets),
         "prompt_tokens": prompt_tokens,
     }
     with suppress(subprocess.SubprocessError, OSError, ValueError, KeyError, TypeError):
@@ -76,20 +76,21 @@ def measure_memory(config: EngineConfig, header: Header, prompt_tokens: int) -> 
 def main() -> None:
     """The child: make the engine that standard input describes, use it, and print what it takes."""
     asked: dict[str, Any] = json.load(sys.stdin)
-    given = asked["config"]
+    given = asked["model"]
     loras = tuple(LoraConfig(Path(path), scale) for path, scale in given["lora"])
-    config = EngineConfig(**given | {"model": Path(given["model"]), "bases": tuple(given["bases"]), "lora": loras})
-    header = check_model(config.model, config.lora)
-    free = free_room(config).device
-    kind = FusedEngine if config.engine == "fused" else ContextsEngine
-    with Model(config.model, config.gpu_layers, header.adapters) as model, kind(model, config, header=header) as engine:
+    checked = check_model(ModelConfig(Path(given["path"]), given["gpu_layers"], loras))
+    config = ContextConfig(**asked["context"])
+    buckets = Buckets(**{**asked["buckets"], "bases": tuple(asked["buckets"]["bases"])})
+    free = free_room(checked.config.gpu_layers).device
+    kind: Kind = "fused" if config.engine == "fused" else "contexts"
+    with Model(checked) as model, make_engine(kind, model, config, buckets) as engine:
         prompt = max(1, min(asked["prompt_tokens"], config.context_size - _NEW_TOKENS))
         text = Text.random(prompt, _NEW_TOKENS, model.vocabulary_size)
         engine.prefill(0, text.prompt)
         for token in text.answer:
             engine.step({0: token})
         resident = psutil.Process().memory_info().rss
-        device = max(0, free - free_room(config).device)
+        device = max(0, free - free_room(checked.config.gpu_layers).device)
     sys.stdout.write(json.dumps({"resident": resident, "device": device}))
 
 

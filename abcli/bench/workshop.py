@@ -10,22 +10,22 @@ from typing import Protocol
 from abcli.bench.contenders import EnginePlayer, Player, RawPlayer, Text, sized
 from abcli.bench.plan import BenchSettings, Contender, EngineKind, PromptPhase
 from abcli.bench.resident import Memory, measure_memory
-from abcli.config import BucketConfig, EngineConfig
+from abcli.config import CONTEXT_STEP, BucketConfig, Buckets, ContextConfig
 from abcli.engine.choose import Speeds, choose, forget_speeds
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
-from abcli.engine.memory import CONTEXT_STEP, Room, free_room, gibibytes, predict
+from abcli.engine.make import make_engine
+from abcli.engine.memory import Room, free_room, predict
 from abcli.engine.opening import check_buckets
 from abcli.errors import AbcliError, OutOfMemoryError
-from abcli.gguf.header import Header
+from abcli.gguf.checked import CheckedModel
 from abcli.native.crash_probe import ensure_loadable
 from abcli.native.model import Model
-from abcli.rope.bases import choose_bases
+from abcli.rope.bases import resolve_buckets
+from abcli.text import gibibytes
 
 
 @dataclass(frozen=True)
 class AutoChoice:
-    """What `--engine auto` takes, and why; `remembered` from an earlier measurement, or decided by this one."""
+    """What the engine "auto" takes, and why; `remembered` from an earlier measurement, or decided by this one."""
 
     engine: EngineKind
     reason: str
@@ -51,19 +51,18 @@ class Workshop(Protocol):
         """The memory of an engine, measured where that is possible."""
 
     def choice(self, buckets: int, seconds: Mapping[EngineKind, float]) -> AutoChoice | None:
-        """What `--engine auto` takes now, given seconds per token of the engines; None if they don't decide it."""
+        """What the engine "auto" takes now, given seconds per token of the engines; None if they don't decide it."""
 
 
 class ModelWorkshop:
     """Implements `Workshop` with llama.cpp."""
 
-    def __init__(self, model: Model, header: Header, config: EngineConfig, settings: BenchSettings, room: Room) -> None:
-        """Check and probe the fused engine as `--engine fused` would; the model stays the caller's.
+    def __init__(self, model: Model, config: ContextConfig, settings: BenchSettings, room: Room) -> None:
+        """Check and probe the fused engine as the engine "fused" would; the model stays the caller's.
 
-        `config.bases` and `config.context_size` are ignored. `room` is what was free before the model was loaded.
+        The context size follows from `settings`. `room` is what was free before the model was loaded.
         """
         self.model = model
-        self.header = header
         self._settings = settings
         self._text = Text.random(settings.prompt_tokens, settings.new_tokens, model.vocabulary_size)
         self._config = sized(config, self._text)
@@ -73,7 +72,7 @@ class ModelWorkshop:
 
     def bases(self, buckets: int) -> tuple[float, ...]:
         """See `Workshop.bases`."""
-        return choose_bases(BucketConfig(count=buckets), self.header.native_base)
+        return self._buckets(buckets).bases
 
     def refusal(self, contender: Contender) -> str:
         """See `Workshop.refusal`."""
@@ -82,25 +81,25 @@ class ModelWorkshop:
     def check_room(self, contenders: Iterable[Contender], prompts: PromptPhase) -> None:
         """See `Workshop.check_room`."""
         if not self._config.force:
-            configs = [self._engine_config(contender, prompts) for contender in contenders]
-            check_together(configs, self.header, self._room)
+            set_ups = [(self._context(one, prompts), self._buckets(one.buckets)) for one in contenders]
+            check_together(self.model.checked, set_ups, self._room)
 
     @contextmanager
     def open(self, contender: Contender, prompts: PromptPhase) -> Iterator[Player]:
         """See `Workshop.open`."""
-        config = self._engine_config(contender, prompts)
+        config, buckets = self._context(contender, prompts), self._buckets(contender.buckets)
         if contender.kind == "raw":
-            with RawPlayer(self.model, config, self._text) as player:
+            with RawPlayer(self.model, config, contender.buckets, self._text) as player:
                 yield player
             return
-        kind = FusedEngine if contender.kind == "fused" else ContextsEngine
-        with kind(self.model, config, header=self.header) as engine:
+        with make_engine(contender.kind, self.model, config, buckets) as engine:
             yield EnginePlayer(engine, self._text)
 
     def memory(self, contender: Contender) -> Memory:
         """See `Workshop.memory`."""
-        config = replace(self._engine_config(contender), context_size=self._settings.context_size)
-        return measure_memory(config, self.header, max(1, self._settings.prompt_tokens))
+        config = replace(self._context(contender), context_size=self._settings.context_size)
+        buckets = self._buckets(contender.buckets)
+        return measure_memory(self.model.checked, config, buckets, max(1, self._settings.prompt_tokens))
 
     def choice(self, buckets: int, seconds: Mapping[EngineKind, float]) -> AutoChoice | None:
         """See `Workshop.choice`."""
@@ -114,54 +113,55 @@ class ModelWorkshop:
             asked = True
             return Speeds(1 / seconds["fused"], 1 / seconds["contexts"])
 
-        config = replace(self._engine_config(Contender(buckets, "fused")), engine="auto")
-        found = choose(self.model, config, self.header, measure=measured)
+        config = replace(self._context(Contender(buckets, "fused")), engine="auto")
+        found = choose(self.model, config, self._buckets(buckets), measure=measured)
         decided = buckets == 1 or refused or asked
         return AutoChoice(found.kind, found.reason, remembered=not decided)
 
     def forget_choices(self) -> None:
         """Forget which engine was found faster before, so that `choice` decides anew."""
         for buckets in self._settings.buckets:
-            forget_speeds(self._engine_config(Contender(buckets, "fused")), self.header)
+            forget_speeds(self.model.checked, self._context(Contender(buckets, "fused")), buckets)
 
-    def _engine_config(self, contender: Contender, prompts: PromptPhase = "shared") -> EngineConfig:
+    def _buckets(self, count: int) -> Buckets:
+        return resolve_buckets(BucketConfig(count), self.model.checked.header.native_base)
+
+    def _context(self, contender: Contender, prompts: PromptPhase = "shared") -> ContextConfig:
         raw = contender.kind == "raw"
         return replace(
             self._config,
-            bases=self.bases(contender.buckets),
             engine="contexts" if contender.kind == "contexts" else "fused",
             prefill="exact" if raw else prompts,
         )
 
     def _find_refusal(self, contender: Contender) -> str:
-        config = self._engine_config(contender)
         try:
             check_buckets(self.model, contender.buckets)
             if contender.kind == "fused":
-                choose(self.model, config, self.header)
+                choose(self.model, self._context(contender), self._buckets(contender.buckets))
         except AbcliError as error:
             return error.message
         return ""
 
 
 @contextmanager
-def open_workshop(config: EngineConfig, header: Header, settings: BenchSettings) -> Iterator[ModelWorkshop]:
-    """Load `config.model`, whose checked `header` it is, for a benchmark; all is freed after the block.
+def open_workshop(checked: CheckedModel, config: ContextConfig, settings: BenchSettings) -> Iterator[ModelWorkshop]:
+    """Load a model for a benchmark; all is freed after the block.
 
     Raises ModelFileError, UnsupportedModelError and OutOfMemoryError.
     """
-    room = free_room(config)
-    bases = choose_bases(BucketConfig(count=1), header.native_base)
+    room = free_room(checked.config.gpu_layers)
+    one = resolve_buckets(BucketConfig(count=1), checked.header.native_base)
     if not config.force:
-        check_together([replace(config, bases=bases, context_size=CONTEXT_STEP)], header, room)
-    ensure_loadable(config.model, header)
-    with Model(config.model, config.gpu_layers, header.adapters) as model:
-        yield ModelWorkshop(model, header, config, settings, room)
+        check_together(checked, [(replace(config, context_size=CONTEXT_STEP), one)], room)
+    ensure_loadable(checked)
+    with Model(checked) as model:
+        yield ModelWorkshop(model, config, settings, room)
 
 
-def check_together(configs: Sequence[EngineConfig], header: Header, room: Room) -> None:
+def check_together(checked: CheckedModel, set_ups: Sequence[tuple[ContextConfig, Buckets]], room: Room) -> None:
     """Raise OutOfMemoryError if one or more engines on one model are predicted not to fit into `room` together."""
-    predictions = [predict(config, header) for config in configs]
+    predictions = [predict(checked, context, buckets) for context, buckets in set_ups]
     weights = predictions[0].item("weights")
     host = weights.host + sum(prediction.host - weights.host for prediction in predictions)
     device = weights.device + sum(prediction.device - weights.device for prediction in predictions)
@@ -171,6 +171,6 @@ def check_together(configs: Sequence[EngineConfig], header: Header, room: Room) 
     needed, free, where = (device, room.device, " on the device") if on_device else (host, room.host, "")
     raise OutOfMemoryError(
         f"what is measured side by side needs {gibibytes(needed)} of memory{where}, but {gibibytes(free)} are free",
-        "ask for fewer buckets, a shorter prompt (--n-prompt), smaller batches (--ubatch-size) or one engine "
-        "(--engine); --force tries it as it is",
+        "ask for fewer buckets, a shorter prompt (`n_prompt`), smaller batches (`ubatch_size`) or one engine "
+        "(`engine`); `force` tries it as it is",
     )

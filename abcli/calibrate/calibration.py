@@ -167,11 +167,11 @@ def end_of_calibration(questions: Sequence[Question], limit: int) -> int:
     if cut >= len(groups):
         raise UsageError(
             f"no question is left to judge by: {len(groups)} questions are on the contexts of the first {limit}",
-            "hold out more questions: --held-out 200",
+            "hold out more questions: `held_out=200`",
         )
     if len(set(groups[:cut])) < 2:
         raise UsageError(
-            f"the {cut} questions to choose by have one context in common", "choose by more of them: --limit 160"
+            f"the {cut} questions to choose by have one context in common", "choose by more of them: `limit=160`"
         )
     return cut
 

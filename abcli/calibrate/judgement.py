@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from enum import Enum
 
-from abcli import __version__
 from abcli.calibrate.calibration import CALIBRATED, Calibration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.scores import Score as AnswerScore
 from abcli.evals.statistics import NATIVE, Estimate, LengthSummary, Summary, summarise
 from abcli.profiles.profile import Difference, Evidence, Profile, Score, utc_now
+from abcli.version import __version__
 
 
 class Verdict(Enum):
@@ -73,9 +73,9 @@ def make_profile(name: str, calibration: Calibration, judgement: Judgement, subj
     chosen, settings = calibration.chosen, calibration.settings
     return Profile(
         name=name,
-        fingerprint=subject.fingerprint,
-        model=subject.header.name,
-        architecture=subject.header.architecture,
+        fingerprint=subject.checked.fingerprint,
+        model=subject.checked.name,
+        architecture=subject.checked.header.architecture,
         native_base=subject.native_base,
         bases=chosen.bases,
         merge=chosen.merge,

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as Generating
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
+from abcli.answer import Answer, finished_answer
 from abcli.chat.continuation import continued
 from abcli.chat.conversation import Conversation, Fitted, Overflow, fit
 from abcli.chat.session import Session
 from abcli.chat.template import ChatTemplate
 from abcli.chat.thoughts import split_thought
-from abcli.config import GenerationConfig, SamplingConfig
-from abcli.engine.protocol import Engine, Progress
+from abcli.engine.engine import Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
-from abcli.generate import Generator, Piece
+from abcli.generate import Piece
+from abcli.grammar.constraint import KINDS
+from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of
 
 # An answer as it grows; closing it early keeps in the conversation what there is.
 Pieces = Generating[Piece, None, None]
 
 _SLOT = 0
-# The names that flags give to fields of SamplingConfig.
-_FIELD_OF = {
-    "temp": "temperature",
-    "typical": "typical_p",
-    "mirostat_ent": "mirostat_tau",
-    "mirostat_lr": "mirostat_eta",
-}
-_NAME_OF = {field: name for name, field in _FIELD_OF.items()}
+
+
+class Decoder(Protocol):
+    """What a chat needs of a model."""
+
+    @property
+    def context_size(self) -> int:
+        """The tokens the context can hold."""
+
+    def held(self, slot: int) -> Sequence[int]:
+        """The tokens that a slot holds."""
+
+    def decode(
+        self, tokens: Sequence[int], config: GenerationConfig, on_progress: Progress | None, slot: int | None
+    ) -> Iterator[Piece]:
+        """The pieces of the answer to `tokens`."""
 
 
 class Chat:
@@ -37,8 +46,7 @@ class Chat:
 
     def __init__(
         self,
-        generator: Generator,
-        engine: Engine,
+        decoder: Decoder,
         template: ChatTemplate,
         piece: Callable[[int], bytes],
         generation: GenerationConfig,
@@ -47,8 +55,7 @@ class Chat:
         overflow: Overflow = "error",
     ) -> None:
         """`piece` gives a token's bytes; `check_sampling` raises UsageError for settings no sampler can have."""
-        self._generator = generator
-        self._engine = engine
+        self._decoder = decoder
         self._template = template
         self._piece = piece
         self._check_sampling = check_sampling
@@ -60,12 +67,18 @@ class Chat:
     @property
     def used_tokens(self) -> int:
         """The tokens of the conversation that the context holds now."""
-        return len(self._engine.tokens(_SLOT))
+        return len(self._decoder.held(_SLOT))
 
     @property
     def context_size(self) -> int:
         """The tokens the context can hold."""
-        return self._engine.context_size
+        return self._decoder.context_size
+
+    def send(self, text: str) -> Answer:
+        """The whole answer to `text`; raises as `ask` does."""
+        for piece in self.ask(text):
+            answer = piece.answer
+        return finished_answer(answer)
 
     def ask(self, text: str, on_progress: Progress | None = None) -> Pieces:
         """Answer `text`; if nothing at all came of it, the conversation is as before.
@@ -100,10 +113,10 @@ class Chat:
     def _answer(self, on_progress: Progress | None) -> Pieces:
         fitted = self._fit()
         self.dropped_turns = fitted.dropped_turns
-        tokens = continued(self._engine.tokens(_SLOT), fitted.tokens, self._piece)
+        tokens = continued(self._decoder.held(_SLOT), fitted.tokens, self._piece)
         answer = None
         try:
-            for piece in self._generator.stream(_SLOT, tokens, self.generation, on_progress):
+            for piece in self._decoder.decode(tokens, self.generation, on_progress, _SLOT):
                 answer = piece.answer
                 yield piece
         finally:
@@ -120,19 +133,17 @@ class Chat:
         try:
             return fit(messages, self._template, self.context_size, reserve, self.overflow, self.dropped_turns)
         except ContextFullError as error:
-            advice = "shorten the message, or start with a larger --ctx-size"
+            advice = "shorten the message, or start with a larger `ctx_size`"
             if self.overflow == "error" and self.conversation.turns > 1:
-                advice = "/clear begins anew; or start with --overflow shift or a larger --ctx-size"
+                advice = "/clear begins anew; or start with `overflow=shift` or a larger `ctx_size`"
             raise ContextFullError(error.used, error.available, advice) from None
 
     def settings(self) -> dict[str, object]:
         """What `/set` can change, by the names of the flags, with the values now in force."""
         sampling = self.generation.sampling
-        values: dict[str, object] = {
-            _NAME_OF.get(field.name, field.name): getattr(sampling, field.name)
-            for field in dataclasses.fields(sampling)
-            if isinstance(getattr(sampling, field.name), (int, float, str))
-        }
+        values: dict[str, object] = {setting.short: getattr(sampling, name) for name, setting in SETTINGS.items()}
+        for name in (*KINDS, "schema_lenient"):
+            values[name] = getattr(sampling, name)
         return {"system": self.conversation.system or "", "predict": self.generation.max_tokens, **values}
 
     def set(self, name: str, text: str) -> None:
@@ -150,7 +161,9 @@ class Chat:
                 raise UsageError(f"predict {value} is impossible", "choose 0 or more, or -1")
             self.generation = replace(self.generation, max_tokens=value)
             return
-        changes: dict[str, Any] = {_FIELD_OF.get(name, name): value}
+        changes: dict[str, Any] = {field_of(name): value}
+        if name in KINDS:  # one takes the place of another
+            changes = {**dict.fromkeys(KINDS, ""), **changes}
         sampling = replace(self.generation.sampling, **changes)
         self._check_sampling(sampling)
         self.generation = replace(self.generation, sampling=sampling)
@@ -166,6 +179,10 @@ class Chat:
 
 
 def _parsed(name: str, text: str, kind: type) -> object:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise UsageError(f"{name} {text!r} is neither true nor false", f"write it like /set {name} true")
+        return text == "true"
     try:
         return kind(text)
     except ValueError:

@@ -39,14 +39,19 @@ def read_text_file(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     return decode_prompt(data, str(path))
 
 
+def refuse_foreign(data: bytes, source: str) -> None:
+    """Raise PromptError if the byte order mark at the beginning of `data` is that of another encoding than UTF-8."""
+    for mark, encoding in _FOREIGN_MARKS:
+        if data.startswith(mark):
+            raise PromptError(f"{source} is {encoding}, not UTF-8", _SAVE_AS_UTF8)
+
+
 def decode_prompt(data: bytes, source: str) -> str:
     """`data` as UTF-8 without byte order mark; `source` names it in errors.
 
     Raises PromptError for another encoding, or for NUL bytes, which no text has.
     """
-    for mark, encoding in _FOREIGN_MARKS:
-        if data.startswith(mark):
-            raise PromptError(f"{source} is {encoding}, not UTF-8", _SAVE_AS_UTF8)
+    refuse_foreign(data, source)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

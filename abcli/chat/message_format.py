@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from abcli.chat.messages import ROLES, Message, Role, ToolCall
 from abcli.errors import PromptError
@@ -21,6 +21,22 @@ _OWN: dict[Role, tuple[str, ...]] = {
     "tool": ("tool_call_id",),
 }
 _EXAMPLE_CALL = '{"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}'
+
+
+Prompt: TypeAlias = "str | Sequence[Message | Mapping[str, Any]]"
+"""A text, or the messages of a conversation as `Message` or as OpenAI's clients write them."""
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as the messages of a conversation. Raises PromptError for anything else."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise PromptError("the prompt is empty", "give it some text")
+        return [Message("user", prompt)]
+    messages = [item if isinstance(item, Message) else _message(item, number) for number, item in enumerate(prompt, 1)]
+    if not messages:
+        raise PromptError("there are no messages", "give one or more")
+    return messages
 
 
 def read_messages(value: Any) -> tuple[Message, ...]:
@@ -51,7 +67,7 @@ def given(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def shown(value: Any, limit: int = 80) -> str:
     """A value as JSON, shortened."""
-    text = "missing" if value is None else json.dumps(value)
+    text = "missing" if value is None else json.dumps(value, default=repr)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
@@ -68,7 +84,7 @@ def read_text(value: Any, name: str) -> str:
 
 
 def _message(value: Any, number: int) -> Message:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         raise PromptError(f"message {number} is {shown(value)}", 'write {"role": "user", "content": "..."}')
     spelled = value.get("role")
     spelled = _OTHER_NAMES.get(spelled, spelled) if isinstance(spelled, str) else spelled

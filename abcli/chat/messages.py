@@ -1,4 +1,4 @@
-"""One message of a conversation."""
+"""The messages of a conversation."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from abcli.chat.budget import (
 from abcli.chat.filters import ALLOWED_FILTERS, PAY_COPY, PAY_WRITTEN, WATCH_LOOP
 from abcli.errors import TemplateError
 
-OTHER_TEMPLATE = "choose another template with --chat-template"
+OTHER_TEMPLATE = "choose another template with `chat_template`"
 
 _BASE_BUDGET = 64 * 1024 * 1024
 # Templates copy every message a few times on its way through, and many collect the whole text in one variable, which is

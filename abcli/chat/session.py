@@ -24,8 +24,9 @@ from abcli.chat.session_format import (
     encode_session,
     utc_now,
 )
-from abcli.config import MergeRule, SamplingConfig
+from abcli.config import MergeRule
 from abcli.errors import SessionError, UsageError
+from abcli.sampling import SamplingConfig
 
 __all__ = ["Session", "SessionStore", "SessionSummary", "export_session", "import_session"]
 

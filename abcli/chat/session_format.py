@@ -13,8 +13,9 @@ from typing import Any
 
 from abcli.chat.message_format import message_fields, read_messages
 from abcli.chat.messages import Message
-from abcli.config import MERGE_RULES, MergeRule, SamplingConfig
+from abcli.config import MERGE_RULES, MergeRule
 from abcli.errors import PromptError, UsageError
+from abcli.sampling import SamplingConfig
 
 FORMAT = "abcli-session"
 FORMAT_VERSION = 1
@@ -208,4 +209,8 @@ def _setting(values: Mapping[str, Any], key: str, default: Any) -> Any:
         return tuple(_text({key: item}, key) for item in _items(values, key))
     if isinstance(default, str):
         return _text(values, key)
+    if isinstance(default, bool):
+        if not isinstance(values[key], bool):
+            raise _damaged(key)
+        return values[key]
     return _whole_number(values, key) if isinstance(default, int) else _number(values[key], key)

@@ -335,7 +335,7 @@ def load_template(model: Model, choice: str | None, tell: Tell = _silent) -> Cha
     if not source:
         raise TemplateError(
             f"{model.path.name} has no chat template",
-            f"give --chat-template with a file or one of: {', '.join(KNOWN_TEMPLATES)}",
+            f"give `chat_template` with a file or one of: {', '.join(KNOWN_TEMPLATES)}",
         )
     return ChatTemplate(source, model, tell)
 

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from abcli.batch.reading import InputFormat, parse_shard
+from abcli.batch.reading import parse_shard
 from abcli.batch.shapes import OutputFormat
-from abcli.batch.templates import Template, parse_template
+from abcli.batch.task import InputParts
+from abcli.batch.templates import parse_template
 from abcli.chat.files import read_text_file
 from abcli.cli.flags import flag
 from abcli.cli.options import check_argument
 from abcli.errors import UsageError
-
-
-@dataclass(frozen=True)
-class InputParts:
-    """What the prompts are made of, with the files that were named read."""
-
-    format: Literal["auto"] | InputFormat
-    separator: str | None
-    template: Template | None
-    context: str
-    system: str | None
-    shard: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -47,14 +37,14 @@ class InputOptions:
     system: Annotated[str | None, flag("System prompt of those without one.", "--system", "-sys")] = None
     shard: Annotated[str | None, flag("Do part I of N of the input.", "--shard", metavar="I/N")] = None
 
-    def parts(self) -> InputParts:
-        """The same with the files read. Raises UsageError and PromptError."""
+    def parts(self, read: Callable[[str, str], str]) -> InputParts:
+        """The same with the files read; `read` is AnswerOptions.text. Raises UsageError and PromptError."""
         return InputParts(
             format=self.format,
             separator=check_argument(self.separator, "--separator") if self.separator is not None else None,
             template=parse_template(read_text_file(self.template)) if self.template is not None else None,
             context=read_text_file(self.context) if self.context is not None else "",
-            system=check_argument(self.system, "--system") if self.system is not None else None,
+            system=read(self.system, "--system") if self.system is not None else None,
             shard=parse_shard(self.shard) if self.shard is not None else None,
         )
 

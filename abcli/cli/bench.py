@@ -18,14 +18,10 @@ from abcli.bench.workshop import ModelWorkshop, open_workshop
 from abcli.cli.figures import FigureOptions
 from abcli.cli.flags import flag
 from abcli.cli.options import ModelOptions
-from abcli.config import DEFAULT_CONTEXT, MAX_BUCKETS, EngineChoice, EngineConfig, PrefillMode
-from abcli.engine.memory import MAX_CONTEXT
-from abcli.engine.workers import available_cores
+from abcli.config import DEFAULT_CONTEXT, MAX_BUCKETS, MAX_CONTEXT, ContextConfig, EngineChoice, PrefillMode
 from abcli.errors import AbcliError, CancelledError, UsageError
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.header import Header
-from abcli.gguf.lora import check_model
-from abcli.native.llama import devices, echo_log, version
+from abcli.gguf.checked import CheckedModel, check_model
+from abcli.machine import available_cores, devices, log_to, version
 from abcli.ui.bench import plan_text, show_bench, speed_figure
 from abcli.ui.plots import speed_image
 from abcli.ui.progress import stage_progress
@@ -133,14 +129,13 @@ def bench(
     # What is wrong with the flags is said before a model is fetched.
     bench_options.settings(model_options.engine, model_options.prefill, model_options.ctx_size or DEFAULT_CONTEXT)
     terminal = Terminal()
-    config = model_options.engine_config(model_word)
-    header = check_model(config.model, config.lora)
-    context_size = model_options.ctx_size or header.trained_context
+    model, config = check_model(model_options.model_config(model_word)), model_options.context_config()
+    context_size = model_options.ctx_size or model.header.trained_context
     settings = bench_options.settings(model_options.engine, model_options.prefill, context_size)
     if model_options.verbose:
-        echo_log(sys.stderr.write)
+        log_to(sys.stderr.write)
     terminal.note(plan_text(settings, config.threads or available_cores()))
-    report, failure = _measure(terminal, config, header, settings, remeasure=bench_options.remeasure)
+    report, failure = _measure(terminal, model, config, settings, remeasure=bench_options.remeasure)
     if report is not None and report.rows:
         figure_options.write(lambda image_format: speed_image(speed_figure(report), image_format))
         if bench_options.as_json:
@@ -170,13 +165,13 @@ def parse_counts(text: str) -> tuple[int, ...]:
 
 
 def _measure(
-    terminal: Terminal, config: EngineConfig, header: Header, settings: BenchSettings, *, remeasure: bool
+    terminal: Terminal, model: CheckedModel, config: ContextConfig, settings: BenchSettings, *, remeasure: bool
 ) -> tuple[Report | None, AbcliError | None]:
     """What was measured, and what ended the measurement before its end, if anything."""
     findings = Findings()
     report: Report | None = None
     failure: AbcliError | None = None
-    with open_workshop(config, header, settings) as workshop:
+    with open_workshop(model, config, settings) as workshop:
         if remeasure:
             workshop.forget_choices()
         stop, load = _Stop(), OtherLoad()
@@ -211,13 +206,14 @@ class _Stop:
         return checked
 
 
-def _circumstances(workshop: ModelWorkshop, config: EngineConfig) -> Circumstances:
+def _circumstances(workshop: ModelWorkshop, config: ContextConfig) -> Circumstances:
     return Circumstances(
-        model=config.model.name,
+        model=workshop.model.path.name,
         description=workshop.model.description,
-        fingerprint=fingerprint(workshop.header),
+        fingerprint=workshop.model.checked.fingerprint,
         llama_cpp=version(),
         devices=tuple((device.name, device.description) for device in devices()),
         threads=config.threads or available_cores(),
+        gpu_layers=workshop.model.checked.config.gpu_layers,
         config=config,
     )

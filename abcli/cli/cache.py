@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from abcli.config import prompt_cache_directory
-from abcli.engine.prompt_cache import EntrySummary, clear, entries
 from abcli.errors import UsageError
+from abcli.machine import EntrySummary, clear, entries
 from abcli.ui.terminal import Terminal, one_line
 
 _DAY = 86_400.0

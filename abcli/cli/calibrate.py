@@ -18,23 +18,17 @@ from abcli.cli.questions import (
     ResultOptions,
     check_data,
     check_numbers,
+    checked_model,
     data_files,
     deliver,
-    engine_config,
+    recorded_model,
 )
-from abcli.config import (
-    DEFAULT_BUCKETS,
-    MAX_BUCKETS,
-    MERGE_RULES,
-    MergeRule,
-    evaluations_directory,
-    profiles_directory,
-)
+from abcli.config import DEFAULT_BUCKETS, MAX_BUCKETS, MERGE_RULES, MergeRule, evaluations_directory, profiles_directory
 from abcli.errors import CancelledError, ProfileError, UsageError
 from abcli.evals.model_under_test import Subject
-from abcli.evals.report import MAX_DEPTHS, RecordedModel, make_report
+from abcli.evals.report import MAX_DEPTHS, make_report
 from abcli.evals.runner import TASKS
-from abcli.native.llama import echo_log
+from abcli.machine import log_to
 from abcli.profiles.lookup import default_profile
 from abcli.profiles.profile import NO_PROFILE, Profile, check_name
 from abcli.profiles.store import find, save
@@ -175,7 +169,7 @@ def calibration(
     result_options.check()
     settings = calibration_options.settings()
     name = calibration_options.profile_name(settings.task)
-    config = engine_config(
+    model, config = checked_model(
         model_word,
         model_options,
         "a calibration",
@@ -186,10 +180,10 @@ def calibration(
     # Before the questions are made of it, so that a file that changes meanwhile is not mistaken for what was asked.
     data = data_files(settings.asked(), model_options.chat_template)
     if model_options.verbose:
-        echo_log(sys.stderr.write)
+        log_to(sys.stderr.write)
     scores = None if calibration_options.fresh else evaluations_directory()
-    with terminal.working(f"loading {config.model.name}"):
-        subject = Subject(config, model_options.chat_template, scores, terminal.warn)
+    with terminal.working(f"loading {model.path.name}"):
+        subject = Subject(model, config, model_options.chat_template, scores, terminal.warn)
     with subject:
         try:
             with stage_progress(terminal) as progress:
@@ -199,9 +193,7 @@ def calibration(
         except KeyboardInterrupt:
             hint = "" if calibration_options.fresh else "the same command goes on where it stopped"
             raise CancelledError(hint=hint) from None
-        recorded = RecordedModel(
-            subject.header.name, subject.fingerprint, subject.header.architecture, subject.native_base
-        )
+        recorded = recorded_model(subject)
         profile = make_profile(name, found, judgement, subject)
     kept = calibration_options.keep or judgement.verdict is Verdict.CALIBRATED
     # Before anything is shown: whoever reads it may close the pipe.

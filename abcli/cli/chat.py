@@ -12,15 +12,17 @@ import typer
 from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
-from abcli.chat.template import load_template
-from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
-from abcli.cli.setup import Ready, ready, resolve_profile
-from abcli.config import SamplingConfig, history_file, sessions_directory
-from abcli.engine.memory import gibibytes
+from abcli.cli.flags import flag
+from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
+from abcli.cli.setup import opened, prepared
+from abcli.config import history_file, sessions_directory
 from abcli.errors import UsageError
-from abcli.native.sampler import validate
+from abcli.grammar.check import check
+from abcli.llm import LLM
+from abcli.sampling import SamplingConfig
+from abcli.text import counted, gibibytes
 from abcli.ui.chat_screen import COMMANDS, ChatScreen
-from abcli.ui.lines import EditorReader, LineReader, StreamReader
+from abcli.ui.lines import line_reader
 from abcli.ui.terminal import Terminal
 
 
@@ -39,7 +41,7 @@ def chat(
         typer.Option(help="When the context is full: stop with an error, or leave out the oldest turns."),
     ] = "error",
     stats: Annotated[
-        bool | None, typer.Option("--stats/--no-stats", help="Speeds after each answer.", show_default="on a terminal")
+        bool | None, flag("Speeds after each answer.", "--stats/--no-stats", show_default="on a terminal")
     ] = None,
     model_options: ModelOptions,
     bucket_options: ProfiledBucketOptions,
@@ -50,40 +52,35 @@ def chat(
     if no_save and session is not None:
         raise UsageError("--no-save and --session contradict each other", "drop one of them")
     generation = answer_options.config(sampling_options.config())
+    check(generation.sampling)
     terminal = Terminal()
-    engine_config, buckets = resolve_profile(terminal, model_word, model_options, bucket_options)
+    found = prepared(terminal, model_word, model_options, bucket_options)
     store = None if no_save else SessionStore(sessions_directory())
     with ExitStack() as stack:
         resumed = _resume(store, session, stack)
-        loaded = stack.enter_context(ready(terminal, engine_config, buckets, verbose=model_options.verbose))
-        opened = loaded.opened
-
-        def check(sampling: SamplingConfig) -> None:
-            validate(sampling, opened.engine.vocabulary_size)
-
-        check(generation.sampling)
-        template = load_template(opened.model, model_options.chat_template, terminal.warn)
-        talk = Chat(loaded.generator, opened.engine, template, opened.model.piece, generation, check, overflow=overflow)
-        current = _session(loaded, generation.sampling, resumed, session, terminal)
+        llm = stack.enter_context(opened(terminal, found, model_options))
+        llm.check(generation.sampling)
+        talk = llm.chat(overflow=overflow, generation=generation)
+        current = _session(llm, generation.sampling, resumed, session, terminal)
         talk.restore(current)
         if system is not None:
-            talk.conversation.system = check_argument(system, "--system")
+            talk.conversation.system = answer_options.text(system, "--system")
         interactive = sys.stdin.isatty()
-        reader: LineReader = EditorReader(history_file(), list(COMMANDS)) if interactive else StreamReader()
+        reader = line_reader(history_file(), list(COMMANDS))
         screen = ChatScreen(
             terminal,
             reader,
             talk,
-            loaded.generator,
+            llm.cancel,
             store,
             current,
-            buckets=len(opened.engine.bases),
+            buckets=len(llm.bases),
             interactive=interactive,
             show_statistics=stats if stats is not None else interactive and terminal.interactive,
             on_created=lambda name: _lock(store, name, stack),
         )
         if interactive:
-            _greet(terminal, loaded, talk)
+            _greet(terminal, llm, talk)
         screen.loop()
         if interactive and screen.saved:
             terminal.note(f"saved; continue with: abcli chat --session {screen.session.name}")
@@ -106,16 +103,16 @@ def _lock(store: SessionStore | None, name: str, stack: ExitStack) -> None:
 
 
 def _session(
-    loaded: Ready, sampling: SamplingConfig, resumed: Session | None, name: str | None, terminal: Terminal
+    llm: LLM, sampling: SamplingConfig, resumed: Session | None, name: str | None, terminal: Terminal
 ) -> Session:
     """The session to continue under today's model and bases; a new one has no name before its first save."""
-    header = loaded.opened.header
+    model = llm.model
     session = Session(
         name or "",
-        header.name,
-        header.file_size + sum(adapter.header.file_size for adapter in header.adapters),
-        loaded.opened.engine.bases,
-        loaded.buckets.merge,
+        model.name,
+        model.header.file_size + sum(adapter.header.file_size for adapter in model.adapters),
+        llm.bases,
+        llm.buckets.merge,
         sampling=sampling,
     )
     if resumed is None:
@@ -125,12 +122,12 @@ def _session(
     return replace(session, messages=resumed.messages, created=resumed.created)
 
 
-def _greet(terminal: Terminal, loaded: Ready, talk: Chat) -> None:
-    engine = loaded.opened.engine
-    bases = ", ".join(f"{base:g}" for base in engine.bases)
-    terminal.note(f"{loaded.opened.header.name}: {len(engine.bases)} buckets at RoPE bases {bases}")
-    size = gibibytes(loaded.opened.memory.total)
-    terminal.note(f"context of {engine.context_size:,} tokens; about {size} of memory at most")
+def _greet(terminal: Terminal, llm: LLM, talk: Chat) -> None:
+    bases = ", ".join(f"{base:g}" for base in llm.bases)
+    at = "RoPE base" if len(llm.bases) == 1 else "RoPE bases"
+    terminal.note(f"{llm.model.name}: {counted(len(llm.bases), 'bucket')} at {at} {bases}")
+    size = gibibytes(llm.memory.total)
+    terminal.note(f"context of {llm.context_size:,} tokens; about {size} of memory at most")
     if talk.conversation.turns:
-        terminal.note(f"resumed after {talk.conversation.turns} turns")
+        terminal.note(f"resumed after {counted(talk.conversation.turns, 'turn')}")
     terminal.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")

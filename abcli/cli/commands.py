@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -26,10 +29,24 @@ class CommandPlace:
         if not isinstance(found, typer.Typer):
             single = typer.Typer(add_completion=False)
             single.command(command_name, help=self.help)(with_options(found))
-            return typer.main.get_command(single)
+            return _with_plain_types(typer.main.get_command(single))
         command: Any = typer.main.get_command(found)
         command.name, command.help = command_name, self.help
-        return command
+        return _with_plain_types(command)
+
+
+def _with_plain_types(command: Any) -> Any:
+    """`command` with "<int>" in its help where a flag can be repeated, which some versions show as "<list[int]>"."""
+    for inner in getattr(command, "commands", {}).values():
+        _with_plain_types(inner)
+    for parameter in command.params:
+        if shown := getattr(parameter, "display_type", None):
+            parameter.display_type = partial(_plain_type, shown)
+    return command
+
+
+def _plain_type(shown: Callable[[Any], str], context: Any) -> str:
+    return re.sub(r"list\[(.*)\]", r"\1", shown(context))
 
 
 COMMANDS = {

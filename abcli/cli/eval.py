@@ -17,25 +17,24 @@ from abcli.cli.questions import (
     ResultOptions,
     check_data,
     check_numbers,
+    checked_model,
     data_files,
     deliver,
-    engine_config,
+    recorded_model,
 )
-from abcli.config import EngineConfig, evaluations_directory, profiles_directory
+from abcli.config import evaluations_directory, profiles_directory
 from abcli.errors import CancelledError, ProfileError, UsageError
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.report import (
     MAX_DEPTHS,
-    RecordedModel,
     Report,
     make_report,
     read_report,
 )
 from abcli.evals.runner import TASKS, EvaluationSettings, evaluate
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.lora import check_model
-from abcli.native.llama import echo_log
+from abcli.gguf.checked import CheckedModel
+from abcli.machine import log_to
 from abcli.profiles.lookup import default_profile, named_profile
 from abcli.profiles.profile import Profile
 from abcli.ui.progress import step_progress
@@ -153,27 +152,26 @@ def _check_alone(
 def _evaluate(
     terminal: Terminal,
     settings: EvaluationSettings,
-    model: str | None,
+    model_word: str | None,
     questions: QuestionOptions,
     results: ResultOptions,
     options: ModelOptions,
 ) -> Report:
-    config = engine_config(
-        model,
+    model, config = checked_model(
+        model_word,
         options,
         "an evaluation",
         prefill='say it for a configuration: --compare "spread6;prefill=exact"',
         prefill_base='say it for a configuration: --compare "spread6;prefill-base=50000"',
     )
-    configurations = _configurations(terminal, questions.compare, config)
+    configurations = _configurations(terminal, questions.compare, model)
     # Before the questions are made of it, so that a file that changes meanwhile is not mistaken for what was asked.
     data = data_files(settings, options.chat_template)
     if options.verbose:
-        echo_log(sys.stderr.write)
-    with terminal.working(f"loading {config.model.name}"):
-        subject = Subject(
-            config, options.chat_template, None if questions.fresh else evaluations_directory(), terminal.warn
-        )
+        log_to(sys.stderr.write)
+    with terminal.working(f"loading {model.path.name}"):
+        scores = None if questions.fresh else evaluations_directory()
+        subject = Subject(model, config, options.chat_template, scores, terminal.warn)
     with subject:
         try:
             with step_progress(terminal, settings.task) as progress:
@@ -181,29 +179,27 @@ def _evaluate(
         except KeyboardInterrupt:
             hint = "" if questions.fresh else "the same command goes on where it stopped"
             raise CancelledError(hint=hint) from None
-        header = subject.header
-        recorded = RecordedModel(header.name, subject.fingerprint, header.architecture, header.native_base)
+        recorded = recorded_model(subject)
     return make_report(settings, found, recorded, data, contexts=results.examples)
 
 
-def _configurations(terminal: Terminal, texts: Sequence[str] | None, config: EngineConfig) -> list[Configuration]:
+def _configurations(terminal: Terminal, texts: Sequence[str] | None, model: CheckedModel) -> list[Configuration]:
     """What is compared: what the user lists, else the usual sets and the model's default profile if it has one."""
-    header = check_model(config.model, config.lora)
-    identity = fingerprint(header)
+    native_base, identity = model.header.native_base, model.fingerprint
 
     def find_profile(name: str | None) -> Profile:
         if name is not None:
-            return named_profile(profiles_directory(), identity, name, header.name)
+            return named_profile(profiles_directory(), identity, name, model.name)
         profile = default_profile(profiles_directory(), identity, terminal.warn)
         if profile is None:
-            raise ProfileError(f"{header.name} has no profile", "`abcli calibrate` makes one")
+            raise ProfileError(f"{model.name} has no profile", "`abcli calibrate` makes one")
         return profile
 
     chosen = list(_DEFAULT_COMPARED if texts is None else texts)
     for text in chosen:
         if chosen.count(text) > 1:
             raise UsageError(f"--compare {text!r:.120} is given twice", "drop one")
-    found = [parse_configuration(text, header.native_base, find_profile) for text in chosen]
+    found = [parse_configuration(text, native_base, find_profile) for text in chosen]
     if texts is None:
         try:
             usual = default_profile(profiles_directory(), identity, terminal.warn)
@@ -211,5 +207,5 @@ def _configurations(terminal: Terminal, texts: Sequence[str] | None, config: Eng
             terminal.warn(f"{error.message}; no profile is compared")
         else:
             if usual is not None:
-                found.append(parse_configuration("profile", header.native_base, lambda _name: usual))
+                found.append(parse_configuration("profile", native_base, lambda _name: usual))
     return found

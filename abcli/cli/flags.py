@@ -6,14 +6,19 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
+from rich.markup import escape
 
 
-def flag(help_text: str, *names: str, **settings: Any) -> Any:
-    """The typer option of one flag, for use in `Annotated`."""
-    return typer.Option(*names, help=help_text, **settings)
+def flag(help_text: str, *names: str, show_default: bool | str = True, **settings: Any) -> Any:
+    """The typer option of one flag, for use in `Annotated`; a default can be said in words."""
+    if isinstance(show_default, str):
+        # The parser itself would put words between parentheses.
+        help_text += f" [dim]{escape(f'[default: {show_default}]')}[/dim]"
+        show_default = False
+    return typer.Option(*names, help=help_text, show_default=show_default, **settings)
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -46,6 +51,9 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
 def _parameters(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     for field in dataclasses.fields(group):
+        setting = field.metadata.get("setting")
+        if setting is not None:
+            hints[field.name] = Annotated[hints[field.name], flag(setting.help, *setting.flags)]
         for option in hints[field.name].__metadata__:
             option.rich_help_panel = group.panel
     return [

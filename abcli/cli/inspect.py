@@ -18,25 +18,28 @@ from abcli.config import (
     DEFAULT_BUCKETS,
     DEFAULT_CONTEXT,
     MAX_BUCKETS,
+    MAX_CONTEXT,
     BucketConfig,
     CacheType,
+    ContextConfig,
     EngineChoice,
-    EngineConfig,
     FlashAttention,
+    ModelConfig,
 )
-from abcli.engine.memory import MAX_CONTEXT, Prediction, Room, free_room, predict
 from abcli.errors import UsageError
 from abcli.gguf.check import check_kind_of_file
+from abcli.gguf.checked import check_model
 from abcli.gguf.description import AdapterInspection, Inspection, inspect_adapter
-from abcli.gguf.description import inspect as inspect_header
+from abcli.gguf.description import inspect as inspect_files
 from abcli.gguf.header import read_header
-from abcli.gguf.lora import check_model, is_adapter, read_adapter
+from abcli.gguf.lora import is_adapter, read_adapter
 from abcli.hub.locate import locate_model
-from abcli.rope.bases import choose_bases
+from abcli.machine import Prediction, Room, free_room, predict
+from abcli.rope.bases import resolve_buckets
 from abcli.ui.inspection import adapter_text, cost_text, inspection_text
 from abcli.ui.terminal import Terminal
 
-_ENGINE = EngineConfig(Path(), ())
+_CONTEXT = ContextConfig()
 # A slot needs a sequence of its own and all share a spare one; llama.cpp has 256 (LLAMA_MAX_SEQ).
 _MAX_SLOTS = 255
 
@@ -50,17 +53,19 @@ def inspect(
     lora: LoraFlag = None,
     buckets: Annotated[int, flag(f"Buckets to count for, 1 to {MAX_BUCKETS}.", "--buckets", "-k")] = DEFAULT_BUCKETS,
     ctx_size: Annotated[int, flag("Tokens of context; 0: the trained length.", "--ctx-size", "-c")] = DEFAULT_CONTEXT,
-    cache_type_k: Annotated[CacheType, flag("Type of the key cache.", "--cache-type-k", "-ctk")] = _ENGINE.cache_type_k,
-    cache_type_v: Annotated[CacheType, flag("Type of the value cache.", "--cache-type-v", "-ctv")] = (
-        _ENGINE.cache_type_v
+    cache_type_k: Annotated[CacheType, flag("Type of the key cache.", "--cache-type-k", "-ctk")] = (
+        _CONTEXT.cache_type_k
     ),
-    slots: Annotated[int, flag("Conversations or prompts at the same time.", "--slots")] = _ENGINE.slots,
-    ubatch_size: Annotated[int, flag("Tokens computed at once.", "--ubatch-size", "-ub")] = _ENGINE.ubatch_size,
-    flash_attn: Annotated[FlashAttention, flag("Flash attention.", "--flash-attn", "-fa")] = _ENGINE.flash_attention,
+    cache_type_v: Annotated[CacheType, flag("Type of the value cache.", "--cache-type-v", "-ctv")] = (
+        _CONTEXT.cache_type_v
+    ),
+    slots: Annotated[int, flag("Conversations or prompts at the same time.", "--slots")] = _CONTEXT.slots,
+    ubatch_size: Annotated[int, flag("Tokens computed at once.", "--ubatch-size", "-ub")] = _CONTEXT.ubatch_size,
+    flash_attn: Annotated[FlashAttention, flag("Flash attention.", "--flash-attn", "-fa")] = _CONTEXT.flash_attention,
     engine: Annotated[
         EngineChoice, flag("contexts: one for each bucket; fused: one for all; auto: the larger of both.", "--engine")
-    ] = _ENGINE.engine,
-    gpu_layers: Annotated[int, flag("Layers on the GPU; -1: all.", "--gpu-layers", "-ngl")] = _ENGINE.gpu_layers,
+    ] = _CONTEXT.engine,
+    gpu_layers: Annotated[int, flag("Layers on the GPU; -1: all.", "--gpu-layers", "-ngl")] = -1,
     as_json: Annotated[bool, flag("Print a JSON object instead of text.", "--json")] = False,
 ) -> None:
     """Describe a model on standard output."""
@@ -83,24 +88,20 @@ def inspect(
         adapter = inspect_adapter(read_adapter(path))
         terminal.write(_json(_adapter_report(adapter)) if as_json else adapter_text(adapter))
         return
-    header = check_model(path, loras)
-    bases = choose_bases(BucketConfig(count=buckets), header.native_base)
-    config = EngineConfig(
-        path,
-        bases,
-        context_size=ctx_size or header.trained_context,
+    model = check_model(ModelConfig(path, gpu_layers, loras))
+    wanted = resolve_buckets(BucketConfig(count=buckets), model.header.native_base)
+    config = ContextConfig(
+        context_size=ctx_size or model.header.trained_context,
         slots=slots,
         ubatch_size=ubatch_size,
-        batch_size=max(ubatch_size, _ENGINE.batch_size),
+        batch_size=max(ubatch_size, _CONTEXT.batch_size),
         flash_attention=flash_attn,
-        gpu_layers=gpu_layers,
         engine=engine,
         cache_type_k=cache_type_k,
         cache_type_v=cache_type_v,
-        lora=loras,
     )
-    found, prediction, room = inspect_header(header), predict(config, header), free_room(config)
-    adapters = [inspect_adapter(adapter) for adapter in header.adapters]
+    found, prediction, room = inspect_files(model.files), predict(model, config, wanted), free_room(gpu_layers)
+    adapters = [inspect_adapter(adapter) for adapter in model.adapters]
     if as_json:
         terminal.write(_json(_report(path, found, adapters, prediction, room)))
     else:
@@ -126,7 +127,7 @@ def _report(
     path: Path, found: Inspection, adapters: Sequence[AdapterInspection], prediction: Prediction, room: Room
 ) -> dict[str, Any]:
     """The object that --json prints; all sizes in bytes."""
-    config = prediction.config
+    config, bases = prediction.setup.context, prediction.setup.buckets.bases
     described = asdict(found)
     described["parts"] = [{**asdict(part), "path": str(part.path)} for part in found.parts]
     # JSON has neither NaN nor infinity; not every number of RoPE is checked.
@@ -136,8 +137,8 @@ def _report(
         **described,
         "adapters": [_adapter_report(adapter) for adapter in adapters],
         "memory": {
-            "buckets": len(config.bases),
-            "bases": list(config.bases),
+            "buckets": len(bases),
+            "bases": list(bases),
             "context_size": config.context_size,
             "slots": config.slots,
             "cache_type_k": config.cache_type_k,

@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from abcli import __version__
 from abcli.cli.commands import CommandGroup, add_commands
 from abcli.config import ENV_DEBUG, debug
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.ui.terminal import Terminal
+from abcli.version import __version__
 
 # A flag whose value may be left out, and the one that takes the value.
 _VALUE_FLAGS = {"--prompt-cache": "--prompt-cache-dir", "--ray": "--ray-address"}
@@ -35,7 +35,7 @@ add_commands(app)
 def _show_version(wanted: bool) -> None:
     if wanted:
         # llama.cpp takes a while to load, and nothing else here needs it.
-        from abcli.native.llama import devices, version
+        from abcli.machine import devices, version
 
         lines = [f"abcli {__version__}", version()]
         lines += [f"device {device.name}: {device.description}" for device in devices()]

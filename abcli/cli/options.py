@@ -7,41 +7,39 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from abcli.chat.files import read_text_file
+from abcli.chat.files import decode_prompt, read_text_file
 from abcli.cli.flags import flag
 from abcli.cli.lora import LoraFlag, parse_loras
 from abcli.cli.model_name import ModelNameOptions
 from abcli.config import (
     DEFAULT_BUCKETS,
     DEFAULT_CONTEXT,
-    DEFAULT_DRY_BREAKERS,
     MAX_BUCKETS,
     BucketConfig,
     CacheType,
+    ContextConfig,
     EngineChoice,
-    EngineConfig,
     FlashAttention,
-    GenerationConfig,
     MergeRule,
+    ModelConfig,
     PrefillMode,
-    SamplingConfig,
     Spread,
     prompt_cache_directory,
 )
 from abcli.errors import PromptError, UsageError
 from abcli.hub.locate import locate_model
-from abcli.merge import check_pool_weights
+from abcli.prepare import check_context
 from abcli.profiles.profile import NO_PROFILE, check_name
-from abcli.rope.bases import parse_numbers
+from abcli.rope.bases import asked_buckets, parse_numbers
+from abcli.sampling import DEFAULT_DRY_BREAKERS, SETTINGS, GenerationConfig, SamplingConfig, SamplingNumbers
+from abcli.text import unescaped
 from abcli.ui.download import fetch_shown
 from abcli.ui.terminal import Terminal
 
-_ENGINE = EngineConfig(Path(), ())
+_CONTEXT = ContextConfig()
+_MODEL = ModelConfig(Path())
 _BUCKETS = BucketConfig()
-_SAMPLING = SamplingConfig()
 _ANSWER = GenerationConfig()
-# llama.cpp reads a quantised value cache only in its flash attention.
-_PLAIN_CACHE_TYPES = ("f32", "f16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -53,26 +51,26 @@ class ModelOptions(ModelNameOptions):
         DEFAULT_CONTEXT
     )
     batch_size: Annotated[int, flag("Most tokens handed to llama.cpp at once.", "--batch-size", "-b")] = (
-        _ENGINE.batch_size
+        _CONTEXT.batch_size
     )
-    ubatch_size: Annotated[int, flag("Most tokens computed at once.", "--ubatch-size", "-ub")] = _ENGINE.ubatch_size
+    ubatch_size: Annotated[int, flag("Most tokens computed at once.", "--ubatch-size", "-ub")] = _CONTEXT.ubatch_size
     threads: Annotated[int, flag("Threads for all buckets together; 0: one per core.", "--threads", "-t")] = (
-        _ENGINE.threads
+        _CONTEXT.threads
     )
     gpu_layers: Annotated[int, flag("Layers on the GPU, if the build has one; -1: all.", "--gpu-layers", "-ngl")] = (
-        _ENGINE.gpu_layers
+        _MODEL.gpu_layers
     )
-    flash_attn: Annotated[FlashAttention, flag("Flash attention.", "--flash-attn", "-fa")] = _ENGINE.flash_attention
-    cache_type_k: Annotated[CacheType, flag("Type of the key cache.", "--cache-type-k", "-ctk")] = _ENGINE.cache_type_k
+    flash_attn: Annotated[FlashAttention, flag("Flash attention.", "--flash-attn", "-fa")] = _CONTEXT.flash_attention
+    cache_type_k: Annotated[CacheType, flag("Type of the key cache.", "--cache-type-k", "-ctk")] = _CONTEXT.cache_type_k
     cache_type_v: Annotated[CacheType, flag("Type of the value cache.", "--cache-type-v", "-ctv")] = (
-        _ENGINE.cache_type_v
+        _CONTEXT.cache_type_v
     )
     prefill: Annotated[
         PrefillMode | None,
         flag(
             "shared: one bucket computes the prompt for all; exact: each its own; auto: by length.",
             "--prefill",
-            show_default=str(_ENGINE.prefill),
+            show_default="auto",
         ),
     ] = None
     prefill_base: Annotated[
@@ -85,7 +83,7 @@ class ModelOptions(ModelNameOptions):
             "contexts: one per bucket; fused: all buckets in one batch; auto: the faster here, by measuring.",
             "--engine",
         ),
-    ] = _ENGINE.engine
+    ] = _CONTEXT.engine
     force: Annotated[bool, flag("Load even what is predicted not to fit into memory.", "--force")] = False
     prompt_cache: Annotated[
         bool, flag("Keep the state of long prompts on disk (also --prompt-cache=DIR).", "--prompt-cache")
@@ -99,44 +97,37 @@ class ModelOptions(ModelNameOptions):
     ] = None
     verbose: Annotated[bool, flag("Show llama.cpp's log and what is decided.", "--verbose", "-v")] = False
 
-    def engine_config(self, positional: str | None) -> EngineConfig:
-        """The engine's settings; `positional` is the model given without a flag.
+    def model_config(self, positional: str | None) -> ModelConfig:
+        """The model; `positional` is the one given without a flag.
 
         A model of the hub that is not here is fetched. Raises UsageError for impossible numbers or two models,
         ModelFileError if the model is nowhere, DownloadError if it cannot be fetched.
         """
-        model = self.name(positional)
-        for name, value, least in (
-            ("--ctx-size", self.ctx_size, 0),
-            ("--batch-size", self.batch_size, 1),
-            ("--ubatch-size", self.ubatch_size, 1),
-            ("--threads", self.threads, 0),
-            ("--gpu-layers", self.gpu_layers, -1),
-        ):
-            if not least <= value < 2**31:
-                raise UsageError(f"{name} {value} is impossible", f"choose {least} or more")
-        if self.flash_attn == "off" and self.cache_type_v not in _PLAIN_CACHE_TYPES:
-            raise UsageError(
-                f"--cache-type-v {self.cache_type_v} needs flash attention", "drop --flash-attn off, or take f16"
-            )
-        return EngineConfig(
-            model=locate_model(model, partial(fetch_shown, Terminal())),
-            bases=(),
+        name = self.name(positional)
+        # What is wrong with the flags is said before a model is fetched.
+        self.context_config()
+        if not -1 <= self.gpu_layers < 2**31:
+            raise UsageError(f"--gpu-layers {self.gpu_layers} is impossible", "choose -1 or more")
+        path = locate_model(name, partial(fetch_shown, Terminal()))
+        return ModelConfig(path, self.gpu_layers, parse_loras(self.lora))
+
+    def context_config(self) -> ContextConfig:
+        """How the model is run. Raises UsageError for impossible numbers."""
+        context = ContextConfig(
             context_size=self.ctx_size,
             batch_size=self.batch_size,
             ubatch_size=self.ubatch_size,
             threads=self.threads,
-            gpu_layers=self.gpu_layers,
             flash_attention=self.flash_attn,
             cache_type_k=self.cache_type_k,
             cache_type_v=self.cache_type_v,
-            prefill=self.prefill or _ENGINE.prefill,
-            prefill_base=self.prefill_base,
+            prefill=self.prefill,
             engine=self.engine,
             force=self.force,
-            lora=parse_loras(self.lora),
             prompt_cache=self.prompt_cache_dir or (prompt_cache_directory() if self.prompt_cache else None),
         )
+        check_context(context)
+        return context
 
 
 @dataclass(frozen=True)
@@ -183,31 +174,13 @@ class BucketOptions:
 
     def config(self) -> BucketConfig:
         """The bucket settings. Raises UsageError for contradictions and impossible numbers."""
-        bases = parse_numbers(self.bases, "--bases") if self.bases is not None else ()
-        multipliers = parse_numbers(self.multipliers, "--multipliers") if self.multipliers is not None else ()
-        if bases and multipliers:
-            raise UsageError("--bases and --multipliers are both given", "give one of them")
-        explicit = len(bases or multipliers)
-        if explicit and self.spread is not None:
-            raise UsageError("--spread has no say over explicit bases", "drop one")
-        if explicit and self.buckets is not None and self.buckets != explicit:
-            raise UsageError(
-                f"--buckets {self.buckets} contradicts the {explicit} bases that are given", "drop --buckets"
-            )
-        count = explicit or (DEFAULT_BUCKETS if self.buckets is None else self.buckets)
-        if not 1 <= count <= MAX_BUCKETS:
-            raise UsageError(f"{count} buckets are impossible", f"choose 1 to {MAX_BUCKETS}")
-        weights = parse_numbers(self.weights, "--weights") if self.weights is not None else ()
-        if weights and self.merge != "pool":
-            raise UsageError("--weights needs --merge pool", "the other rules find the weights by themselves")
-        check_pool_weights(weights, count)
-        return BucketConfig(
-            count=count,
-            spread=self.spread or _BUCKETS.spread,
-            bases=bases,
-            multipliers=multipliers,
-            merge=self.merge or _BUCKETS.merge,
-            weights=weights,
+        return asked_buckets(
+            self.buckets,
+            parse_numbers(self.bases, "--bases") if self.bases is not None else (),
+            parse_numbers(self.multipliers, "--multipliers") if self.multipliers is not None else (),
+            self.spread,
+            self.merge,
+            parse_numbers(self.weights, "--weights") if self.weights is not None else (),
         )
 
     def given(self) -> str | None:
@@ -247,39 +220,11 @@ class ProfiledBucketOptions(BucketOptions):
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
+class SamplingOptions(SamplingNumbers):
     """llama.cpp's samplers, in llama.cpp's words."""
 
     panel: ClassVar[str] = "Sampling"
 
-    seed: Annotated[int, flag("Random seed; -1: a new one each time.", "--seed", "-s")] = _SAMPLING.seed
-    temp: Annotated[float, flag("Temperature; 0 takes the most likely token.", "--temp")] = _SAMPLING.temperature
-    top_k: Annotated[int, flag("Keep the k most likely tokens; 0: all.", "--top-k")] = _SAMPLING.top_k
-    top_p: Annotated[float, flag("Keep tokens up to this total probability.", "--top-p")] = _SAMPLING.top_p
-    min_p: Annotated[float, flag("Drop tokens less likely than this share of the likeliest.", "--min-p")] = (
-        _SAMPLING.min_p
-    )
-    typical: Annotated[float, flag("Locally typical sampling; 1: off.", "--typical")] = _SAMPLING.typical_p
-    top_n_sigma: Annotated[
-        float,
-        flag("Keep logits this near the best; -1: off.", "--top-n-sigma"),
-    ] = _SAMPLING.top_n_sigma
-    xtc_probability: Annotated[float, flag("Chance to exclude the top choices (XTC); 0: off.", "--xtc-probability")] = (
-        _SAMPLING.xtc_probability
-    )
-    xtc_threshold: Annotated[float, flag("Probability above which XTC excludes.", "--xtc-threshold")] = (
-        _SAMPLING.xtc_threshold
-    )
-    dry_multiplier: Annotated[float, flag("Strength of the DRY repetition penalty; 0: off.", "--dry-multiplier")] = (
-        _SAMPLING.dry_multiplier
-    )
-    dry_base: Annotated[float, flag("Growth of the DRY penalty per token.", "--dry-base")] = _SAMPLING.dry_base
-    dry_allowed_length: Annotated[int, flag("Longest repetition DRY leaves alone.", "--dry-allowed-length")] = (
-        _SAMPLING.dry_allowed_length
-    )
-    dry_penalty_last_n: Annotated[int, flag("Tokens DRY looks back; -1: the context.", "--dry-penalty-last-n")] = (
-        _SAMPLING.dry_penalty_last_n
-    )
     dry_sequence_breaker: Annotated[
         list[str] | None,
         flag(
@@ -287,21 +232,6 @@ class SamplingOptions:
             "--dry-sequence-breaker",
         ),
     ] = None
-    repeat_last_n: Annotated[
-        int, flag("Tokens the penalties look back; 0: none, -1: the context.", "--repeat-last-n")
-    ] = _SAMPLING.repeat_last_n
-    repeat_penalty: Annotated[float, flag("Divides the logits of repeated tokens; 1: off.", "--repeat-penalty")] = (
-        _SAMPLING.repeat_penalty
-    )
-    frequency_penalty: Annotated[float, flag("Subtracted per repetition; 0: off.", "--frequency-penalty")] = (
-        _SAMPLING.frequency_penalty
-    )
-    presence_penalty: Annotated[float, flag("Subtracted once if repeated; 0: off.", "--presence-penalty")] = (
-        _SAMPLING.presence_penalty
-    )
-    mirostat: Annotated[int, flag("2: Mirostat 2.0 instead of truncation; 0: off.", "--mirostat")] = _SAMPLING.mirostat
-    mirostat_ent: Annotated[float, flag("Mirostat's target entropy (tau).", "--mirostat-ent")] = _SAMPLING.mirostat_tau
-    mirostat_lr: Annotated[float, flag("Mirostat's learning rate (eta).", "--mirostat-lr")] = _SAMPLING.mirostat_eta
     logit_bias: Annotated[
         list[str] | None,
         flag(
@@ -309,14 +239,16 @@ class SamplingOptions:
             "--logit-bias",
         ),
     ] = None
-    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = (
-        _SAMPLING.grammar
-    )
-    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
-    json_schema: Annotated[str, flag("JSON schema the answer must follow.", "--json-schema", "-j", metavar="JSON")] = (
-        _SAMPLING.json_schema
-    )
+    json_schema: Annotated[str, flag("JSON schema the answer must follow.", "--json-schema", "-j", metavar="JSON")] = ""
     json_schema_file: Annotated[Path | None, flag("The same from a file.", "--json-schema-file")] = None
+    schema_lenient: Annotated[
+        bool, flag("Leave out what cannot be enforced of a schema, and say so.", "--schema-lenient")
+    ] = False
+    regex: Annotated[str, flag("Regular expression for the whole answer.", "--regex", metavar="PATTERN")] = ""
+    lark: Annotated[str, flag("Lark grammar the answer must follow.", "--lark", metavar="LARK")] = ""
+    lark_file: Annotated[Path | None, flag("The same from a file.", "--lark-file")] = None
+    grammar: Annotated[str, flag("GBNF grammar the answer must follow.", "--grammar", metavar="GBNF")] = ""
+    grammar_file: Annotated[Path | None, flag("The same from a file.", "--grammar-file")] = None
 
     def config(self) -> SamplingConfig:
         """The sampler's settings; files are read. Raises UsageError and PromptError (unreadable files)."""
@@ -324,30 +256,14 @@ class SamplingOptions:
         schema = _text_or_file(self.json_schema, self.json_schema_file, "--json-schema")
         breakers = self.dry_sequence_breaker
         return SamplingConfig(
-            seed=self.seed,
-            temperature=self.temp,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            typical_p=self.typical,
-            top_n_sigma=self.top_n_sigma,
-            xtc_probability=self.xtc_probability,
-            xtc_threshold=self.xtc_threshold,
-            dry_multiplier=self.dry_multiplier,
-            dry_base=self.dry_base,
-            dry_allowed_length=self.dry_allowed_length,
-            dry_penalty_last_n=self.dry_penalty_last_n,
+            **{name: getattr(self, name) for name in SETTINGS},
             dry_breakers=tuple(breakers) if breakers else DEFAULT_DRY_BREAKERS,
-            repeat_last_n=self.repeat_last_n,
-            repeat_penalty=self.repeat_penalty,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            mirostat=self.mirostat,
-            mirostat_tau=self.mirostat_ent,
-            mirostat_eta=self.mirostat_lr,
             logit_bias=tuple(parse_logit_bias(text) for text in self.logit_bias or ()),
             grammar=grammar,
             json_schema=schema,
+            regex=self.regex,
+            lark=_text_or_file(self.lark, self.lark_file, "--lark"),
+            schema_lenient=self.schema_lenient,
         )
 
 
@@ -362,13 +278,30 @@ class AnswerOptions:
     )
     stop: Annotated[list[str] | None, flag("Text that ends the answer; repeatable.", "--stop", "-r")] = None
     ignore_eos: Annotated[bool, flag("Go on after the model ends its answer.", "--ignore-eos")] = False
+    escape: Annotated[
+        bool | None,
+        flag(
+            r"Read \n, \r, \t, \', \", \\ and \xHH in texts on the command line.",
+            "--escape/--no-escape",
+            "-e",
+            show_default="in --stop and --dry-sequence-breaker only",
+        ),
+    ] = None
 
     def config(self, sampling: SamplingConfig) -> GenerationConfig:
         """How to generate one answer. Raises UsageError."""
         if self.predict < -1:
             raise UsageError(f"--predict {self.predict} is impossible", "choose 0 or more, or -1")
-        base = GenerationConfig(sampling, self.predict, tuple(self.stop or ()))
+        stops, breakers = tuple(self.stop or ()), sampling.dry_breakers
+        if self.escape is not False:
+            stops = tuple(read_escapes(text, "--stop") for text in stops)
+            breakers = tuple(read_escapes(text, "--dry-sequence-breaker") for text in breakers)
+        base = GenerationConfig(replace(sampling, dry_breakers=breakers), self.predict, stops)
         return replace(base, ignore_eos=self.ignore_eos)
+
+    def text(self, text: str, what: str) -> str:
+        """A prompt from the command line. Raises PromptError."""
+        return read_escapes(check_argument(text, what), what) if self.escape else check_argument(text, what)
 
 
 def parse_logit_bias(text: str) -> tuple[int, float]:
@@ -384,19 +317,30 @@ def parse_logit_bias(text: str) -> tuple[int, float]:
 
 
 def check_argument(text: str, what: str) -> str:
-    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates."""
+    """`text` from the command line, where Python smuggles bytes that are not UTF-8 in as lone surrogates.
+
+    Like the text of a file it may begin with a byte order mark, which is dropped. Raises PromptError.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
+        return decode_prompt(text.encode("utf-8", "surrogateescape"), what)
+    except (PromptError, UnicodeEncodeError) as error:
+        message = error.message if isinstance(error, PromptError) else f"{what} is not UTF-8"
+        raise PromptError(message, "check the terminal's encoding") from None
+
+
+def read_escapes(text: str, what: str) -> str:
+    """`text` with its escape sequences read. Raises PromptError."""
+    try:
+        return unescaped(text)
+    except UnicodeDecodeError:
         raise PromptError(
-            f"{what} is not UTF-8: at character {error.start:,}", "check the terminal's encoding"
+            f"{what} {text!r:.100} is not UTF-8 after its escapes are read", "write \\xHH for each byte of UTF-8"
         ) from None
-    return text
 
 
 def _text_or_file(text: str, path: Path | None, flag: str) -> str:
     if path is None:
-        return text
+        return check_argument(text, flag)
     if text:
         raise UsageError(f"{flag} and {flag}-file are both given", "give one of them")
     return read_text_file(path)

@@ -14,10 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from abcli.cli.lora import LoraFlag, parse_loras
-from abcli.config import profiles_directory
+from abcli.config import ModelConfig, profiles_directory
 from abcli.errors import ProfileError, UsageError
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.lora import check_model
+from abcli.gguf.checked import check_model
 from abcli.hub.locate import locate_model
 from abcli.profiles import catalogue, store
 from abcli.profiles.profile import MAX_BYTES, Difference, Profile, Score, check_name, decode, moment
@@ -167,7 +166,7 @@ def _select(entries: list[Entry], word: str, model: str | None, lora: list[str] 
     """The profile that NAME or FINGERPRINT/NAME means. Raises UsageError and ProfileError."""
     if lora and model is None:
         raise UsageError(f"--lora {lora[0]} needs the model that it changes", "add --model FILE")
-    start = "" if model is None else fingerprint(check_model(locate_model(model), parse_loras(lora)))
+    start = "" if model is None else check_model(ModelConfig(locate_model(model), lora=parse_loras(lora))).fingerprint
     name = word
     if (qualified := _QUALIFIED.fullmatch(word)) is not None:
         if model is not None:

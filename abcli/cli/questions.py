@@ -13,11 +13,13 @@ from abcli.chat.known_templates import KNOWN_TEMPLATES
 from abcli.cli.figures import check_destination
 from abcli.cli.flags import flag
 from abcli.cli.options import ModelOptions
-from abcli.config import DEFAULT_CONTEXT, EngineConfig
+from abcli.config import DEFAULT_CONTEXT, ContextConfig
 from abcli.errors import UsageError
-from abcli.evals.report import DataFile, Report, data_file, encode_report, write_report
+from abcli.evals.model_under_test import Subject
+from abcli.evals.report import DataFile, RecordedModel, Report, data_file, encode_report, write_report
 from abcli.evals.runner import NEEDS_DATA, EvaluationSettings
 from abcli.evals.statistics import LengthSummary
+from abcli.gguf.checked import CheckedModel, check_model
 from abcli.ui.evaluation import depth_figure, show_evaluation
 from abcli.ui.plots import ImageFormat, depth_image, require_matplotlib
 from abcli.ui.terminal import Terminal
@@ -75,10 +77,10 @@ def check_data(task: str, data: Path | None, answers: Path | None) -> None:
             raise UsageError(f"{name} {path} has no say in {task}", "drop it")
 
 
-def engine_config(
+def checked_model(
     model: str | None, options: ModelOptions, work: str, *, prefill: str, prefill_base: str
-) -> EngineConfig:
-    """The model and how llama.cpp runs it.
+) -> tuple[CheckedModel, ContextConfig]:
+    """The model, checked, and how llama.cpp runs it.
 
     Raises UsageError for flags that `work`, such as "an evaluation", decides itself; `prefill` and `prefill_base`
     are the hints that go with two of them.
@@ -96,7 +98,13 @@ def engine_config(
     ):
         if wrong:
             raise UsageError(f"{name} has no say in {work}", hint)
-    return replace(options.engine_config(model), engine="contexts")
+    return check_model(options.model_config(model)), replace(options.context_config(), engine="contexts")
+
+
+def recorded_model(subject: Subject) -> RecordedModel:
+    """What a report says of the model."""
+    model = subject.checked
+    return RecordedModel(model.name, model.fingerprint, model.header.architecture, subject.native_base)
 
 
 def data_files(settings: EvaluationSettings, chat_template: str | None) -> list[DataFile]:

@@ -10,13 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from abcli.chat.files import decode_prompt, read_text_file
+from abcli.chat.message_format import Prompt
 from abcli.chat.messages import Message
-from abcli.chat.template import load_template
+from abcli.cli.flags import flag
 from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
-from abcli.cli.setup import Ready, ready, resolve_profile
+from abcli.cli.setup import opened, prepared
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.generate import Answer
+from abcli.grammar.check import check
 from abcli.hub.locate import looks_like_model
+from abcli.llm import LLM
 from abcli.ui.terminal import Terminal, on_interrupt
 
 
@@ -39,7 +42,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     stats: Annotated[
         bool | None,
-        typer.Option("--stats/--no-stats", help="Speeds on standard error.", show_default="on a terminal"),
+        flag("Speeds on standard error.", "--stats/--no-stats", show_default="on a terminal"),
     ] = None,
     model_options: ModelOptions,
     bucket_options: ProfiledBucketOptions,
@@ -50,38 +53,34 @@ def run(
     model, text = split_words(words or [], has_model=model_options.model is not None, has_prompt=prompt is not None)
     if prompt is not None and text is not None:
         raise UsageError("the prompt is given twice", "give --prompt or PROMPT")
-    text = gather_prompt(prompt if prompt is not None else text, file)
+    text = prompt if prompt is not None else text
+    text = gather_prompt(answer_options.text(text, "the prompt") if text is not None else None, file)
     _check_raw(raw=raw, parse_special=parse_special, system=system)
     generation = answer_options.config(sampling_options.config())
+    check(generation.sampling)
     terminal = Terminal()
-    engine_config, buckets = resolve_profile(terminal, model, model_options, bucket_options)
-    with ready(terminal, engine_config, buckets, verbose=model_options.verbose) as loaded:
-        opened = loaded.opened
-        if raw:
-            tokens = opened.model.tokenize(text, add_special=True, parse_special=parse_special)
-        else:
-            template = load_template(opened.model, model_options.chat_template, terminal.warn)
-            messages = [Message("system", check_argument(system, "--system"))] if system is not None else []
-            tokens = template.tokens([*messages, Message("user", text)])
-        with on_interrupt(loaded.generator.cancel), terminal.prefill_progress() as progress:
+    found = prepared(terminal, model, model_options, bucket_options)
+    with opened(terminal, found, model_options) as llm:
+        messages = [Message("system", answer_options.text(system, "--system"))] if system is not None else []
+        prompt_given: Prompt = text if raw else [*messages, Message("user", text)]
+        tokens = llm.prompt_tokens(prompt_given, raw=raw, parse_special=parse_special)
+        with on_interrupt(llm.cancel), terminal.prefill_progress() as progress:
             answer = None
             try:
-                for piece in loaded.generator.stream(0, tokens, generation, progress):
+                for piece in llm.decode(tokens, generation, progress):
                     answer = piece.answer
                     if not as_json:
-                        terminal.write(piece.text)
+                        terminal.write_answer(piece.text)
             except AbcliError:
                 terminal.end_line()
                 raise
         if answer is None:
             return
         if as_json:
-            terminal.write(json.dumps(_report(loaded, answer), ensure_ascii=False) + "\n")
+            terminal.write(json.dumps(_report(llm, answer), ensure_ascii=False) + "\n")
         terminal.end_line()
         if stats if stats is not None else terminal.interactive and not as_json:
-            engine = opened.engine
-            used = len(engine.tokens(0))
-            terminal.statistics(answer.statistics, used, engine.context_size, len(engine.bases))
+            terminal.statistics(answer.statistics, len(llm.held(answer.slot)), llm.context_size, len(llm.bases))
 
 
 def split_words(words: list[str], *, has_model: bool, has_prompt: bool) -> tuple[str | None, str | None]:
@@ -133,16 +132,16 @@ def _check_raw(*, raw: bool, parse_special: bool, system: str | None) -> None:
         raise UsageError("--parse-special only works with --raw", "a chat template brings its own control tokens")
 
 
-def _report(loaded: Ready, answer: Answer) -> dict[str, Any]:
+def _report(llm: LLM, answer: Answer) -> dict[str, Any]:
     """The object that --json prints."""
     statistics = answer.statistics
     return {
         "text": answer.text,
         "finish_reason": answer.finish_reason,
-        "model": str(loaded.opened.model.path),
-        "lora": [{"path": str(adapter.path), "scale": adapter.scale} for adapter in loaded.opened.header.adapters],
-        "bases": list(loaded.opened.engine.bases),
-        "merge": loaded.buckets.merge,
+        "model": str(llm.model.path),
+        "lora": [{"path": str(adapter.path), "scale": adapter.scale} for adapter in llm.model.adapters],
+        "bases": list(llm.bases),
+        "merge": llm.buckets.merge,
         "seed": answer.seed,
         "agreement": round(statistics.agreement, 6),
         "usage": {
@@ -151,7 +150,7 @@ def _report(loaded: Ready, answer: Answer) -> dict[str, Any]:
             "total_tokens": statistics.prompt_tokens + statistics.completion_tokens,
         },
         "timings": {
-            "load_s": round(loaded.opened.load_seconds, 6),
+            "load_s": round(llm.load_seconds, 6),
             "prefill_s": round(statistics.prefill_seconds, 6),
             "decode_s": round(statistics.decode_seconds, 6),
         },

@@ -20,7 +20,7 @@ from abcli.errors import UsageError
 from abcli.gguf.verification import Check, Verification
 from abcli.hub.catalogue import known_models
 from abcli.hub.locate import locate_model
-from abcli.native.crash_probe import ensure_loadable
+from abcli.machine import ensure_loadable
 from abcli.ui.inspection import check_line
 from abcli.ui.terminal import Terminal
 
@@ -123,12 +123,12 @@ def _template(verification: Verification) -> str:
 
 
 def _trial(verification: Verification) -> Check:
-    header = verification.header
-    if header is None or not verification.sound:
+    model = verification.checked()
+    if model is None:
         return Check("trial", "skipped", "an earlier check has failed")
 
     def load() -> str:
-        ensure_loadable(verification.path, header)
-        return "llama.cpp loads it and decodes" + (" with its adapters" if header.adapters else "")
+        ensure_loadable(model)
+        return "llama.cpp loads it and decodes" + (" with its adapters" if model.adapters else "")
 
     return verification.run("trial", load)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import typer
@@ -18,46 +17,20 @@ from abcli.cli.flags import flag
 from abcli.cli.model_name import ModelNameOptions
 from abcli.cli.options import BucketOptions
 from abcli.config import MAX_BUCKETS, BucketConfig
-from abcli.errors import UnsupportedModelError, UsageError
-from abcli.gguf.architectures import rotation
+from abcli.errors import UsageError
 from abcli.gguf.check import check_file
 from abcli.gguf.header import Header
 from abcli.hub.locate import locate_model
-from abcli.rope.bases import choose_bases, parse_numbers
-from abcli.rope.frequencies import RopeParameters, angular_frequencies
-from abcli.rope.parameters import rope_parameters
-from abcli.rope.search import candidate_multipliers, search_envelope, search_paper
-from abcli.rope.waveform import (
-    EXTREMA_RADIUS,
-    Floats,
-    WaveSummary,
-    envelope,
-    summarise,
-    value_at_zero,
-    waveforms,
-)
+from abcli.rope.bases import parse_numbers
+from abcli.rope.waveform import EXTREMA_RADIUS, WaveSummary, summarise, value_at_zero
+from abcli.rope.waves import MAX_VALUES, Objective, Search, Waves, compute_waves
 from abcli.ui.plots import ImageFormat, WavePlot, require_matplotlib, wave_image
 from abcli.ui.terminal import Terminal, printable
 from abcli.ui.terminal_plot import floor_plot
 
-Objective = Literal["paper", "envelope"]
 _DEFAULT_OBJECTIVE: Objective = "paper"
 _DEFAULT_RANGE = "0.5,2.5"
 _DEFAULT_CANDIDATES = 201
-
-# 512 MiB of float64: room for 16 buckets over 4 million tokens, or 200 candidates over 330,000.
-_MAX_VALUES = 2**26
-
-
-@dataclass(frozen=True)
-class Search:
-    """What --search asks for: how many bases, by which objective, from which multiples of the native base."""
-
-    count: int
-    objective: Objective
-    low: float
-    high: float
-    candidates: int
 
 
 @dataclass(frozen=True)
@@ -101,27 +74,9 @@ class SearchOptions:
                 f"--range {self.span} is impossible", f"give two ascending multiples, like {_DEFAULT_RANGE}"
             )
         candidates = _DEFAULT_CANDIDATES if self.candidates is None else self.candidates
-        if not self.search <= candidates <= _MAX_VALUES:
+        if not self.search <= candidates <= MAX_VALUES:
             raise UsageError(f"--candidates {candidates} is impossible", f"choose {self.search} or more")
         return Search(self.search, self.objective or _DEFAULT_OBJECTIVE, ends[0], ends[1], candidates)
-
-
-@dataclass(frozen=True)
-class Result:
-    """Waves as shares of A(0), float64: of the native base [n], of the buckets [buckets, n], of their envelope [n].
-
-    The native base counts in the envelope only where it is one of the buckets.
-    """
-
-    header: Header
-    context: int
-    pairs: int
-    native_base: float
-    bases: tuple[float, ...]
-    native: Floats
-    waves: Floats
-    envelope: Floats
-    search: Search | None
 
 
 def waves(
@@ -135,7 +90,7 @@ def waves(
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     plot: Annotated[
-        bool | None, typer.Option("--plot/--no-plot", help="Plot in the terminal.", show_default="on a terminal")
+        bool | None, flag("Plot in the terminal.", "--plot/--no-plot", show_default="on a terminal")
     ] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Write a figure; needs the extra 'plot'.")] = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write a figure; needs the extra 'plot'.")] = None,
@@ -154,68 +109,15 @@ def waves(
         require_matplotlib("--svg")
         images.append((svg, "svg"))
     terminal = Terminal()
-    header = check_file(locate_model(model))
+    header, *_parts = check_file(locate_model(model))
     with terminal.working("computing waves"):
-        result = compute(header, _context_size(ctx_size, header), buckets, search)
+        result = compute_waves(header, _context_size(ctx_size, header), buckets, search)
         for path, image_format in images:
             path.write_bytes(wave_image(_figure(result), image_format))
     if as_json:
         terminal.write(json.dumps(_report(result), ensure_ascii=False) + "\n")
     else:
         _show(terminal, result, plot=terminal.output_is_terminal if plot is None else plot)
-
-
-def compute(header: Header, context: int, buckets: BucketConfig, search: Search | None) -> Result:
-    """The waves of the buckets, or of the bases that the search finds, at distances 0 .. context - 1.
-
-    Raises UnsupportedModelError for a model without RoPE, UsageError for what is too large or impossible.
-    """
-    parameters = rope_parameters(header, neox=False, context_size=context)
-    pairs = parameters.dimensions // 2
-    if rotation(header) == "none" or pairs < 1:
-        raise UnsupportedModelError(
-            f"{header.path} ({header.architecture}) does not use RoPE", "only models with rotary positions have waves"
-        )
-    (native_base,) = choose_bases(BucketConfig(count=1), header.native_base)
-    if search is not None:
-        buckets = BucketConfig(multipliers=_find(parameters, native_base, context, search))
-    bases = choose_bases(buckets, native_base)
-    table = _shares(parameters, (native_base, *bases), context)
-    return Result(
-        header=header,
-        context=context,
-        pairs=pairs,
-        native_base=native_base,
-        bases=bases,
-        native=table[0],
-        waves=table[1:],
-        envelope=envelope(table[1:]),
-        search=search,
-    )
-
-
-def _find(parameters: RopeParameters, native_base: float, context: int, search: Search) -> tuple[float, ...]:
-    """The multiples of the native base that the search chooses, ascending."""
-    # The ends of the range must be possible bases; then all between them are.
-    choose_bases(BucketConfig(multipliers=(search.low, search.high)), native_base)
-    multipliers = candidate_multipliers(search.low, search.high, search.candidates)
-    table = _shares(parameters, [multiplier * native_base for multiplier in multipliers], context)
-    find = search_paper if search.objective == "paper" else search_envelope
-    chosen = find(table, multipliers.index(1.0), search.count)
-    return tuple(sorted(multipliers[index] for index in chosen))
-
-
-def _shares(parameters: RopeParameters, bases: Sequence[float], context: int) -> Floats:
-    """The waves of `bases` as shares of A(0), float64 [bases, context]."""
-    if len(bases) * context > _MAX_VALUES:
-        raise UsageError(
-            f"{len(bases)} bases over {context} tokens are too much to compute",
-            f"choose --ctx-size {_MAX_VALUES // len(bases)} or less, or fewer bases",
-        )
-    frequencies = np.array([angular_frequencies(parameters, base) for base in bases])
-    table = waveforms(frequencies, context)
-    table /= value_at_zero(frequencies.shape[1])
-    return table
 
 
 def _buckets(options: BucketOptions, *, searching: bool) -> BucketConfig:
@@ -242,7 +144,7 @@ def _context_size(wanted: int, header: Header) -> int:
     return wanted or max(2, header.trained_context)
 
 
-def _names(result: Result) -> list[str]:
+def _names(result: Waves) -> list[str]:
     """Each base as a multiple of the native one, as in "0.5" or "1 (native)"."""
     multiples = [f"{base / result.native_base:.4g}" for base in result.bases]
     return [
@@ -251,7 +153,7 @@ def _names(result: Result) -> list[str]:
     ]
 
 
-def _figure(result: Result) -> WavePlot:
+def _figure(result: Waves) -> WavePlot:
     others = [index for index, base in enumerate(result.bases) if base != result.native_base]
     names = _names(result)
     return WavePlot(
@@ -263,7 +165,7 @@ def _figure(result: Result) -> WavePlot:
     )
 
 
-def _show(terminal: Terminal, result: Result, *, plot: bool) -> None:
+def _show(terminal: Terminal, result: Waves, *, plot: bool) -> None:
     """The table, the comparison, how to use what a search found, and the plot."""
     console = Console(file=terminal.output, highlight=False, emoji=False)
     native, whole = summarise(result.native), summarise(result.envelope)
@@ -309,7 +211,7 @@ def _cells(name: str, base: float | None, summary: WaveSummary) -> tuple[str, ..
     )
 
 
-def _report(result: Result) -> dict[str, Any]:
+def _report(result: Waves) -> dict[str, Any]:
     """The object that --json prints."""
     native, whole = summarise(result.native), summarise(result.envelope)
     buckets = [

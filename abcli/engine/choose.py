@@ -13,29 +13,27 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from abcli.atomic import write_atomically
-from abcli.config import EngineConfig, engines_directory
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine, check_servable
-from abcli.engine.protocol import Engine
+from abcli.config import Buckets, ContextConfig, engines_directory
+from abcli.engine.fused import check_servable
+from abcli.engine.make import Kind, make_engine
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, UnsupportedModelError
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.header import Header
+from abcli.gguf.checked import CheckedModel
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.llama import CancelFlag, devices, version
 from abcli.native.model import Model
 from abcli.native.rotating.context import FusedContext, SlotPart
+from abcli.native.rotating.keys import PROBE_POSITION, agree
 
 # Raised when the probe comes to look at more.
-PROBE_VERSION = 2
-# The text stands far from the beginning, where a wrong angle shows; its last tokens come one by one.
-_START = 997
+PROBE_VERSION = 3
+# The text stands where a wrong angle shows; its last tokens come one by one.
 _TEXT = "The history of the lighthouse begins with fires that were lit on hills, for the sailors to steer by at night."
 _TEXT_TOKENS = 20
 _SINGLE_TOKENS = 4
@@ -46,15 +44,12 @@ _MOST_DIVERGENCE = 0.1
 _FLOORS = 4.0
 # A base so near that only rounding tells it from the true one.
 _NUDGE = 1 + 1e-5
-# Largest error of a key relative to the layer's largest number: a few roundings of f16.
-_KEY_TOLERANCE = 4e-3
 # How long the comparison of speeds goes on, and how many rounds it takes at least.
 _SECONDS = 0.8
 _ROUNDS = 3
 _WARM_STEPS = 2
 
 Logs = NDArray[np.float64]
-Kind = Literal["fused", "contexts"]
 
 
 @dataclass(frozen=True)
@@ -87,14 +82,14 @@ class Choice:
     reason: str
 
 
-Verify = Callable[[Model, EngineConfig], Verdict]
-Measure = Callable[[Model, EngineConfig, Header], Speeds]
+Verify = Callable[[Model, ContextConfig, Sequence[float]], Verdict]
+Measure = Callable[[Model, ContextConfig, Buckets], Speeds]
 
 
 def choose(
     model: Model,
-    config: EngineConfig,
-    header: Header,
+    config: ContextConfig,
+    buckets: Buckets,
     verify: Verify | None = None,
     measure: Measure | None = None,
     say: Callable[[str], None] = lambda _text: None,
@@ -106,22 +101,22 @@ def choose(
     """
     if config.engine == "contexts":
         return Choice("contexts", "as asked for")
-    single = len(set(config.bases)) == 1
-    if config.engine == "auto" and single and (config.slots == 1 or len(config.bases) > 1):
+    single = len(set(buckets.bases)) == 1
+    if config.engine == "auto" and single and (config.slots == 1 or len(buckets.bases) > 1):
         return Choice("contexts", "there is one bucket")
     try:
-        check_servable(model, header, config)
+        check_servable(model, config, len(buckets.bases))
         if single:
             # Nothing is turned, so there is nothing to verify, nor would a verdict say anything of other bases.
             asked = config.engine == "fused"
             why = "as asked for" if asked else "there is one bucket, and each slot has cells of its own to pass over"
             return Choice("fused", why)
-        verdict = _verdict(model, config, header, verify or verify_fused, say)
+        verdict = _verdict(model, config, buckets.bases, verify or verify_fused, say)
         if not verdict.sound:
-            raise UnsupportedModelError(f"the fused engine refuses itself: {verdict.reason}", "use --engine contexts")
+            raise UnsupportedModelError(f"the fused engine refuses itself: {verdict.reason}", "use `engine=contexts`")
         if config.engine == "fused":
             return Choice("fused", "as asked for")
-        speeds = _speeds(model, config, header, measure or measure_engines, say)
+        speeds = _speeds(model, config, buckets, measure or measure_engines, say)
     except AbcliError as error:
         if config.engine == "fused":
             raise
@@ -130,14 +125,14 @@ def choose(
     return Choice(kind, f"measured: {speeds.fused:.3g} steps/s fused, {speeds.contexts:.3g} in contexts")
 
 
-def forget_speeds(config: EngineConfig, header: Header) -> None:
+def forget_speeds(model: CheckedModel, config: ContextConfig, buckets: int) -> None:
     """Let the next `choose` for `config` measure which engine is faster; what was remembered is dropped."""
     # A file that cannot be removed only means that the old choice stays.
     with suppress(OSError):
-        _speeds_name(config, header).unlink(missing_ok=True)
+        _speeds_name(model, config, buckets).unlink(missing_ok=True)
 
 
-def verify_fused(model: Model, config: EngineConfig) -> Verdict:
+def verify_fused(model: Model, config: ContextConfig, bases: Sequence[float]) -> Verdict:
     """Compare a short text in the fused context with a plain context per base. Raises what making them raises.
 
     The first token attends to nothing else, so that its keys depend on its position alone and tell the angle itself,
@@ -145,38 +140,38 @@ def verify_fused(model: Model, config: EngineConfig) -> Verdict:
     but for rounding gives, or another batch shape, whichever is more.
     """
     cancel = CancelFlag()
-    return run_on_compute_thread(lambda: _compare(model, config, cancel), cancel.set)
+    return run_on_compute_thread(lambda: _compare(model, config, bases, cancel), cancel.set)
 
 
-def _compare(model: Model, config: EngineConfig, cancel: CancelFlag) -> Verdict:
+def _compare(model: Model, config: ContextConfig, bases: Sequence[float], cancel: CancelFlag) -> Verdict:
     small = replace(
         config,
         context_size=_PROBE_CONTEXT,
         slots=1,
-        batch_size=max(64, _TEXT_TOKENS * len(config.bases)),
-        ubatch_size=max(64, _TEXT_TOKENS * len(config.bases)),
+        batch_size=max(64, _TEXT_TOKENS * len(bases)),
+        ubatch_size=max(64, _TEXT_TOKENS * len(bases)),
     )
     native = float(np.float32(model.native_base))
-    own = native if native in config.bases else config.bases[0]
+    own = native if native in bases else bases[0]
 
-    def context(*bases: float, base: float) -> FusedContext:
-        return FusedContext(model, bases, small, base, config.threads or available_cores(), cancel)
+    def context(*columns: float, base: float) -> FusedContext:
+        return FusedContext(model, columns, small, base, config.threads or available_cores(), cancel)
 
-    with context(*config.bases, base=own) as fused:
+    with context(*bases, base=own) as fused:
         ours = _text(model, fused)
-        keys = [fused.keys_at(column, 0) for column in range(len(config.bases))]
+        keys = [fused.keys_at(column, 0) for column in range(len(bases))]
     theirs = {}
-    for base in dict.fromkeys(config.bases):
+    for base in dict.fromkeys(bases):
         with context(base, base=base) as plain:
             theirs[base] = _text(model, plain)[:, 0]
-            wrong = _wrong_layer(plain.keys_at(0, 0), [keys[i] for i, b in enumerate(config.bases) if b == base])
+            wrong = _wrong_layer(plain.keys_at(0, 0), [keys[i] for i, b in enumerate(bases) if b == base])
             if wrong is not None:
                 return Verdict((), 0.0, f"the keys of layer {wrong} are not those of a context with base {base:g}")
             if base == own:
                 singly = _text(model, plain, pieces=_TEXT_TOKENS)[:, 0]
     with context(own * _NUDGE, base=own * _NUDGE) as nudged:
         floors = [_divergence(theirs[own], logits) for logits in (_text(model, nudged)[:, 0], singly)]
-    divergences = tuple(_divergence(theirs[base], ours[:, bucket]) for bucket, base in enumerate(config.bases))
+    divergences = tuple(_divergence(theirs[base], ours[:, bucket]) for bucket, base in enumerate(bases))
     limit = min(_FLOORS * max(floors) + _LEAST_DIVERGENCE, _MOST_DIVERGENCE)
     # Not a number is not below the limit either.
     worst = float(np.max(divergences))
@@ -185,15 +180,13 @@ def _compare(model: Model, config: EngineConfig, cancel: CancelFlag) -> Verdict:
     return Verdict(divergences, max(floors), reason)
 
 
-def measure_engines(model: Model, config: EngineConfig, header: Header) -> Speeds:
+def measure_engines(model: Model, config: ContextConfig, buckets: Buckets) -> Speeds:
     """Decode a few tokens with both engines in turn, for about a second. Raises what making them raises."""
     small = replace(config, context_size=_PROBE_CONTEXT, prefill="exact", prompt_cache=None)
     tokens = dict.fromkeys(range(config.slots), model.vocabulary_size // 2)
     with ExitStack() as stack:
-        engines: list[Engine] = [
-            stack.enter_context(FusedEngine(model, small, header=header)),
-            stack.enter_context(ContextsEngine(model, small, header=header)),
-        ]
+        kinds: tuple[Kind, Kind] = ("fused", "contexts")
+        engines = [stack.enter_context(make_engine(kind, model, small, buckets)) for kind in kinds]
         times: list[list[float]] = [[] for _ in engines]
         for engine in engines:
             for _ in range(_WARM_STEPS):
@@ -210,44 +203,48 @@ def measure_engines(model: Model, config: EngineConfig, header: Header) -> Speed
     return Speeds(fused, contexts)
 
 
-def _verdict(model: Model, config: EngineConfig, header: Header, verify: Verify, say: Callable[[str], None]) -> Verdict:
-    name = _name("verdict", _circumstances(config, header))
+def _verdict(
+    model: Model, config: ContextConfig, bases: Sequence[float], verify: Verify, say: Callable[[str], None]
+) -> Verdict:
+    name = _name("verdict", _circumstances(model.checked, config))
     known = _recall(name)
     if known is not None:
         with suppress(KeyError, TypeError, ValueError):
             divergences = tuple(float(number) for number in known["divergences"])
             return Verdict(divergences, float(known["floor"]), str(known["reason"]))
     say("trying the fused engine (once for this model)")
-    verdict = verify(model, config)
+    verdict = verify(model, config, bases)
     _remember(name, asdict(verdict))
     return verdict
 
 
-def _speeds(model: Model, config: EngineConfig, header: Header, measure: Measure, say: Callable[[str], None]) -> Speeds:
-    name = _speeds_name(config, header)
+def _speeds(
+    model: Model, config: ContextConfig, buckets: Buckets, measure: Measure, say: Callable[[str], None]
+) -> Speeds:
+    name = _speeds_name(model.checked, config, len(buckets.bases))
     known = _recall(name)
     if known is not None:
         with suppress(KeyError, TypeError, ValueError):
             return Speeds(float(known["fused"]), float(known["contexts"]))
     say("measuring which engine is faster (once for this model and number of buckets)")
-    speeds = measure(model, config, header)
+    speeds = measure(model, config, buckets)
     _remember(name, asdict(speeds))
     return speeds
 
 
-def _speeds_name(config: EngineConfig, header: Header) -> Path:
-    more = [config.threads or available_cores(), len(config.bases), config.slots]
-    return _name("speeds", [*_circumstances(config, header), *more])
+def _speeds_name(model: CheckedModel, config: ContextConfig, buckets: int) -> Path:
+    more = [config.threads or available_cores(), buckets, config.slots]
+    return _name("speeds", [*_circumstances(model, config), *more])
 
 
-def _circumstances(config: EngineConfig, header: Header) -> list[object]:
+def _circumstances(model: CheckedModel, config: ContextConfig) -> list[object]:
     """All but the number of buckets on which right and fast depend."""
     return [
         PROBE_VERSION,
-        fingerprint(header),
+        model.fingerprint,
         version(),
         [(device.name, device.description) for device in devices()],
-        config.gpu_layers,
+        model.config.gpu_layers,
         config.flash_attention,
         config.cache_type_k,
         config.cache_type_v,
@@ -292,7 +289,7 @@ def _text(model: Model, context: FusedContext, pieces: int = 1) -> Logs:
         if end == start:
             continue
         logits = np.empty((len(columns), model.vocabulary_size), np.float32)
-        context.compute([SlotPart(0, _START + start, tokens[start:end])], columns, [logits])
+        context.compute([SlotPart(0, PROBE_POSITION + start, tokens[start:end])], columns, [logits])
         if end >= head:
             found.append(logits.astype(np.float64))
         start = end
@@ -311,7 +308,6 @@ def _wrong_layer(
 ) -> int | None:
     """The first layer in which a bucket's key of the first token is another one."""
     for layer in sorted(wanted):
-        limit = _KEY_TOLERANCE * float(np.abs(wanted[layer]).max())
-        if any(not float(np.abs(keys[layer] - wanted[layer]).max()) <= limit for keys in found):
+        if not all(agree(keys[layer], wanted[layer]) for keys in found):
             return layer
     return None

@@ -1,276 +1,171 @@
-"""The engine of N contexts: one model, one llama.cpp context per bucket, decoded by a pool of workers."""
+"""A backend of N contexts: one llama.cpp context per column, decoded by a pool of workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import cached_property
-from math import log
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
-from abcli.engine.prompt_cache import CacheKey, PromptCache
-from abcli.engine.protocol import Progress
+from abcli.config import Buckets, ContextConfig
+from abcli.engine.backend import TILED_TOKENS, Part, Sharing
 from abcli.engine.shared import NotShareableError, SharedPrefill
-from abcli.engine.slots import MIN_SHARED_TOKENS, TILED_TOKENS, SlotEngine, fitting
-from abcli.engine.stored import StoredPrompts
-from abcli.engine.workers import WorkerPlan, available_cores, plan_workers
-from abcli.errors import CancelledError
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.header import Header, read_header
+from abcli.engine.workers import WorkerPlan, available_cores, plan_workers, run_all
 from abcli.native.compute_thread import compute_thread
 from abcli.native.context import BatchPart, Context
-from abcli.native.llama import version
+from abcli.native.llama import CancelFlag, version
 from abcli.native.model import Model
+from abcli.native.owner import Owner
 from abcli.native.rotating.keys import aligned_bytes
 from abcli.native.state import parse_state
-from abcli.rope.frequencies import RopeParameters
 from abcli.rope.parameters import rope_parameters
 
-__all__ = ["MIN_SHARED_TOKENS", "ContextsEngine"]
 
+class ContextsBackend(Owner):
+    """Implements `Backend`. The contexts share the weights; each has its own cache, buffers and RoPE base."""
 
-class _Known:
-    """What the model's file says, read when it is first asked for."""
-
-    def __init__(self, model: Model, config: EngineConfig, header: Header | None) -> None:
-        self._model = model
-        self._cells = config.context_size * config.slots
-        self._given = header
-
-    @cached_property
-    def header(self) -> Header:
-        return self._given or replace(read_header(self._model.path), adapters=self._model.adapters)
-
-    @cached_property
-    def rope(self) -> RopeParameters:
-        return rope_parameters(self.header, neox=self._model.rotation == "halves", context_size=self._cells)
-
-
-class ContextsEngine(SlotEngine):
-    """Implements `Engine`. The contexts share the weights; each has its own cache, buffers and RoPE base."""
-
-    def __init__(
-        self,
-        model: Model,
-        config: EngineConfig,
-        warn: Callable[[str], None] | None = None,
-        header: Header | None = None,
-    ) -> None:
-        """Make one context per base of `config`; the model stays the caller's and must outlive the engine.
-
-        `warn` gets a line for what goes wrong with the prompt cache on disk; `header` is the model's, if it has
-        been read already.
+    def __init__(self, model: Model, config: ContextConfig, buckets: Buckets) -> None:
+        """Make one context per bucket; the model stays the caller's and must outlive the backend.
 
         Raises NativeError if a context cannot be made.
         """
-        super().__init__(config, model.vocabulary_size)
+        self.buckets = len(buckets.bases)
+        self.cancel = CancelFlag()
         self._cores = config.threads or available_cores()
-        self.plan: WorkerPlan = plan_workers(len(config.bases), self._cores)
-        known = _Known(model, config, header)
+        self.plan: WorkerPlan = plan_workers(self.buckets, self._cores)
+        cells = config.context_size * config.slots
+        self._rope = rope_parameters(model.checked.header, neox=model.rotation == "halves", context_size=cells)
+        self.cell_format = (repr(self._rope), version())
         with ExitStack() as stack:
 
             def make(base: float) -> Context:
-                cells = config.context_size * config.slots
-                return stack.enter_context(Context(model, base, config, cells, self.plan.threads, self._cancel))
+                return stack.enter_context(Context(model, base, config, cells, self.plan.threads, self.cancel))
 
-            self._contexts = [make(base) for base in config.bases]
-            if self.plan.workers == 1:
-                self._pool = compute_thread()
-            else:
-                self._pool = stack.enter_context(
-                    ThreadPoolExecutor(self.plan.workers, thread_name_prefix="abcli-bucket")
-                )
+            self._contexts = [make(base) for base in buckets.bases]
+            self._pool: Executor = compute_thread()
+            if self.plan.workers > 1:
+                pool = ThreadPoolExecutor(self.plan.workers, thread_name_prefix="abcli-bucket")
+                self._pool = stack.enter_context(pool)
             self._shared: SharedPrefill | None = None
-            self._leader = self._contexts[0]
-            self.prefill_note = self._try_sharing(model, config, known, make, stack)
-            self._step_limit = self._leader.batch_size
-            self._piece = min(self._leader.batch_size, self._leader.ubatch_size)
-            if model.sliding_window > 0 and (self._shared is not None or config.prompt_cache is not None):
+            self.leader = 0
+            self.sharing = self._try_sharing(model, config, buckets, make, stack)
+            self.bases = tuple(context.base for context in self._contexts)
+            self._piece = min(self._contexts[0].batch_size, self._contexts[0].ubatch_size)
+            if model.sliding_window > 0 and (self.sharing.shared or config.prompt_cache is not None):
                 # A state leaves out what the window has passed, so no piece may be longer than the window.
                 self._piece = min(self._piece, model.sliding_window)
-            self._sharing = self._shared is not None
-            if config.prompt_cache is not None:
-                self._stored = self._open_stored(
-                    model, config, known, config.prompt_cache, warn or (lambda _line: None)
-                )
             self._stack = stack.pop_all()
 
-    def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
-        """Each bucket computes all slots in one batch."""
-        slots = list(tokens)
-        for first in range(0, len(slots), self._step_limit):
-            group = slots[first : first + self._step_limit]
-            parts = [BatchPart(slot, lengths[slot], (tokens[slot],), output=True) for slot in group]
-            self._decode(parts, group)
+    def piece(self, columns: int) -> int:
+        """See `Backend.piece`."""
+        return self._piece
 
-    def _copy_cells(self, source: int, target: int) -> None:
-        for context in self._all_contexts:
+    def compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+        """See `Backend.compute`: as many parts in a batch as may be without changing how llama.cpp computes each."""
+        single = all(len(part.tokens) == 1 for part in parts)
+        limit = self._contexts[0].batch_size if single else min(self._piece, TILED_TOKENS - 1)
+        for group in fitting(parts, limit):
+            self._decode(group, columns)
+
+    def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
+        """See `Backend.share`."""
+        if self._shared is None:
+            raise RuntimeError("this backend cannot share a prefill")
+        contexts = [self._contexts[target] for target in targets]
+        self._shared.transfer(self._contexts[source], contexts, slot, start, start + len(tokens))
+
+    def length(self, slot: int, column: int) -> int:
+        """See `Backend.length`."""
+        return self._contexts[column].length(slot)
+
+    def truncate(self, slot: int, length: int) -> bool:
+        """See `Backend.truncate`."""
+        # Every context is asked: a generator would stop at the first refusal and leave the others longer.
+        return all([context.truncate(slot, length) for context in self._contexts])  # noqa: C419
+
+    def copy(self, source: int, target: int) -> None:
+        """See `Backend.copy`."""
+        for context in self._contexts:
             context.copy(source, target)
 
-    def _decode(self, parts: Sequence[BatchPart], slots: Sequence[int]) -> None:
-        """Compute `parts` in every bucket; the logits of part i go to row `slots[i]`."""
-
-        def job(bucket: int) -> None:
-            if self._cancel.is_set():
-                raise CancelledError
-            rows = [
-                self._logits[slot, bucket] if part.output else None for part, slot in zip(parts, slots, strict=True)
-            ]
-            self._contexts[bucket].decode(parts, rows)
-
-        self._run_all(job, len(self._contexts))
-
-    def _prefill_exact(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
-        """Every bucket computes every token."""
-        start = len(self._tokens[slot])
-        for offset in range(0, len(tokens), self._piece):
-            piece = tokens[offset : offset + self._piece]
-            done = offset + len(piece)
-            self._decode([BatchPart(slot, start + offset, piece, output=done == len(tokens))], [slot])
-            if on_progress is not None:
-                on_progress(done, len(tokens))
-
-    def _prefill_exact_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        """As many prompts in a batch as may be without changing how llama.cpp computes each."""
-        for slots in fitting(prompts, min(self._piece, TILED_TOKENS - 1)):
-            if len(slots) == 1:
-                self._prefill_exact(slots[0], prompts[slots[0]], None)
-                continue
-            parts = [BatchPart(slot, len(self._tokens[slot]), prompts[slot], output=True) for slot in slots]
-            self._decode(parts, slots)
-
-    def _lead(self, slot: int, tokens: Sequence[int], on_done: Callable[[int], None]) -> None:
-        """The leader computes piece by piece, and the others take each over."""
-        start = len(self._tokens[slot])
-        for offset in range(0, len(tokens), self._piece):
-            piece = tokens[offset : offset + self._piece]
-            self._lead_parts([BatchPart(slot, start + offset, piece, output=False)])
-            on_done(offset + len(piece))
-
-    def _lead_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        """As many prompts in a batch as may be without changing how llama.cpp computes each."""
-        for slots in fitting(prompts, min(self._piece, TILED_TOKENS - 1)):
-            if len(slots) == 1:
-                self._lead(slots[0], prompts[slots[0]], lambda _done: None)
-                continue
-            self._lead_parts([BatchPart(slot, len(self._tokens[slot]), prompts[slot], output=False) for slot in slots])
-
-    def _lead_parts(self, parts: Sequence[BatchPart]) -> None:
-        """One batch in the leader, and from there to the others."""
-        shared = self._shared
-        if shared is None:
-            raise RuntimeError("this engine cannot share a prefill")
-        for part in parts:
-            self._let_leader_catch_up(shared, part.sequence, part.position)
-        others = [context for context in self._contexts if context is not self._leader]
-        self._leader.set_threads(self._cores)
+    def read_cells(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
+        """See `Backend.read_cells`."""
+        leader = self._contexts[self.leader]
+        leader.take_range(slot, start, end)
         try:
-            self._run_all(lambda _index: self._leader.decode(parts, [None] * len(parts)), 1, compute_thread())
+            data = aligned_bytes(leader.spare_state_size())
+            leader.read_spare(data)
         finally:
-            self._leader.set_threads(self.plan.threads)
-        for part in parts:
-            shared.transfer(self._leader, others, part.sequence, part.position, part.position + len(part.tokens))
+            leader.drop_spare()
+        return data
 
-    def _finish_shared(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
-        """All buckets compute the last token."""
-        self._step(tokens, lengths)
+    def append_cells(self, slot: int, start: int, tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """See `Backend.append_cells`."""
+        parse_state(data)
+        leader = self._contexts[self.leader]
+        try:
+            leader.write_spare(data)
+            leader.append_spare(slot)
+        finally:
+            leader.drop_spare()
 
-    def _let_leader_catch_up(self, shared: SharedPrefill, slot: int, length: int) -> None:
-        """A leader that is no bucket takes over from the nearest bucket what was decoded without it."""
-        nearest = min(self._contexts, key=lambda context: abs(log(context.base / self._leader.base)))
-        for start in range(self._leader.length(slot), length, self._piece):
-            shared.transfer(nearest, [self._leader], slot, start, min(start + self._piece, length))
+    def _decode(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+        """One batch in each of the columns; one column alone has all the cores."""
+        batch = [BatchPart(part.slot, part.position, part.tokens, output=part.logits is not None) for part in parts]
+
+        def job(index: int) -> None:
+            rows = [None if part.logits is None else part.logits[index] for part in parts]
+            self._contexts[columns[index]].decode(batch, rows)
+
+        if len(columns) > 1 or self.plan.threads == self._cores:
+            run_all(self._pool, job, len(columns), self.cancel)
+            return
+        (context,) = (self._contexts[column] for column in columns)
+        context.set_threads(self._cores)
+        try:
+            run_all(compute_thread(), job, 1, self.cancel)
+        finally:
+            context.set_threads(self.plan.threads)
 
     def _try_sharing(
-        self, model: Model, config: EngineConfig, known: _Known, make: Callable[[float], Context], stack: ExitStack
-    ) -> str:
-        """Prepare shared prefill if it is wanted and proves right; what is done, and why, in a few words."""
-        if config.prefill == "exact" or len(config.bases) == 1:
-            return "exact prefill"
+        self, model: Model, config: ContextConfig, buckets: Buckets, make: Callable[[float], Context], stack: ExitStack
+    ) -> Sharing:
+        """Prepare shared prefill if it is wanted and proves right; a leader that is no bucket is one more column."""
+        if config.prefill == "exact" or self.buckets == 1:
+            return Sharing(False)
         if model.rotation is None:
-            return "exact prefill: the positions of this model have several parts (M-RoPE)"
-        base = float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
+            return Sharing(False, "the positions of this model have several parts (M-RoPE)")
+        base = buckets.prefill_base
         leader = next((context for context in self._contexts if context.base == base), None) or make(base)
-        shared = SharedPrefill(known.rope, known.header.key_length, model.vocabulary_size // 2, self._run_all)
+        shared = SharedPrefill(
+            self._rope,
+            model.checked.header.key_length,
+            model.vocabulary_size // 2,
+            lambda job, count: run_all(self._pool, job, count, self.cancel),
+        )
         stack.callback(shared.close)
         try:
             shared.probe([leader, *self._contexts], config.context_size)
         except NotShareableError as error:
             if leader not in self._contexts:
                 leader.close()
-            return f"exact prefill: {error.message}"
-        self._leader, self._shared = leader, shared
-        return f"shared prefill at base {base:g}; {shared.turning_layers} layers follow the base"
-
-    @property
-    def _all_contexts(self) -> list[Context]:
-        extra = [] if self._leader in self._contexts else [self._leader]
-        return [*self._contexts, *extra]
-
-    def _open_stored(
-        self, model: Model, config: EngineConfig, known: _Known, directory: Path, warn: Callable[[str], None]
-    ) -> StoredPrompts | None:
-        """The prompts on the disk that fit this engine, if its caches can be filled from there at all."""
-        others = [context for context in self._contexts if context is not self._leader]
-        if (others and self._shared is None) or model.is_recurrent:
-            warn(f"--prompt-cache needs a shared prefill or a single bucket: {self.prefill_note}")
-            return None
-        key = CacheKey(
-            model=fingerprint(known.header),
-            base=self._leader.base,
-            scaling=repr(known.rope),
-            cache_type_k=config.cache_type_k,
-            cache_type_v=config.cache_type_v,
-            flash_attention=config.flash_attention,
-            build=version(),
-            model_name=known.header.name,
-        )
-        cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
-        return StoredPrompts(cache, _LeaderCells(self._leader, others, self._shared), self._piece)
-
-    def _truncate_cells(self, slot: int, length: int) -> int:
-        # Every context is asked: a generator would stop at the first refusal and leave the others longer.
-        if all([context.truncate(slot, length) for context in self._all_contexts]):  # noqa: C419
-            return length
-        for context in self._all_contexts:
-            context.truncate(slot, 0)
-        return 0
+            return Sharing(False, error.message)
+        if leader not in self._contexts:
+            self._contexts.append(leader)
+        self._shared, self.leader = shared, self._contexts.index(leader)
+        return Sharing(True, f"at base {base:g}; {shared.turning_layers} layers follow the base")
 
 
-class _LeaderCells:
-    """What the leader holds, as bytes; the other contexts take it with their keys turned."""
-
-    def __init__(self, leader: Context, others: Sequence[Context], shared: SharedPrefill | None) -> None:
-        """Without `others`, `shared` is not needed."""
-        self._leader = leader
-        self._others = others
-        self._shared = shared
-
-    def read(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
-        """See `Cells.read`."""
-        self._leader.take_range(slot, start, end)
-        try:
-            data = aligned_bytes(self._leader.spare_state_size())
-            self._leader.read_spare(data)
-        finally:
-            self._leader.drop_spare()
-        return data
-
-    def append(self, slot: int, _start: int, _tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
-        """See `Cells.append`."""
-        parse_state(data)
-        self._leader.write_spare(data)
-        self._leader.append_spare(slot)
-        if self._shared is not None and self._others:
-            self._shared.give(data, self._leader, self._others, slot)
-
-    def truncate(self, slot: int, length: int) -> None:
-        """See `Cells.truncate`."""
-        for context in (self._leader, *self._others):
-            context.truncate(slot, length)
+def fitting(parts: Sequence[Part], limit: int) -> Iterator[list[Part]]:
+    """`parts` in groups of at most `limit` tokens; a longer one is a group of its own."""
+    group: list[Part] = []
+    held = 0
+    for part in parts:
+        if group and held + len(part.tokens) > limit:
+            yield group
+            group, held = [], 0
+        group.append(part)
+        held += len(part.tokens)
+    yield group

@@ -1,31 +1,25 @@
-"""The engine of one context: every bucket of every slot in one batch, so that the weights are read once per token."""
+"""A backend of one context: every bucket of every slot in one batch, so that the weights are read once per token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from math import log
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import PROMPT_CACHE_LIMIT, EngineConfig
-from abcli.engine.prompt_cache import CacheKey, PromptCache
-from abcli.engine.protocol import Progress
-from abcli.engine.slots import TILED_TOKENS, SlotEngine
-from abcli.engine.stored import StoredPrompts
-from abcli.engine.workers import available_cores
-from abcli.errors import CancelledError, UnsupportedModelError
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.header import Header, read_header
+from abcli.config import Buckets, ContextConfig
+from abcli.engine.backend import TILED_TOKENS, Part, Sharing
+from abcli.engine.workers import available_cores, run_all
+from abcli.errors import UnsupportedModelError
 from abcli.native.compute_thread import compute_thread
-from abcli.native.llama import version
+from abcli.native.llama import CancelFlag, version
 from abcli.native.model import Model
+from abcli.native.owner import Owner
 from abcli.native.rotating.context import FusedContext, SlotPart
 
-_HINT = "use --engine contexts with this model"
+_HINT = "use `engine=contexts` with this model"
 # What names the rank of compressed keys and values in a GGUF header.
 _MLA_KEY = "attention.kv_lora_rank"
 _EXPERTS_KEY = "expert_count"
@@ -33,275 +27,183 @@ _EXPERTS_KEY = "expert_count"
 _BATCH_ROWS = 16
 
 
-class FusedEngine(SlotEngine):
-    """Implements `Engine` with one context whose rows are turned to each bucket's base as they are computed."""
+class FusedBackend(Owner):
+    """Implements `Backend` with one context whose rows are turned to each bucket's base as they are computed."""
 
-    def __init__(
-        self,
-        model: Model,
-        config: EngineConfig,
-        warn: Callable[[str], None] | None = None,
-        header: Header | None = None,
-    ) -> None:
-        """Make the context; the model stays the caller's and must outlive the engine.
-
-        `warn` gets a line for what goes wrong with the prompt cache on disk; `header` is the model's, if it has
-        been read already.
+    def __init__(self, model: Model, config: ContextConfig, buckets: Buckets) -> None:
+        """Make the context; the model stays the caller's and must outlive the backend.
 
         Raises UnsupportedModelError for a model that it cannot serve, with the reason, and NativeError if the context
         cannot be made.
         """
-        super().__init__(config, model.vocabulary_size)
-        header = header or replace(read_header(model.path), adapters=model.adapters)
-        check_servable(model, header, config)
-        self._threads = config.threads or available_cores()
-        self._all = range(len(config.bases))
+        self.buckets = len(buckets.bases)
+        check_servable(model, config, self.buckets)
+        self.cancel = CancelFlag()
+        self._slot_cells = config.context_size
+        self._dropped: NDArray[np.float32] = np.empty((self.buckets, model.vocabulary_size), np.float32)
+        # Whether it is yet to be proved that cells lie where shared keys were put.
+        self._unproved = False
         with ExitStack() as stack:
-            self._pool = compute_thread()
 
             def make() -> None:
-                leader = _leader_base(model, config)
-                self._leader, self._context, self.prefill_note = self._open(model, config, header, leader)
+                self.leader, self._context, self.sharing = _open(model, config, buckets, self.cancel)
                 stack.callback(self._context.close)
 
             self._run(make)
-            self._sharing = self.prefill_note.startswith("shared")
+            self.bases = self._context.bases
+            scaling = repr([rope.parameters for rope in self._context.observation.ropes])
+            self.cell_format = (scaling, f"{version()}, all layers in one cache")
             self._piece = min(self._context.batch_size, self._context.ubatch_size)
-            if config.prompt_cache is not None:
-                warn = warn or (lambda _line: None)
-                self._stored = self._open_stored(model, config, header, config.prompt_cache, warn)
             self._stack = stack.pop_all()
 
-    def _open(self, model: Model, config: EngineConfig, header: Header, base: float) -> tuple[int, FusedContext, str]:
-        """The leader's column, the context, and how prompts are computed, and why."""
-        bases = config.bases
-        note = _sharing_obstacle(config, header)
-        extra = None if note or base in bases else base
-        if base not in bases and extra is None:
-            base = bases[0]
-        context = FusedContext(model, bases, config, base, self._threads, self._cancel, extra)
-        leader = len(bases) if extra is not None else bases.index(base)
-        if note:
-            return leader, context, note
-        with ExitStack() as stack:
-            stack.push(context)
-            obstacle = context.prove_sharing(leader)
-            if not obstacle:
-                stack.pop_all()
-                return (
-                    leader,
-                    context,
-                    f"shared prefill at base {base:g}; {context.turning_layers} layers follow the base",
-                )
-            note = f"exact prefill: {obstacle}"
-            if extra is None:
-                stack.pop_all()
-                return leader, context, note
-        return 0, FusedContext(model, bases, config, bases[0], self._threads, self._cancel), note
+    def piece(self, columns: int) -> int:
+        """See `Backend.piece`."""
+        return max(1, self._piece // columns)
 
-    def _step(self, tokens: Mapping[int, int], lengths: Mapping[int, int], *, careful: bool = False) -> None:
+    def compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+        """See `Backend.compute`."""
+        # A batch is kept in one piece only for ascending sequences without gaps.
+        parts = sorted(parts, key=lambda part: part.slot)
+        leading = len(columns) < self.buckets
+        if all(len(part.tokens) == 1 and part.logits is not None for part in parts):
+            self._compute_rows(parts)
+            return
+        groups = _alike(parts, self._piece, self._slot_cells) if self.buckets == 1 else ([part] for part in parts)
+        for group in groups:
+            batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
+            rows = [part.logits for part in group if part.logits is not None]
+            if len(group) > 1:
+                self._run(partial(self._context.compute_side_by_side, batch, [row[0] for row in rows]))
+            else:
+                self._run(partial(self._context.compute, batch, columns, rows or None, careful=leading))
+
+    def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
+        """See `Backend.share`."""
+        self._unproved = True
+        self._run(partial(self._context.share, slot, source, targets, start, tokens))
+
+    def length(self, slot: int, column: int) -> int:
+        """See `Backend.length`."""
+        return self._context.length(self._context.sequence(slot, column))
+
+    def truncate(self, slot: int, length: int) -> bool:
+        """See `Backend.truncate`."""
+        sequences = [self._context.sequence(slot, column) for column in range(len(self.bases))]
+        # Every sequence is asked: a generator would stop at the first refusal and leave the others longer.
+        return all([self._context.truncate(sequence, length) for sequence in sequences])  # noqa: C419
+
+    def copy(self, source: int, target: int) -> None:
+        """See `Backend.copy`."""
+        self._context.copy_slot(source, target)
+
+    def read_cells(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
+        """See `Backend.read_cells`."""
+        return self._context.read_cells(slot, self.leader, start, end)
+
+    def append_cells(self, slot: int, start: int, tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """See `Backend.append_cells`."""
+        self._run(partial(self._context.write_cells, slot, self.leader, start, tokens, data))
+
+    def _compute_rows(self, parts: Sequence[Part]) -> None:
         """Neighbouring slots go into one batch; idle ones between them get a token that is dropped again."""
-        buckets = len(self._bases)
-        idle = {slot: len(held) for slot, held in enumerate(self._tokens) if len(held) < self._slot_cells}
-        for slots in _runs(sorted(tokens), max(1, self._piece // buckets), idle, _BATCH_ROWS // buckets):
-            any_token = tokens[slots[0]]
-            parts = [
-                SlotPart(slot, lengths.get(slot, idle.get(slot, 0)), (tokens.get(slot, any_token),)) for slot in slots
-            ]
-            try:
-                self._compute(parts, self._all, [self._logits[slot] for slot in slots], careful=careful)
-            finally:
-                for slot in slots:
-                    if slot not in tokens:
-                        self._truncate_cells(slot, idle[slot])
-
-    def _prefill_exact(self, slot: int, tokens: Sequence[int], on_progress: Progress | None) -> None:
-        """Every bucket computes every token."""
-        start, total = len(self._tokens[slot]), len(tokens)
-        size = max(1, self._piece // len(self._bases))
-        for offset in range(0, total, size):
-            piece = tokens[offset : offset + size]
-            done = offset + len(piece)
-            self._compute([SlotPart(slot, start + offset, piece)], self._all, self._rows(slot, done == total))
-            if on_progress is not None:
-                on_progress(done, total)
-
-    def _prefill_exact_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        """Several buckets of one prompt fill a batch; the prompts of a single bucket share one."""
-        for slots in self._groups(prompts) if len(self._bases) == 1 else [[slot] for slot in prompts]:
-            if len(slots) == 1:
-                self._prefill_exact(slots[0], prompts[slots[0]], None)
-                continue
-            parts = [SlotPart(slot, len(self._tokens[slot]), prompts[slot]) for slot in slots]
-            rows = [self._logits[slot, 0] for slot in slots]
-            self._run(lambda parts=parts, rows=rows: self._context.compute_side_by_side(parts, rows))  # type: ignore[misc]
-
-    def _groups(self, prompts: Mapping[int, Sequence[int]]) -> Iterator[list[int]]:
-        """Neighbouring slots whose prompts are so near in length that filling them up costs less than more batches."""
-        group: list[int] = []
-        longest = 0
-        for slot in sorted(prompts):
-            length = len(prompts[slot])
-            rows = max(longest, length) * (len(group) + 1)
-            fits = rows <= self._piece and len(self._tokens[slot]) + max(longest, length) <= self._slot_cells
-            fits = fits and all(len(self._tokens[other]) + length <= self._slot_cells for other in group)
-            near = rows <= longest * len(group) + length + _BATCH_ROWS
-            near = near and (longest < TILED_TOKENS) == (length < TILED_TOKENS)
-            if group and not (slot == group[-1] + 1 and fits and near):
-                yield group
-                group, longest = [], 0
-            group.append(slot)
-            longest = max(longest, length)
-        yield group
-
-    def _lead(self, slot: int, tokens: Sequence[int], on_done: Callable[[int], None]) -> None:
-        """The leader computes piece by piece, and the others take each over."""
-        start = len(self._tokens[slot])
-        self._let_leader_catch_up(slot, start)
-        others = [column for column in range(len(self._context.bases)) if column != self._leader]
-        for offset in range(0, len(tokens), self._piece):
-            part = SlotPart(slot, start + offset, tokens[offset : offset + self._piece])
-            self._compute([part], [self._leader], None, careful=True)
-            self._run(lambda part=part: self._context.share(slot, self._leader, others, part.position, part.tokens))  # type: ignore[misc]
-            on_done(offset + len(part.tokens))
-
-    def _lead_together(self, prompts: Mapping[int, Sequence[int]]) -> None:
-        """One after the other: the leader's sequences are no neighbours, so that no batch takes several."""
-        for slot, tokens in prompts.items():
-            self._lead(slot, tokens, lambda _done: None)
-
-    def _finish_shared(self, tokens: Mapping[int, int], lengths: Mapping[int, int]) -> None:
-        """Careful: it proves that the others' cells lie where the keys were put."""
-        self._step(tokens, lengths, careful=True)
-
-    def _let_leader_catch_up(self, slot: int, length: int) -> None:
-        """A leader that is no bucket takes over from the nearest bucket what was decoded without it."""
-        bases, leader = self._context.bases, self._leader
-        nearest = min(self._all, key=lambda column: abs(log(bases[column] / bases[leader])))
-        held = self._context.length(self._context.sequence(slot, leader))
-        for start in range(held, length, self._piece):
-            tokens = self._tokens[slot][start : min(start + self._piece, length)]
-            self._run(lambda start=start, tokens=tokens: self._context.share(slot, nearest, [leader], start, tokens))  # type: ignore[misc]
-
-    def _rows(self, slot: int, wanted: bool) -> list[NDArray[np.float32]] | None:
-        return [self._logits[slot]] if wanted else None
-
-    def _compute(
-        self,
-        parts: Sequence[SlotPart],
-        columns: Sequence[int],
-        logits: Sequence[NDArray[np.float32]] | None,
-        *,
-        careful: bool = False,
-    ) -> None:
-        self._run(lambda: self._context.compute(parts, columns, logits, careful=careful))
+        careful, self._unproved = self._unproved, False
+        rows = {part.slot: part for part in parts}
+        between = [slot for slot in range(parts[0].slot, parts[-1].slot) if slot not in rows]
+        lengths = {slot: self.length(slot, 0) for slot in between}
+        idle = {
+            slot: Part(slot, length, parts[0].tokens, self._dropped)
+            for slot, length in lengths.items()
+            if length < self._slot_cells
+        }
+        for slots in _runs(list(rows), self.piece(self.buckets), idle, _BATCH_ROWS // self.buckets):
+            group = [rows.get(slot) or idle[slot] for slot in slots]
+            batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
+            logits = [part.logits for part in group if part.logits is not None]
+            self._run(partial(self._context.compute, batch, range(self.buckets), logits, careful=careful))
+            for slot in idle.keys() & set(slots):
+                self.truncate(slot, lengths[slot])
 
     def _run(self, job: Callable[[], None]) -> None:
         """Run `job` on the thread that computes, unless a cancellation came before."""
-
-        def guarded(_index: int) -> None:
-            if self._cancel.is_set():
-                raise CancelledError
-            job()
-
-        self._run_all(guarded, 1)
-
-    def _truncate_cells(self, slot: int, length: int) -> int:
-        sequences = [self._context.sequence(slot, column) for column in range(len(self._context.bases))]
-        # Every sequence is asked: a generator would stop at the first refusal and leave the others longer.
-        if all([self._context.truncate(sequence, length) for sequence in sequences]):  # noqa: C419
-            return length
-        for sequence in sequences:
-            self._context.truncate(sequence, 0)
-        return 0
-
-    def _copy_cells(self, source: int, target: int) -> None:
-        self._context.copy_slot(source, target)
-
-    def _open_stored(
-        self, model: Model, config: EngineConfig, header: Header, directory: Path, warn: Callable[[str], None]
-    ) -> StoredPrompts | None:
-        """The prompts on the disk that fit this engine, if its caches can be filled from there at all."""
-        if len(self._bases) > 1 and not self._sharing:
-            warn(f"--prompt-cache needs a shared prefill or a single bucket: {self.prefill_note}")
-            return None
-        key = CacheKey(
-            model=fingerprint(header),
-            base=self._context.bases[self._leader],
-            scaling=repr([rope.parameters for rope in self._context.observation.ropes]),
-            cache_type_k=config.cache_type_k,
-            cache_type_v=config.cache_type_v,
-            flash_attention=config.flash_attention,
-            build=f"{version()}, all layers in one cache",
-            model_name=header.name,
-        )
-        cache = PromptCache(directory, key, PROMPT_CACHE_LIMIT, warn)
-        return StoredPrompts(cache, _FusedCells(self._context, self._leader, self._run), self._piece)
+        run_all(compute_thread(), lambda _index: job(), 1, self.cancel)
 
 
-class _FusedCells:
-    """What the leader's sequence holds, as bytes; the buckets' take it with their keys turned."""
-
-    def __init__(self, context: FusedContext, leader: int, run: Callable[[Callable[[], None]], None]) -> None:
-        """`run` calls what computes on the engine's thread."""
-        self._context = context
-        self._leader = leader
-        self._run = run
-
-    def read(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
-        """See `Cells.read`."""
-        return self._context.read_cells(slot, self._leader, start, end)
-
-    def append(self, slot: int, start: int, tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
-        """See `Cells.append`."""
-        others = [column for column in range(len(self._context.bases)) if column != self._leader]
-
-        def give() -> None:
-            self._context.write_cells(slot, self._leader, start, tokens, data)
-            self._context.share(slot, self._leader, others, start, tokens)
-
-        self._run(give)
-
-    def truncate(self, slot: int, length: int) -> None:
-        """See `Cells.truncate`."""
-        for column in range(len(self._context.bases)):
-            self._context.truncate(self._context.sequence(slot, column), length)
-
-
-def check_servable(model: Model, header: Header, config: EngineConfig) -> None:
+def check_servable(model: Model, config: ContextConfig, buckets: int) -> None:
     """Raise UnsupportedModelError, with the reason, for a model that one batch cannot serve under several bases."""
-    buckets = len(config.bases)
     if model.is_recurrent:
         reason = "keeps a recurrent state, of which the buckets of one batch cannot drop a part"
     elif model.has_rope and model.rotation is None:
         reason = "has positions of several parts (M-RoPE)"
-    elif header.integer(_MLA_KEY):
+    elif model.checked.header.integer(_MLA_KEY):
         reason = "keeps compressed keys and values (MLA)"
     elif buckets > 1 and not model.has_rope:
         reason = "does not use RoPE, so there is no base to vary"
     elif buckets > min(config.ubatch_size, config.batch_size):
         raise UnsupportedModelError(
             f"{buckets} buckets do not fit into a batch of {min(config.ubatch_size, config.batch_size)} tokens",
-            "ask for larger batches (--batch-size, --ubatch-size) or fewer buckets",
+            "ask for larger batches (`batch_size`, `ubatch_size`) or fewer buckets",
         )
     else:
         return
     raise UnsupportedModelError(f"{model.path} ({model.architecture}) {reason}", _HINT)
 
 
-def _sharing_obstacle(config: EngineConfig, header: Header) -> str:
-    """Why prompts must be computed in every bucket as far as is known beforehand, as a note; empty if nothing."""
-    if config.prefill == "exact" or len(config.bases) == 1:
-        return "exact prefill"
-    if header.integer(_EXPERTS_KEY):
+def _sharing_obstacle(model: Model, config: ContextConfig, buckets: int) -> Sharing | None:
+    """Why prompts must be computed in every bucket as far as is known beforehand; None if nothing is known."""
+    if config.prefill == "exact" or buckets == 1:
+        return Sharing(False)
+    if model.checked.header.integer(_EXPERTS_KEY):
         # A graph that is left out leaves the choice of experts undefined, which llama.cpp reads to copy weights.
-        return "exact prefill: the model has experts, and one batch cannot leave them out"
-    return ""
+        return Sharing(False, "the model has experts, and one batch cannot leave them out")
+    return None
 
 
-def _leader_base(model: Model, config: EngineConfig) -> float:
-    """The base under which a shared prefill computes, and the context itself."""
-    return float(np.float32(model.native_base if config.prefill_base is None else config.prefill_base))
+def _open(
+    model: Model, config: ContextConfig, buckets: Buckets, cancel: CancelFlag
+) -> tuple[int, FusedContext, Sharing]:
+    """The leader's column, the context, and how prompts are computed."""
+    bases, base, threads = buckets.bases, buckets.prefill_base, config.threads or available_cores()
+    sharing = _sharing_obstacle(model, config, len(bases))
+    extra = None
+    if base not in bases:
+        base, extra = (bases[0], None) if sharing is not None else (base, base)
+    context = FusedContext(model, bases, config, base, threads, cancel, extra)
+    leader = len(bases) if extra is not None else bases.index(base)
+    if sharing is not None:
+        return leader, context, sharing
+    with ExitStack() as stack:
+        stack.push(context)
+        obstacle = context.prove_sharing(leader)
+        if not obstacle or extra is None:
+            stack.pop_all()
+    if not obstacle:
+        return leader, context, Sharing(True, f"at base {base:g}; {context.turning_layers} layers follow the base")
+    if extra is not None:
+        leader, context = 0, FusedContext(model, bases, config, bases[0], threads, cancel)
+    return leader, context, Sharing(False, obstacle)
+
+
+def _alike(parts: Sequence[Part], limit: int, slot_cells: int) -> Iterator[list[Part]]:
+    """Neighbouring slots whose parts are so near in length that filling them up costs less than more batches.
+
+    At most `limit` tokens a group when filled up, and each slot has room for that.
+    """
+    group: list[Part] = []
+    longest = 0
+    for part in parts:
+        length = len(part.tokens)
+        wide = max(longest, length)
+        rows = wide * (len(group) + 1)
+        fits = rows <= limit and all(other.position + wide <= slot_cells for other in (*group, part))
+        near = rows <= longest * len(group) + length + _BATCH_ROWS and (longest < TILED_TOKENS) == (
+            length < TILED_TOKENS
+        )
+        if group and not (part.slot == group[-1].slot + 1 and fits and near):
+            yield group
+            group, wide = [], length
+        group.append(part)
+        longest = wide
+    yield group
 
 
 def _runs(slots: Sequence[int], limit: int, fillers: Container[int], widest: int) -> Iterator[list[int]]:

@@ -12,18 +12,15 @@ from pathlib import Path
 
 import psutil
 
-from abcli.config import EngineConfig
+from abcli.config import CONTEXT_STEP, MAX_CONTEXT, Buckets, ContextConfig
+from abcli.engine.engine import MIN_SHARED_TOKENS
 from abcli.engine.memory_shape import MemoryShape
-from abcli.engine.slots import MIN_SHARED_TOKENS
 from abcli.engine.workers import available_cores, plan_workers
 from abcli.errors import OutOfMemoryError
-from abcli.gguf.header import Header
+from abcli.gguf.checked import CheckedModel
 from abcli.native.llama import Device, devices, supports_offload
+from abcli.text import counted, gibibytes
 
-# llama.cpp pads a context to a multiple of this (llama-context.cpp).
-CONTEXT_STEP = 256
-MAX_CONTEXT = 2**31 - CONTEXT_STEP
-_GIB = 1 << 30
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
 # Memory that cgroups call unlimited, in version 1 a number near 2^63.
@@ -61,10 +58,19 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Setup:
+    """What a prediction is for, apart from the model."""
+
+    gpu_layers: int
+    context: ContextConfig
+    buckets: Buckets
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a set-up needs; `contexts` are llama.cpp's, each with `cells` tokens, in all its sequences."""
 
-    config: EngineConfig
+    setup: Setup
     shape: MemoryShape
     fused: bool
     contexts: int
@@ -103,20 +109,13 @@ class Prediction:
     def longest_context(self, room: Room) -> int:
         """The longest context, a multiple of 256 tokens, that fits with all else as it is; 0 if none does."""
 
-        def fits(steps: int) -> bool:
-            config = replace(self.config, context_size=steps * CONTEXT_STEP)
-            return _predict(config, self.shape, fused=self.fused).fits(room)
-
-        return CONTEXT_STEP * _largest(fits, MAX_CONTEXT // CONTEXT_STEP)
+        return CONTEXT_STEP * _largest(
+            lambda steps: self._with_context(steps * CONTEXT_STEP).fits(room), MAX_CONTEXT // CONTEXT_STEP
+        )
 
     def most_buckets(self, room: Room) -> int:
         """The most buckets, at most as many as asked for, that fit with all else as it is; 0 if none does."""
-
-        def fits(count: int) -> bool:
-            config = replace(self.config, bases=self.config.bases[:count])
-            return _predict(config, self.shape, fused=self.fused).fits(room)
-
-        return _largest(fits, len(self.config.bases))
+        return _largest(lambda count: self._with_buckets(count).fits(room), len(self.setup.buckets.bases))
 
     def advice(self, room: Room) -> str:
         """What to change so that it fits, in one line of flags; empty if it fits as it is."""
@@ -124,69 +123,74 @@ class Prediction:
             return ""
         found = []
         if buckets := self.most_buckets(room):
-            found.append(f"--buckets {buckets}")
+            found.append(f"`buckets={buckets}`")
         smaller = self._with_small_caches()
         if smaller is not None and smaller.fits(room):
-            found.append("-ctk q8_0 -ctv q8_0")
+            found.append("`cache_type_k=q8_0` `cache_type_v=q8_0`")
         if (longest := self.longest_context(room)) >= CONTEXT_STEP:
-            found.append(f"--ctx-size {longest}")
+            found.append(f"`ctx_size={longest}`")
         if found:
-            return f"{' or '.join(found)} would fit; --force tries it as it is"
-        least = replace(self.config, bases=self.config.bases[:1], context_size=CONTEXT_STEP)
-        if _predict(least, self.shape, fused=self.fused).fits(room):
-            few = replace(self.config, bases=self.config.bases[:1])
-            longest = _predict(few, self.shape, fused=self.fused).longest_context(room)
-            return f"--buckets 1 --ctx-size {longest} would fit; --force tries it as it is"
-        return "take a smaller model or quantisation, or close other programs; --force tries it as it is"
+            return f"{' or '.join(found)} would fit; `force` tries it as it is"
+        if longest := self._with_buckets(1).longest_context(room):
+            return f"`buckets=1` `ctx_size={longest}` would fit; `force` tries it as it is"
+        return "take a smaller model or quantisation, or close other programs; `force` tries it as it is"
+
+    def _with_context(self, size: int) -> Prediction:
+        context = replace(self.setup.context, context_size=size)
+        return _predict(replace(self.setup, context=context), self.shape, fused=self.fused)
+
+    def _with_buckets(self, count: int) -> Prediction:
+        buckets = replace(self.setup.buckets, bases=self.setup.buckets.bases[:count])
+        return _predict(replace(self.setup, buckets=buckets), self.shape, fused=self.fused)
 
     def _with_small_caches(self) -> Prediction | None:
         """The same with caches of q8_0, None where they are no smaller or llama.cpp cannot make them."""
-        config = self.config
+        config = self.setup.context
         if {config.cache_type_k, config.cache_type_v} <= _BLOCK_TYPES or config.flash_attention == "off":
             return None
         if any(length % _BLOCK_ELEMENTS for length in self.shape.head_lengths):
             return None
-        return _predict(replace(config, cache_type_k="q8_0", cache_type_v="q8_0"), self.shape, fused=self.fused)
+        small = replace(config, cache_type_k="q8_0", cache_type_v="q8_0")
+        return _predict(replace(self.setup, context=small), self.shape, fused=self.fused)
 
 
-def predict(config: EngineConfig, header: Header) -> Prediction:
-    """What `config` needs with the model of `header`; its bases and context size (at least 1) count as they are.
+def predict(model: CheckedModel, context: ContextConfig, buckets: Buckets) -> Prediction:
+    """What a set-up needs; the context size (at least 1) counts as it is.
 
     For the engine "auto", the larger of what the two need.
     """
-    shape = MemoryShape.of(header)
-    both = config.engine == "auto" and (config.slots > 1 or len(config.bases) > 1)
-    kinds = (False, True) if both else (config.engine == "fused",)
-    return max((_predict(config, shape, fused=fused) for fused in kinds), key=lambda found: found.total)
+    shape, setup = MemoryShape.of(model), Setup(model.config.gpu_layers, context, buckets)
+    both = context.engine == "auto" and (context.slots > 1 or len(buckets.bases) > 1)
+    kinds = (False, True) if both else (context.engine == "fused",)
+    return max((_predict(setup, shape, fused=fused) for fused in kinds), key=lambda found: found.total)
 
 
-def check(config: EngineConfig, header: Header, *, force: bool = False) -> Prediction:
-    """The prediction for `config`. Raises OutOfMemoryError if it does not fit, unless `force`."""
-    prediction = predict(config, header)
-    room = free_room(config)
-    if force or prediction.fits(room):
+def check_memory(model: CheckedModel, context: ContextConfig, buckets: Buckets) -> Prediction:
+    """The prediction for a set-up. Raises OutOfMemoryError if it does not fit, unless `context.force`."""
+    prediction = predict(model, context, buckets)
+    room = free_room(model.config.gpu_layers)
+    if context.force or prediction.fits(room):
         return prediction
-    buckets = len(config.bases)
     parts = "; ".join(
         f"{item.name} {gibibytes(item.total)}" for item in sorted(prediction.items, key=lambda item: -item.total)[:3]
     )
     where = "on the device " if prediction.host <= room.host else ""
     needed, free = (prediction.device, room.device) if prediction.host <= room.host else (prediction.host, room.host)
     raise OutOfMemoryError(
-        f"{buckets} {'bucket' if buckets == 1 else 'buckets'} of {config.context_size:,} tokens need "
+        f"{counted(len(buckets.bases), 'bucket')} of {context.context_size:,} tokens need "
         f"{gibibytes(needed)} of memory {where}({parts}), but {gibibytes(free)} are free",
         prediction.advice(room),
     )
 
 
-def free_room(config: EngineConfig) -> Room:
-    """What is free now, for the set-up's choice of devices."""
-    return Room(available_memory(), sum(device.free_memory for device in _offload_devices(config)))
+def free_room(gpu_layers: int) -> Room:
+    """What is free now: on devices only where layers are put on them."""
+    return Room(available_memory(), sum(device.free_memory for device in _offload_devices(gpu_layers)))
 
 
-def _offload_devices(config: EngineConfig) -> list[Device]:
+def _offload_devices(gpu_layers: int) -> list[Device]:
     """Where llama.cpp puts layers; a build for devices may find none, or none that is reached yet (RPC)."""
-    if config.gpu_layers == 0 or not supports_offload():
+    if gpu_layers == 0 or not supports_offload():
         return []
     return [device for device in devices() if not device.name.upper().startswith(_HOST_DEVICES)]
 
@@ -196,16 +200,9 @@ def available_memory() -> int:
     return min([int(psutil.virtual_memory().available), *_cgroup_room()])
 
 
-def gibibytes(size: int) -> str:
-    """A number of bytes for people, in binary units: "1.5 GiB", "20 MiB"."""
-    if size >= _GIB:
-        return f"{size / _GIB:.1f} GiB" if size < 10 * _GIB else f"{size / _GIB:,.0f} GiB"
-    return f"{size / 2**20:.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.1f} MiB"
-
-
-def _predict(config: EngineConfig, shape: MemoryShape, *, fused: bool) -> Prediction:
-    extra = _extra_context(config, shape)
-    buckets = len(config.bases)
+def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
+    config, buckets = setup.context, len(setup.buckets.bases)
+    extra = _extra_context(setup)
     columns = buckets + extra
     if fused:
         contexts, sequences = 1, config.slots * columns
@@ -222,7 +219,7 @@ def _predict(config: EngineConfig, shape: MemoryShape, *, fused: bool) -> Predic
     quantised = config.cache_type_k in _BLOCK_TYPES or config.cache_type_v in _BLOCK_TYPES
     graph = shape.graph_bytes(tokens, sequences, scores=scores, quantised=quantised)
     masks = shape.mask_bytes(stream_cells, tokens, flash=flash)
-    share = _device_share(config, shape)
+    share = _device_share(setup.gpu_layers, shape)
     caches = contexts * (cells * per_token + sequences * shape.state_bytes)
     compute = contexts * (graph + masks)
     weights = shape.weight_bytes - shape.embedding_bytes
@@ -236,16 +233,16 @@ def _predict(config: EngineConfig, shape: MemoryShape, *, fused: bool) -> Predic
         _split("caches", caches, round(share * caches)),
         Item("compute", compute if share < 1 else contexts * masks, compute if share else 0, 0 if share else idle),
         _split("outputs", contexts * sequences * shape.vocabulary * 4, 0),
-        _split("logits", _array_bytes(config, shape), 0),
+        _split("logits", _array_bytes(buckets, config.slots, shape), 0),
         _split("transfer", scratch, 0),
         _split("working", contexts * (shape.graph_overhead + shape.work_bytes(tokens)), 0),
         _split("tokenizer", shape.tokenizer_bytes, 0),
         _split("adapters", shape.adapter_bytes, round(share * shape.adapter_bytes)),
     )
-    return Prediction(config, shape, fused, contexts, cells, per_token, items)
+    return Prediction(setup, shape, fused, contexts, cells, per_token, items)
 
 
-def _few_tokens(shape: MemoryShape, cells: int, config: EngineConfig, outputs: int) -> int:
+def _few_tokens(shape: MemoryShape, cells: int, config: ContextConfig, outputs: int) -> int:
     """Bytes of a compute buffer that prompts too short to be shared reach."""
     flash = config.flash_attention != "off"
     scores = 0 if flash else shape.score_bytes(cells, MIN_SHARED_TOKENS)
@@ -257,25 +254,25 @@ def _split(name: str, total: int, device: int) -> Item:
     return Item(name, total - device, device)
 
 
-def _extra_context(config: EngineConfig, shape: MemoryShape) -> int:
+def _extra_context(setup: Setup) -> int:
     """1 where a context that is no bucket computes a shared prefill."""
-    if config.prefill == "exact" or len(config.bases) == 1:
+    buckets = setup.buckets
+    if setup.context.prefill == "exact" or len(buckets.bases) == 1:
         return 0
-    return int((config.prefill_base or shape.native_base) not in config.bases)
+    return int(buckets.prefill_base not in buckets.bases)
 
 
-def _array_bytes(config: EngineConfig, shape: MemoryShape) -> int:
+def _array_bytes(buckets: int, slots: int, shape: MemoryShape) -> int:
     """Our own arrays: logits and a copy, exponentials and results of the merge, a sampler's candidates."""
-    buckets, slots = len(config.bases), config.slots
     return 4 * shape.vocabulary * (2 * slots * buckets + buckets + 2 + 4 * slots)
 
 
-def _device_share(config: EngineConfig, shape: MemoryShape) -> float:
+def _device_share(gpu_layers: int, shape: MemoryShape) -> float:
     """The part of the layers, the output counted as one, that goes to devices."""
-    if not _offload_devices(config):
+    if not _offload_devices(gpu_layers):
         return 0.0
     layers = shape.layers + 1
-    return 1.0 if config.gpu_layers < 0 else min(config.gpu_layers, layers) / layers
+    return 1.0 if gpu_layers < 0 else min(gpu_layers, layers) / layers
 
 
 def _padded(cells: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from abcli.config import CacheType
 from abcli.gguf.architectures import window_layers
+from abcli.gguf.checked import CheckedModel
 from abcli.gguf.cursor import ArrayValue
 from abcli.gguf.header import Header, row_bytes
 
@@ -35,7 +36,6 @@ class MemoryShape:
     `caches` holds the widths (keys, values) of each layer that has a cache.
     """
 
-    native_base: float
     layers: int
     vocabulary: int
     embedding: int
@@ -62,8 +62,9 @@ class MemoryShape:
     adapts_logits: bool
 
     @classmethod
-    def of(cls, header: Header) -> MemoryShape:
-        """The shape of a checked model."""
+    def of(cls, model: CheckedModel) -> MemoryShape:
+        """The shape of a model."""
+        header = model.header
         windows = window_layers(header)
         key_length = max(header.key_length, header.integer("attention.key_length_swa"))
         experts_used = max(header.per_layer("expert_used_count"), default=0) if header.integer("expert_count") else 0
@@ -71,9 +72,8 @@ class MemoryShape:
         names = {tensor.name: tensor for tensor in header.tensors}
         embedding = names.get("token_embd.weight")
         nodes = max(_LEAST_NODES, _NODES_PER_TENSOR * len(header.tensors))
-        pairs = [pair for adapter in header.adapters for pair in adapter.pairs]
+        pairs = [pair for adapter in model.adapters for pair in adapter.pairs]
         return cls(
-            native_base=header.native_base,
             layers=header.layers,
             vocabulary=header.vocabulary_size,
             embedding=header.embedding_length,
@@ -89,11 +89,11 @@ class MemoryShape:
             masks=2 if windows is None or len(set(windows)) > 1 else 1,
             caches=_caches(header, windows),
             state_bytes=_state_bytes(header),
-            weight_bytes=header.weight_bytes,
+            weight_bytes=model.weight_bytes,
             embedding_bytes=embedding.size_bytes if embedding is not None else 0,
             tokenizer_bytes=_tokenizer_bytes(header),
             graph_overhead=nodes * _NODE_BYTES + len(pairs) * _PAIR_BYTES,
-            adapter_bytes=sum(adapter.weight_bytes for adapter in header.adapters),
+            adapter_bytes=sum(adapter.weight_bytes for adapter in model.adapters),
             adapter_rank=max((pair.rank for pair in pairs), default=0),
             adapter_outputs=max((pair.b.shape[1] for pair in pairs if _is_narrow(pair.target)), default=0),
             adapts_logits=any(pair.target == _OUTPUT for pair in pairs),

@@ -1,38 +1,34 @@
-"""From a file and settings to a model and an engine, with every check before llama.cpp sees the file."""
+"""From a checked model and settings to an engine, with every check before llama.cpp sees the file."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 
-from abcli.config import BucketConfig, EngineConfig
+from abcli.config import Buckets, ContextConfig
 from abcli.engine.choose import Choice, choose
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
-from abcli.engine.memory import MAX_CONTEXT, Prediction, check, gibibytes
-from abcli.engine.protocol import Engine
-from abcli.errors import UnsupportedModelError, UsageError
-from abcli.gguf.header import Header
-from abcli.gguf.lora import check_model, warn_of_ignored
+from abcli.engine.engine import Engine
+from abcli.engine.make import make_engine
+from abcli.engine.memory import Prediction, check_memory
+from abcli.errors import UnsupportedModelError
+from abcli.gguf.checked import CheckedModel
+from abcli.gguf.lora import warn_of_ignored
 from abcli.native.crash_probe import ensure_loadable
 from abcli.native.model import Model
-from abcli.rope.bases import choose_bases
-from abcli.text import counted
+from abcli.text import counted, gibibytes
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model ready to generate.
+    """A model ready to decode with.
 
-    `load_seconds` is what checking, loading, choosing and making the engine took, `memory` what that should take.
+    `load_seconds` is what loading, choosing and making the engine took, `memory` what that should take.
     """
 
     model: Model
     engine: Engine
-    header: Header
     load_seconds: float
     engine_choice: Choice
     memory: Prediction
@@ -40,51 +36,30 @@ class Opened:
 
 @contextmanager
 def open_engine(
-    config: EngineConfig,
-    buckets: BucketConfig,
-    warn: Callable[[str], None] | None = None,
+    checked: CheckedModel,
+    context: ContextConfig,
+    buckets: Buckets,
+    warn: Callable[[str], None],
     say: Callable[[str], None] = lambda _text: None,
 ) -> Iterator[Opened]:
-    """Check and load `config.model`, choose the bases and make an engine; all is freed after the block.
+    """Load a model and make an engine for it; all is freed after the block.
 
-    `config.bases` is ignored in favour of `buckets`; a context size of 0 becomes the trained length; `config.engine`
-    "auto" is decided by measuring, once per model and machine. `warn` gets a line for what goes wrong without harm,
-    `say` one for what takes its time.
+    The engine "auto" is decided by measuring, once per model and machine. `warn` gets a line for what goes wrong
+    without harm, `say` one for what takes its time.
 
-    Raises ModelFileError, UnsupportedModelError, UsageError, OutOfMemoryError and NativeError.
+    Raises ModelFileError, UnsupportedModelError, OutOfMemoryError and NativeError.
     """
     begin = perf_counter()
-    header = check_model(config.model, config.lora)
-    bases = choose_bases(buckets, header.native_base)
-    if config.prefill_base is not None:
-        (prefill_base,) = choose_bases(BucketConfig(bases=(config.prefill_base,)), header.native_base)
-        config = replace(config, prefill_base=prefill_base)
-    config = replace(config, bases=bases, context_size=_context_size(config, header))
-    memory = check_memory(config, header)
-    say(f"loading {header.name}: about {gibibytes(memory.total)} of memory for {counted(len(bases), 'bucket')}")
-    ensure_loadable(config.model, header)
-    warn_of_ignored(header, warn)
-    with Model(config.model, config.gpu_layers, header.adapters) as model:
-        check_buckets(model, len(bases))
-        choice = choose(model, config, header, say=say)
-        kind = FusedEngine if choice.kind == "fused" else ContextsEngine
-        with kind(model, config, warn, header) as engine:
-            yield Opened(model, engine, header, perf_counter() - begin, choice, memory)
-
-
-def check_memory(config: EngineConfig, header: Header) -> Prediction:
-    """What a set-up is predicted to need. Raises OutOfMemoryError if that does not fit, unless `config.force`."""
-    return check(config, header, force=config.force)
-
-
-def _context_size(config: EngineConfig, header: Header) -> int:
-    size = config.context_size or header.trained_context
-    if not 0 < size <= MAX_CONTEXT:
-        raise UsageError(
-            f"a context of {size} tokens is impossible",
-            f"choose 1 to {MAX_CONTEXT}, or 0 for the trained length",
-        )
-    return size
+    memory = check_memory(checked, context, buckets)
+    count = counted(len(buckets.bases), "bucket")
+    say(f"loading {checked.name}: about {gibibytes(memory.total)} of memory for {count}")
+    ensure_loadable(checked)
+    warn_of_ignored(checked.adapters, warn)
+    with Model(checked) as model:
+        check_buckets(model, len(buckets.bases))
+        choice = choose(model, context, buckets, say=say)
+        with make_engine(choice.kind, model, context, buckets, warn) as engine:
+            yield Opened(model, engine, perf_counter() - begin, choice, memory)
 
 
 def check_buckets(model: Model, buckets: int) -> None:
@@ -100,6 +75,4 @@ def check_buckets(model: Model, buckets: int) -> None:
         reason = "does not use RoPE, so there is no base to vary"
     else:
         return
-    raise UnsupportedModelError(
-        f"{os.fspath(model.path)} ({model.architecture}) {reason}", "use --buckets 1 with this model"
-    )
+    raise UnsupportedModelError(f"{model.path} ({model.architecture}) {reason}", "use `buckets=1` with this model")

@@ -20,22 +20,17 @@ from numpy.typing import NDArray
 from abcli.errors import AbcliError
 from abcli.native.context import BatchPart, Context
 from abcli.native.rotating.keys import (
-    GGML_TYPE_BF16,
+    PROBE_POSITION,
     TURNABLE_TYPES,
     KeyBlock,
     KeyRotator,
+    agree,
     aligned_bytes,
     as_float32,
     number_bytes,
 )
 from abcli.native.state import CacheKeys, LayerKeys, StateError, parse_state
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
-
-# Where the probe looks: far enough that a wrong angle shows.
-_PROBE_POSITION = 997
-# Largest error of a turned key relative to the layer's largest number: a few roundings of f16, or of bf16.
-_TOLERANCE = 4e-3
-_TOLERANCE_BFLOAT16 = 2e-2
 
 # Runs job(0) ... job(count - 1) on the engine's workers and waits for all.
 RunAll = Callable[[Callable[[int], None], int], None]
@@ -86,7 +81,7 @@ class SharedPrefill:
         """
         source = contexts[0]
         target = max(contexts, key=lambda context: abs(log(context.base / source.base)))
-        position = min(_PROBE_POSITION, context_size - 1)
+        position = min(PROBE_POSITION, context_size - 1)
         first, second = (self._state_of_one_token(context, position) for context in (source, target))
         try:
             caches, other_caches = parse_state(first), parse_state(second)
@@ -108,47 +103,23 @@ class SharedPrefill:
 
         The targets hold exactly the tokens before `start`. Raises NativeError; the caller then truncates.
         """
-        source.take_range(slot, start, end)
-        size = source.spare_state_size()
 
-        def read(data: NDArray[np.uint8]) -> None:
-            with self._lock:  # llama.cpp does not promise that two threads may read one context
-                source.read_spare(data)
-
-        try:
-            self._give(read, size, source, targets, slot)
-        finally:
-            source.drop_spare()
-
-    def give(self, state: NDArray[np.uint8], source: Context, targets: Sequence[Context], slot: int) -> None:
-        """Append what `state`, bytes of `source`, holds to `slot` of each target, as `transfer` does."""
-
-        def read(data: NDArray[np.uint8]) -> None:
-            data[:] = state
-
-        self._give(read, len(state), source, targets, slot)
-
-    def _give(
-        self,
-        read: Callable[[NDArray[np.uint8]], None],
-        size: int,
-        source: Context,
-        targets: Sequence[Context],
-        slot: int,
-    ) -> None:
         def job(index: int) -> None:
             target = targets[index]
             data = self._scratch(size)
-            read(data)
+            with self._lock:  # llama.cpp does not promise that two threads may read one context
+                source.read_spare(data)
             self._rotate(data, parse_state(data), self._turning, self._deltas(source, target))
             target.write_spare(data)
             target.append_spare(slot)
 
+        source.take_range(slot, start, end)
         try:
+            size = source.spare_state_size()
             self._run_all(job, len(targets))
         finally:
-            for target in targets:
-                target.drop_spare()
+            for context in (source, *targets):
+                context.drop_spare()
 
     def _deltas(self, source: Context, target: Context) -> NDArray[np.float64]:
         """Radians per position by which each pair must turn from source to target."""
@@ -188,12 +159,9 @@ class SharedPrefill:
             return as_float32(data[keys.offset : keys.offset + keys.row_bytes], keys.type_id)
 
         wanted = numbers(second, pair.second)
-        tolerance = _TOLERANCE_BFLOAT16 if pair.first.type_id == GGML_TYPE_BF16 else _TOLERANCE
-        limit = tolerance * float(np.abs(wanted).max())
-        if float(np.abs(numbers(first, pair.first) - wanted).max()) <= limit:
+        if agree(numbers(first, pair.first), wanted, pair.first.type_id):
             return False
-        error = float(np.abs(numbers(turned, pair.first) - wanted).max())
-        if tried and error <= limit:
+        if tried and agree(numbers(turned, pair.first), wanted, pair.first.type_id):
             return True
         raise NotShareableError(f"the keys of layer {pair.at[1]} do not follow the base as RoPE turns them")
 

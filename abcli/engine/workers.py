@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
 import psutil
+
+from abcli.errors import CancelledError
+from abcli.native.compute_thread import wait_for
+from abcli.native.llama import CancelFlag
 
 # Two threads decode one context 1.3 to 1.8 times as fast as one (135M to 3B, F32 to Q4): about t ** 0.7.
 _THREAD_EFFICIENCY = 0.7
@@ -35,6 +41,23 @@ def plan_workers(buckets: int, cores: int) -> WorkerPlan:
         candidates,
         key=lambda plan: (ceil(buckets / plan.workers) / plan.threads**_THREAD_EFFICIENCY, -plan.workers),
     )
+
+
+def run_all(pool: Executor, job: Callable[[int], None], count: int, cancel: CancelFlag) -> None:
+    """Run job(0) ... job(count - 1) on the pool; wait for all of them, then raise the first error.
+
+    Once `cancel` is set no job begins, and CancelledError is raised.
+    """
+
+    def guarded(index: int) -> None:
+        if cancel.is_set():
+            raise CancelledError
+        job(index)
+
+    futures = [pool.submit(guarded, index) for index in range(count)]
+    wait_for(futures, cancel.set)
+    for future in futures:
+        future.result()
 
 
 def available_cores() -> int:

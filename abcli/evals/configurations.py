@@ -44,18 +44,18 @@ def parse_configuration(text: str, native_base: float, find_profile: Callable[[s
     for part in others:
         key, _, value = (piece.strip() for piece in part.partition("="))
         if not value:
-            raise UsageError(f"--compare {text!r:.120}: {part!r:.60} has no value", _EXAMPLES)
+            raise UsageError(f"`compare` {text!r:.120}: {part!r:.60} has no value", _EXAMPLES)
         if key in seen:
-            raise UsageError(f"--compare {text!r:.120}: {key} is given twice", "drop one")
+            raise UsageError(f"`compare` {text!r:.120}: {key} is given twice", "drop one")
         seen.add(key)
         found = _changed(found, text, key, value, native_base)
     if found.merge != "pool":
         if "weights" in seen:
-            raise UsageError(f"--compare {text!r:.120}: weights need merge=pool", "the other rules find theirs")
+            raise UsageError(f"`compare` {text!r:.120}: weights need merge=pool", "the other rules find theirs")
         found = replace(found, weights=())
     if found.prefill == "exact":
         if "prefill-base" in seen:
-            raise UsageError(f"--compare {text!r:.120}: an exact prefill has no base of its own", "drop prefill-base")
+            raise UsageError(f"`compare` {text!r:.120}: an exact prefill has no base of its own", "drop prefill-base")
         found = replace(found, prefill_base=None)
     check_pool_weights(found.weights, len(found.bases))
     return replace(found, name=text)
@@ -88,19 +88,19 @@ def _changed(found: Configuration, text: str, key: str, value: str, native_base:
         for rule in MERGE_RULES:
             if rule == value:
                 return replace(found, merge=rule)
-        raise UsageError(f"--compare {text!r:.120}: unknown merge rule {value!r:.60}", f"use {', '.join(MERGE_RULES)}")
+        raise UsageError(f"`compare` {text!r:.120}: unknown merge rule {value!r:.60}", f"use {', '.join(MERGE_RULES)}")
     if key == "weights":
         return replace(found, weights=parse_numbers(value, "weights"))
     if key == "prefill":
         for mode in PREFILL_MODES:
             if mode == value:
                 return replace(found, prefill=mode)
-        raise UsageError(f"--compare {text!r:.120}: unknown prefill {value!r:.60}", f"use {', '.join(PREFILL_MODES)}")
+        raise UsageError(f"`compare` {text!r:.120}: unknown prefill {value!r:.60}", f"use {', '.join(PREFILL_MODES)}")
     if key == "prefill-base":
         bases = choose_bases(BucketConfig(bases=parse_numbers(value, "prefill-base")), native_base)
         if len(bases) > 1:
-            raise UsageError(f"--compare {text!r:.120}: {len(bases)} prefill bases are given", "give one")
+            raise UsageError(f"`compare` {text!r:.120}: {len(bases)} prefill bases are given", "give one")
         return replace(found, prefill_base=bases[0])
     raise UsageError(
-        f"--compare {text!r:.120}: unknown setting {key!r:.60}", "use merge, weights, prefill and prefill-base"
+        f"`compare` {text!r:.120}: unknown setting {key!r:.60}", "use merge, weights, prefill and prefill-base"
     )

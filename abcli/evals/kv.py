@@ -59,7 +59,7 @@ def kv(settings: TaskSettings, count: CountTokens) -> Iterator[Question]:
 def _too_short(length: int, pairs: int, least: int) -> UsageError:
     return UsageError(
         f"a context of {length} tokens is too short for {pairs} key-value pairs",
-        f"this model needs at least {least} tokens for them; or ask for fewer --depths",
+        f"this model needs at least {least} tokens for them; or ask for fewer `depths`",
     )
 
 

@@ -9,17 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from abcli.chat.template import ChatTemplate, load_template
-from abcli.config import EngineConfig, PrefillMode
-from abcli.engine.contexts import MIN_SHARED_TOKENS, ContextsEngine
-from abcli.engine.opening import check_memory
-from abcli.engine.protocol import Engine
+from abcli.config import Buckets, ContextConfig, PrefillMode
+from abcli.engine.engine import MIN_SHARED_TOKENS, Engine
+from abcli.engine.make import make_engine
+from abcli.engine.memory import check_memory
 from abcli.errors import ContextFullError, UnsupportedModelError
 from abcli.evals.prompts import PromptMaker, TokenizedQuestion
 from abcli.evals.scorer import TraceStore, traces
 from abcli.evals.traces import Trace
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.header import Header
-from abcli.gguf.lora import check_model, warn_of_ignored
+from abcli.gguf.checked import CheckedModel
+from abcli.gguf.lora import warn_of_ignored
 from abcli.native.crash_probe import ensure_loadable
 from abcli.native.llama import version
 from abcli.native.model import Model
@@ -39,28 +38,28 @@ class Subject(Owner):
 
     def __init__(
         self,
-        config: EngineConfig,
+        checked: CheckedModel,
+        config: ContextConfig,
         chat_template: str | None = None,
         scores: Path | None = None,
-        warn: Callable[[str], None] | None = None,
+        warn: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        """Check and load the model of `config`; its bases, slots, context size and prefill are ignored.
+        """Load a model; how long contexts are and how prompts are computed follows from the questions.
 
         Traces are kept below the directory `scores`, None for nowhere. Raises ModelFileError, UnsupportedModelError,
         NativeError and TemplateError.
         """
-        self.header: Header = check_model(config.model, config.lora)
-        ensure_loadable(config.model, self.header)
-        warn_of_ignored(self.header, warn)
-        self.fingerprint: str = fingerprint(self.header)
-        self.config: EngineConfig = replace(config, slots=1, prompt_cache=None)
+        ensure_loadable(checked)
+        warn_of_ignored(checked.adapters, warn)
+        self.checked = checked
+        self.config: ContextConfig = replace(config, slots=1, prompt_cache=None)
         self._scores = scores
         self._warn = warn
         with ExitStack() as stack:
-            self.model: Model = stack.enter_context(Model(config.model, config.gpu_layers, self.header.adapters))
+            self.model: Model = stack.enter_context(Model(checked))
             if self.model.is_recurrent or not self.model.has_rope:
                 raise UnsupportedModelError(
-                    f"{config.model.name} ({self.model.architecture}) has no RoPE base to vary",
+                    f"{checked.path.name} ({self.model.architecture}) has no RoPE base to vary",
                     "there is nothing to compare: use another model",
                 )
             template: ChatTemplate | None = None
@@ -72,7 +71,7 @@ class Subject(Owner):
     @property
     def native_base(self) -> float:
         """The RoPE base the model was trained with."""
-        return self.header.native_base
+        return self.checked.header.native_base
 
     def prefill(self, mode: PrefillMode, base: float | None) -> Prefill:
         """How a configuration's prompts are computed: those of an evaluation are long enough for `auto` to share."""
@@ -103,19 +102,18 @@ class Subject(Owner):
     ) -> Iterator[Trace]:
         longest = max((len(q.prompt) + max(map(len, q.continuations)) for q in questions), default=0)
         if longest > self.model.trained_context:
-            raise ContextFullError(longest, self.model.trained_context, "ask for a shorter --length")
+            raise ContextFullError(longest, self.model.trained_context, "ask for a shorter `length`")
         config = replace(
             self.config,
-            bases=tuple(bases),
             context_size=max(longest, MIN_SHARED_TOKENS),
             prefill=prefill.mode,
-            prefill_base=prefill.base,
         )
+        buckets = Buckets(tuple(bases), prefill.base)
         with ExitStack() as stack:
 
             def open_engine() -> Engine:
-                check_memory(config, self.header)
-                return stack.enter_context(ContextsEngine(self.model, config, self._warn, self.header))
+                check_memory(self.checked, config, buckets)
+                return stack.enter_context(make_engine("contexts", self.model, config, buckets, self._warn))
 
             # A bucket alone would compute whole prompts, and its last bits would not be those it has in company.
             last_alone = prefill.mode == "shared" and len(bases) == 1
@@ -131,13 +129,13 @@ class Subject(Owner):
             return TraceStore(None)
         config = self.config
         key = (
-            self.fingerprint,
+            self.checked.fingerprint,
             version(),
             prefill,
             config.cache_type_k,
             config.cache_type_v,
             config.flash_attention,
             config.ubatch_size,
-            config.gpu_layers,
+            self.checked.config.gpu_layers,
         )
         return TraceStore(self._scores / hashlib.sha256(repr(key).encode()).hexdigest()[:16])

@@ -115,7 +115,7 @@ def _prose(settings: TaskSettings, count: CountTokens) -> Callable[[Random], Ite
         if tokens < settings.length:
             raise EvaluationDataError(
                 f"the prose in {settings.data} has {tokens} tokens, a context needs {settings.length}",
-                "give more prose, or a shorter --length",
+                "give more prose, or a shorter `length`",
             )
     return lambda random: passage(sentences, random)
 

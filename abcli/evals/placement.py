@@ -20,9 +20,9 @@ _LARGEST_SETTING = 2**31 - 1
 def check_settings(settings: TaskSettings) -> None:
     """Raise UsageError unless length, limit and depths are all from 1 to 2^31 - 1."""
     for name, value, hint in (
-        ("length", settings.length, "give the tokens of a context, for instance --length 1024"),
-        ("limit", settings.limit, "ask for at least one question, for instance --limit 200"),
-        ("number of depths", settings.depths, "ask for at least one depth, for instance --depths 5"),
+        ("length", settings.length, "give the tokens of a context, for instance `length=1024`"),
+        ("limit", settings.limit, "ask for at least one question, for instance `limit=200`"),
+        ("number of depths", settings.depths, "ask for at least one depth, for instance `depths=5`"),
     ):
         if value < 1:
             raise UsageError(f"the {name} is {value}; it must be at least 1", hint)

@@ -168,7 +168,7 @@ def _read(path: Path, room: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(room + 1)
     except FileNotFoundError:
-        raise EvaluationDataError(f"there is no file {path}", "check the name given with --data") from None
+        raise EvaluationDataError(f"there is no file {path}", "check the name given with `data`") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if len(data) > room:

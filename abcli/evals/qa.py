@@ -16,7 +16,7 @@ from abcli.evals.questions import CountTokens, Question, TaskSettings
 
 _MISSING = "qa needs a file of questions with their documents"
 _HINT = (
-    "give it with --data FILE: JSON lines as in github.com/nelson-liu/lost-in-the-middle, such as its "
+    "give it with `data` FILE: JSON lines as in github.com/nelson-liu/lost-in-the-middle, such as its "
     "nq-open-oracle.jsonl.gz (scripts/fetch_evaluation_data.py fetches the data of the other tasks)"
 )
 _INSTRUCTION = "Answer the question with the help of the documents above, most of which have nothing to do with it."

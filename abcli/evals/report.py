@@ -218,7 +218,7 @@ def _decode(data: bytes) -> Report:
     if len(data) > MAX_BYTES:
         raise _DamageError(f"is larger than {MAX_BYTES:,} bytes")
     try:
-        values = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        values = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise _DamageError(f"is not UTF-8 (at byte {error.start:,})") from None
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from abcli import __version__
 from abcli.errors import UsageError
 from abcli.evals.configurations import Configuration
 from abcli.evals.kv import kv
@@ -20,6 +19,7 @@ from abcli.evals.scores import Score
 from abcli.evals.scoring import score
 from abcli.evals.tools import tools
 from abcli.native.llama import version
+from abcli.version import __version__
 
 TASKS: Mapping[str, Task] = {"needle": needle, "kv": kv, "qa": qa, "tools": tools}
 NEEDS_DATA = ("qa", "tools")
@@ -59,7 +59,7 @@ def make_questions(settings: EvaluationSettings, subject: Subject) -> list[Quest
     if settings.task not in TASKS:
         raise UsageError(f"unknown task {settings.task!r}", f"use one of {', '.join(TASKS)}")
     if not settings.lengths:
-        raise UsageError("no length is given", "give --length 1024")
+        raise UsageError("no length is given", "give `length=1024`")
     task = TASKS[settings.task]
     return [question for length in settings.lengths for question in task(settings.at(length), subject.prompts.count)]
 
@@ -77,7 +77,7 @@ def evaluate(
     """
     names = [item.name for item in configurations]
     if len(set(names)) < len(names) or not names:
-        raise UsageError("the configurations to compare are not distinct", "give each --compare once")
+        raise UsageError("the configurations to compare are not distinct", "give each `compare` once")
     questions = make_questions(settings, subject)
     tokenized = [subject.prompts.tokenize(question) for question in questions]
     by_prefill: dict[Prefill, list[Configuration]] = {}
@@ -112,5 +112,5 @@ def describe(subject: Subject) -> dict[str, object]:
         "cache_type_v": config.cache_type_v,
         "flash_attention": config.flash_attention,
         "ubatch_size": config.ubatch_size,
-        "gpu_layers": config.gpu_layers,
+        "gpu_layers": subject.checked.config.gpu_layers,
     }

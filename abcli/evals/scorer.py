@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from abcli.engine.protocol import Engine
+from abcli.engine.engine import Engine
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.evals.traces import Trace, load, save, trace
 

@@ -168,7 +168,7 @@ def _check_finite(scores: Mapping[str, Sequence[Score]]) -> None:
             if not math.isfinite(score.nll):
                 raise EvaluationDataError(
                     f"{name} gives the answer of question {number} a negative log-likelihood of {score.nll}",
-                    "leave this configuration out, or evaluate again with --fresh",
+                    "leave this configuration out, or evaluate again with `fresh`",
                 )
 
 

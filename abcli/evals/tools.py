@@ -18,9 +18,9 @@ MAX_NESTING = 32
 
 _FETCH = "scripts/fetch_evaluation_data.py fetches it"
 _DATA_MISSING = "tools needs a file of requests with their functions"
-_DATA_HINT = f"give it with --data FILE (BFCL_v4_live_multiple.json); {_FETCH}"
+_DATA_HINT = f"give it with `data` FILE (BFCL_v4_live_multiple.json); {_FETCH}"
 _ANSWERS_MISSING = "tools needs a file of the right calls"
-_ANSWERS_HINT = f"give it with --answers FILE (possible_answer/BFCL_v4_live_multiple.json); {_FETCH}"
+_ANSWERS_HINT = f"give it with `answers` FILE (possible_answer/BFCL_v4_live_multiple.json); {_FETCH}"
 _INSTRUCTION = 'Answer with the name of the one function above to call for this request, as {"name": "..."}.'
 
 

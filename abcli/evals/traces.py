@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.atomic import write_atomically
-from abcli.engine.protocol import Engine
+from abcli.engine.engine import Engine
 from abcli.errors import NativeError
 from abcli.generate import common_prefix
 
@@ -98,7 +98,7 @@ def trace(
                     shared = common_prefix(held, beginning)
                     engine.truncate(slot, len(prompt) + shared)
                     for missing in beginning[shared:]:
-                        logits = engine.step({slot: missing})[0]
+                        logits = engine.step({slot: missing})[slot]
                 following = {t[at] for t in map(tuple, continuations) if t[:at] == beginning and len(t) > at}
                 known[beginning] = len(nodes)
                 nodes.append(_node(logits, following, engine.bases))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import stat
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from abcli.errors import ModelFileError, UnsupportedModelError
@@ -17,7 +17,7 @@ from abcli.gguf.header import MAGIC, Header, TensorInfo, read_header
 from abcli.gguf.header_checks import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
 
 CHAT_MODEL_HINT = "use a GGUF file of a model that writes text"
-ADAPTER_HINT = "name the model that it changes, and this file with --lora"
+ADAPTER_HINT = "name the model that it changes, and this file with `lora`"
 
 # What a file that is no model starts with -> what to call it.
 SIGNATURES: tuple[tuple[bytes, str], ...] = (
@@ -87,8 +87,8 @@ SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 MAX_SPLITS = 1024
 
 
-def check_file(path: Path) -> Header:
-    """Check the model file `path`, with all its parts if it is split, and return its header.
+def check_file(path: Path) -> tuple[Header, ...]:
+    """Check the model file `path`, with all its parts if it is split; the header of each file.
 
     Raises ModelFileError for a file that is missing, unreadable, foreign, truncated or damaged, and
     UnsupportedModelError for a sound file that is no model which writes text.
@@ -96,18 +96,21 @@ def check_file(path: Path) -> Header:
     check_kind_of_file(path)
     header = read_header(path)
     check_integrity(header)
-    tensors = list(header.tensors)
-    for part in split_paths(header)[1:]:
-        tensors += check_part(part, header)
+    files = (header, *(check_part(part, header) for part in split_paths(header)[1:]))
+    tensors = [tensor for file in files for tensor in file.tensors]
     check_kind_of_model(header)
     check_tokenizer(header)
     check_hyperparameters(header)
-    if not tensors:
-        raise UnsupportedModelError(f"{path} has no weights, only metadata", CHAT_MODEL_HINT)
+    check_weights(header, tensors)
     check_tensor_types(header, tensors)
     check_embeddings(header, tensors)
-    others = tensors[len(header.tensors) :]
-    return replace(header, other_parts_bytes=sum(tensor.size_bytes for tensor in others))
+    return files
+
+
+def check_weights(header: Header, tensors: Sequence[TensorInfo]) -> None:
+    """Raise UnsupportedModelError for a file without any."""
+    if not tensors:
+        raise UnsupportedModelError(f"{header.path} has no weights, only metadata", CHAT_MODEL_HINT)
 
 
 def split_paths(header: Header) -> tuple[Path, ...]:
@@ -203,8 +206,8 @@ def check_integrity(header: Header) -> None:
         )
 
 
-def check_part(part: Path, first: Header) -> tuple[TensorInfo, ...]:
-    """Check a later part of a split model and return its tensors. Raises ModelFileError."""
+def check_part(part: Path, first: Header) -> Header:
+    """Check a later part of a split model and return its header. Raises ModelFileError."""
     if not part.is_file():
         raise ModelFileError(
             f"{part} is missing, a part of the split model {first.path.name}",
@@ -217,7 +220,7 @@ def check_part(part: Path, first: Header) -> tuple[TensorInfo, ...]:
     if header.metadata.get("split.no") != number or header.types["split.no"] != "u16":
         raise ModelFileError(f"{part} does not belong to the split model {first.path.name}", FETCH_AGAIN)
     check_integrity(header)
-    return header.tensors
+    return header
 
 
 def check_kind_of_model(header: Header) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from abcli.gguf.architectures import WINDOW_BASES, Rotation, rotation, window_layers
-from abcli.gguf.check import split_paths
 from abcli.gguf.cursor import ArrayValue
-from abcli.gguf.header import Header, TensorInfo, read_header
+from abcli.gguf.header import Header, TensorInfo
 from abcli.gguf.lora import Adapter
 
 # Signs in a template's source that it knows tools, or a model's thoughts apart from its answer.
@@ -186,13 +185,10 @@ def inspect_adapter(adapter: Adapter) -> AdapterInspection:
     )
 
 
-def inspect(header: Header) -> Inspection:
-    """Describe a checked model; of split models the headers of the other parts are read.
-
-    Raises ModelFileError if another part cannot be read.
-    """
-    headers = [header if path == header.path else read_header(path) for path in split_paths(header)]
-    tensors = [tensor for part in headers for tensor in part.tensors]
+def inspect(files: Sequence[Header]) -> Inspection:
+    """Describe a checked model with these files."""
+    header = files[0]
+    tensors = [tensor for part in files for tensor in part.tensors]
     types = type_shares(tensors)
     elements = sum(share.elements for share in types)
     return Inspection(
@@ -217,7 +213,7 @@ def inspect(header: Header) -> Inspection:
         types=types,
         tensor_kinds=tensor_kinds(tensors),
         bits_per_weight=8 * sum(share.size_bytes for share in types) / elements if elements else 0.0,
-        parts=tuple(Part(part.path, part.file_size, len(part.tensors)) for part in headers),
+        parts=tuple(Part(part.path, part.file_size, len(part.tensors)) for part in files),
     )
 
 

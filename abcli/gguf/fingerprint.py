@@ -5,38 +5,37 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from collections.abc import Sequence
 
-from abcli.gguf.check import split_paths
-from abcli.gguf.header import Header, read_header
+from abcli.gguf.header import Header
+from abcli.gguf.lora import Adapter
 
 _EDGE_SAMPLE = 1 << 16
 _TENSOR_SAMPLE = 1 << 12
 
 
-def fingerprint(header: Header) -> str:
-    """SHA-256 (hex) of a model: for each file of it the header's bytes, the size, and samples of the weights.
+def fingerprint(files: Sequence[Header], adapters: Sequence[Adapter] = ()) -> str:
+    """SHA-256 (hex) of a model: for each of its `files` the header's bytes, the size, and samples of the weights.
 
-    The adapters of `header` count with their files, taken in the same way, and their scales; their order does not.
+    Adapters count with their files, taken in the same way, and their scales; their order does not.
 
     The samples are 64 KiB at both ends and 4 KiB in the middle of every tensor: fast for any size. Noticed are other
     metadata, another vocabulary or quantisation, and any training, merging or editing that changes a whole
     tensor; not noticed is a change to single numbers between the samples. Name, place and time do not count.
-    `header` is that of a checked model. Raises ModelFileError and OSError for a file that cannot be read.
+    Raises OSError for a file that cannot be read.
     """
-    if not header.adapters:
-        return _of_files(header)
-    adapters = sorted((_of_files(adapter.header), struct.pack("<f", adapter.scale)) for adapter in header.adapters)
-    digest = hashlib.sha256(_of_files(header).encode())
-    for identity, scale in adapters:
+    if not adapters:
+        return _of_files(files)
+    digest = hashlib.sha256(_of_files(files).encode())
+    for identity, scale in sorted((_of_files([one.header]), struct.pack("<f", one.scale)) for one in adapters):
         digest.update(identity.encode() + scale)
     return digest.hexdigest()
 
 
-def _of_files(header: Header) -> str:
+def _of_files(files: Sequence[Header]) -> str:
     digest = hashlib.sha256()
-    for path in split_paths(header):
-        part = header if path == header.path else read_header(path)
-        with path.open("rb") as file:
+    for part in files:
+        with part.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(f"{size} {part.data_offset}\n".encode())
             digest.update(file.read(part.data_offset))

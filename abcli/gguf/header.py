@@ -12,14 +12,10 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from abcli.config import CacheType
 from abcli.errors import ModelFileError
 from abcli.gguf.cursor import FETCH_AGAIN, ArrayValue, Cursor
-
-if TYPE_CHECKING:
-    from abcli.gguf.lora import Adapter
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -102,15 +98,6 @@ class Header:
     tensors: tuple[TensorInfo, ...] = field(repr=False)
     alignment: int
     data_offset: int
-    other_parts_bytes: int = 0
-    """Bytes of the tensors in the other parts of a split model, once `check_file` has looked at them."""
-    adapters: tuple[Adapter, ...] = ()
-    """The LoRA adapters that change a model, once `check_model` has looked at them: they are a part of what it is."""
-
-    @property
-    def name(self) -> str:
-        """What to call the model: its file's name, and those of its adapters."""
-        return " + ".join([self.path.name, *(adapter.label for adapter in self.adapters)])
 
     @property
     def architecture(self) -> str:
@@ -192,19 +179,8 @@ class Header:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.size_bytes for tensor in self.tensors) + self.other_parts_bytes
-
-    def kv_bytes_per_token(self, type_k: CacheType, type_v: CacheType) -> int:
-        """Bytes which one token of one context takes in the caches of keys and values of all layers.
-
-        An upper bound for models whose layers partly keep a sliding window or a recurrent state.
-        """
-        own = self.layers - self.integer("attention.shared_kv_layers")
-        heads = self.kv_heads[: max(0, own)]
-        return sum(
-            row_bytes(type_k, count * self.key_length) + row_bytes(type_v, count * self.value_length) for count in heads
-        )
+        """Bytes of the file's tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
 
     def _head_width(self) -> int:
         heads = self.heads[0] if self.heads else 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from abcli.config import LoraConfig
 from abcli.errors import ModelFileError, UnsupportedModelError
-from abcli.gguf.check import ARCHITECTURE_NAME, check_file, check_integrity, check_kind_of_file, split_paths
+from abcli.gguf.check import ARCHITECTURE_NAME, check_integrity, check_kind_of_file
 from abcli.gguf.cursor import FETCH_AGAIN, ArrayValue
 from abcli.gguf.header import MAX_DIMENSIONS, Header, TensorInfo, read_header, shape_text
 from abcli.gguf.header_checks import NO_WEIGHT_TYPES
@@ -94,21 +94,14 @@ def is_adapter(header: Header) -> bool:
     return header.metadata.get("general.type") == ADAPTER_TYPE
 
 
-def check_model(path: Path, loras: Sequence[LoraConfig] = ()) -> Header:
-    """The header of the model `path` with the adapters that change it: what `check_file` and `with_adapters` do."""
-    return with_adapters(check_file(path), loras)
-
-
-def with_adapters(header: Header, loras: Sequence[LoraConfig]) -> Header:
-    """The checked `header` of a model with the adapters `loras`; those with a scale of 0 are checked and left out.
+def check_adapters(files: Sequence[Header], loras: Sequence[LoraConfig]) -> tuple[Adapter, ...]:
+    """The adapters `loras` of a checked model with these files; those with a scale of 0 are checked and left out.
 
     Raises ModelFileError for a damaged or foreign adapter, UnsupportedModelError for one that does not fit the model.
     """
-    if not loras:
-        return header
-    tensors = model_tensors(header)
-    adapters = [fitting(replace(read_adapter(lora.path), scale=lora.scale), header, tensors) for lora in loras]
-    return replace(header, adapters=tuple(adapter for adapter in adapters if adapter.scale != 0))
+    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+    adapters = [fitting(replace(read_adapter(lora.path), scale=lora.scale), files[0], tensors) for lora in loras]
+    return tuple(adapter for adapter in adapters if adapter.scale != 0)
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -154,14 +147,8 @@ def check_kind_of_adapter(header: Header) -> None:
         )
     if header.metadata.get("split.count", 1) not in (0, 1):
         raise UnsupportedModelError(
-            f"{path} is one of several files", "put them together with llama-gguf-split --merge"
+            f"{path} is one of several files", "put them together with `llama-gguf-split --merge`"
         )
-
-
-def model_tensors(header: Header) -> dict[str, TensorInfo]:
-    """All tensors of a checked model by name, those in the other parts of a split model included."""
-    headers = [header if path == header.path else read_header(path) for path in split_paths(header)]
-    return {tensor.name: tensor for part in headers for tensor in part.tensors}
 
 
 def fitting(adapter: Adapter, model: Header, tensors: Mapping[str, TensorInfo]) -> Adapter:
@@ -185,10 +172,10 @@ def fitting(adapter: Adapter, model: Header, tensors: Mapping[str, TensorInfo]) 
     return adapter
 
 
-def warn_of_ignored(model: Header, warn: Callable[[str], None] | None) -> None:
+def warn_of_ignored(adapters: Iterable[Adapter], warn: Callable[[str], None]) -> None:
     """Tell `warn` which parts of a model's adapters llama.cpp leaves out."""
-    for adapter in model.adapters:
-        if adapter.ignored and warn is not None:
+    for adapter in adapters:
+        if adapter.ignored:
             count = len(adapter.ignored)
             warn(f"{adapter.path.name}: llama.cpp leaves out its {count} {'norm' if count == 1 else 'norms'}")
 

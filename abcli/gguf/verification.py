@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from abcli.config import LoraConfig
+from abcli.config import LoraConfig, ModelConfig
 from abcli.errors import AbcliError, ModelFileError
 from abcli.gguf.check import (
     check_file,
@@ -16,21 +16,24 @@ from abcli.gguf.check import (
     check_kind_of_file,
     check_kind_of_model,
     check_part,
+    check_weights,
     split_paths,
 )
+from abcli.gguf.checked import CheckedModel
 from abcli.gguf.cursor import FETCH_AGAIN
 from abcli.gguf.description import special_tokens
 from abcli.gguf.header import Header, TensorInfo, read_header
 from abcli.gguf.header_checks import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
 from abcli.gguf.lora import (
     Adapter,
+    check_adapters,
     check_kind_of_adapter,
     described_adapter,
     is_adapter,
     read_adapter,
-    with_adapters,
 )
 from abcli.gguf.weights import Scan, check_finite
+from abcli.text import counted
 
 Status = Literal["ok", "failed", "skipped"]
 _READ_BYTES = 4 << 20
@@ -52,7 +55,8 @@ class Verification:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header: Header | None = None
-        self._tensors: list[TensorInfo] = []
+        self.adapters: tuple[Adapter, ...] = ()
+        self._files: tuple[Header, ...] = ()
         self._sound = True
         self._readable = True
 
@@ -141,6 +145,12 @@ class Verification:
             return Check("weights", "skipped", "a check of the structure has failed")
         return self.run("weights", lambda: self._weights(on_bytes), needs_header=True)
 
+    def checked(self) -> CheckedModel | None:
+        """The model with the adapters that fit it; None if a check has failed."""
+        if not self._files or not self._sound:
+            return None
+        return CheckedModel(ModelConfig(self.path), self._files[0], self._files[1:], self.adapters)
+
     def paths(self) -> tuple[Path, ...]:
         """All files of the model, as far as they are known."""
         if self.header is None:
@@ -149,6 +159,10 @@ class Verification:
             return split_paths(self.header)
         except ModelFileError:
             return (self.path,)
+
+    @property
+    def _tensors(self) -> list[TensorInfo]:
+        return [tensor for file in self._files for tensor in file.tensors]
 
     def _known(self) -> Header:
         if self.header is None:
@@ -162,18 +176,17 @@ class Verification:
     def _header(self) -> str:
         check_kind_of_file(self.path)
         self.header = header = read_header(self.path)
-        return f"GGUF version {header.version}, {len(header.metadata)} keys, {len(header.tensors)} tensors"
+        counts = f"{counted(len(header.metadata), 'key')}, {counted(len(header.tensors), 'tensor')}"
+        return f"GGUF version {header.version}, {counts}"
 
     def _layout(self, header: Header) -> str:
         check_integrity(header)
         return f"{sum(tensor.size_bytes for tensor in header.tensors):,} bytes without gap or overlap"
 
     def _parts(self, header: Header) -> str:
-        paths = split_paths(header)
-        self._tensors = list(header.tensors)
-        for part in paths[1:]:
-            self._tensors += check_part(part, header)
-        return "a single file" if len(paths) == 1 else f"{len(paths)} files, {len(self._tensors)} tensors"
+        self._files = (header, *(check_part(part, header) for part in split_paths(header)[1:]))
+        count = len(self._files)
+        return "a single file" if count == 1 else f"{count} files, {counted(len(self._tensors), 'tensor')}"
 
     def _kind(self, header: Header) -> str:
         check_kind_of_model(header)
@@ -184,15 +197,15 @@ class Verification:
         return f"a LoRA for {header.architecture}"
 
     def _fit(self, lora: LoraConfig) -> str:
-        header = self._known()
-        self.header = replace(header, adapters=(*header.adapters, *with_adapters(header, [lora]).adapters))
+        self.adapters += check_adapters(self._files, [lora])
         return f"{_matrices(read_adapter(lora.path))}, which fit; counted {lora.scale:g} times"
 
     def _hyperparameters(self, header: Header) -> str:
         check_hyperparameters(header)
-        return f"{header.layers} layers of {header.embedding_length} dimensions"
+        return f"{counted(header.layers, 'layer')} of {header.embedding_length} dimensions"
 
     def _types(self, header: Header) -> str:
+        check_weights(header, self._tensors)
         check_tensor_types(header, self._tensors)
         return ", ".join(sorted({tensor.type_name for tensor in self._tensors}))
 
@@ -203,6 +216,7 @@ class Verification:
         return f"{header.vocabulary_size:,} tokens{note}"
 
     def _embeddings(self, header: Header) -> str:
+        check_weights(header, self._tensors)
         check_embeddings(header, self._tensors)
         return f"{header.vocabulary_size:,} rows"
 
@@ -223,8 +237,7 @@ def _finite(scans: Iterable[Scan]) -> str:
 
 def _matrices(adapter: Adapter) -> str:
     ranks = " and ".join(str(rank) for rank in adapter.ranks)
-    count = len(adapter.pairs)
-    return f"{count} {'pair' if count == 1 else 'pairs'} of matrices of rank {ranks}"
+    return f"{counted(len(adapter.pairs), 'pair')} of matrices of rank {ranks}"
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

@@ -10,8 +10,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-from abcli.errors import ModelFileError
+from abcli.errors import ModelFileError, UsageError
 from abcli.hub.names import HubName, choose_files, models_among
 
 _FOLDER_START = "models--"
@@ -32,11 +33,21 @@ class CachedModel:
 
 def cache_directory() -> Path:
     """The hub's cache, as huggingface_hub reads it from HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME."""
-    # Imported where it is needed: most commands never ask for the hub.
-    from huggingface_hub import constants
-
     # The library resolves links, too, so that its paths and these are the same.
-    return Path(constants.HF_HUB_CACHE).expanduser().resolve()
+    return Path(hub_settings().HF_HUB_CACHE).expanduser().resolve()
+
+
+def hub_settings() -> ModuleType:
+    """What huggingface_hub reads from the environment (its module `constants`). Raises UsageError."""
+    try:
+        # Imported where it is needed: most commands never ask for the hub.
+        from huggingface_hub import constants
+    except ValueError as error:
+        raise UsageError(
+            f"a setting of the hub in the environment cannot be read: {error}",
+            "check the variables that begin with HF_",
+        ) from error
+    return constants
 
 
 def repository_folder(repository: str) -> Path:

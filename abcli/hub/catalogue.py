@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import abcli
 from abcli.errors import ModelFileError
 from abcli.hub.names import HubName
 
@@ -33,7 +32,7 @@ class KnownModel:
 
 def catalogue_path() -> Path:
     """The catalogue inside the installed package, or the one of the checkout that abcli runs from."""
-    package = Path(abcli.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     packaged = package / "hub" / _NAME
     return packaged if packaged.is_file() else package.parent / "models" / _NAME
 

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from abcli.errors import DownloadError
-from abcli.hub.cache import cache_directory, cached_file, repository_folder
+from abcli.hub.cache import cache_directory, cached_file, hub_settings, repository_folder
 from abcli.hub.names import HubName, choose_files
-from abcli.hub.transfer import http_errors, no_answer_because, no_hub, receive, reporting, status_of
+from abcli.hub.transfer import NoAnswerError, no_hub, open_session, receive, reporting
 
 _CHUNK = 1 << 20
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -75,24 +75,23 @@ def fetch(name: HubName, watcher: Watcher) -> Path:
     no answer comes. Raises DownloadError, ModelFileError if the repository has no such file, and UsageError for an
     impossible name. What an interrupted download has brought stays for the next.
     """
-    with reporting(name.repository):
-        from huggingface_hub import constants, logging
+    if hub_settings().HF_HUB_OFFLINE:
+        return _offline(name)
+    from huggingface_hub import logging
 
-        if constants.HF_HUB_OFFLINE:
-            return _offline(name)
-        if not any(os.environ.get(key) for key in ("HF_DEBUG", "HF_HUB_VERBOSITY")):
-            # What goes wrong is told once, by the exception.
-            logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        try:
+    if not any(os.environ.get(key) for key in ("HF_DEBUG", "HF_HUB_VERBOSITY")):
+        # What goes wrong is told once, by the exception.
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with reporting(name.repository):
             download = look_up(name)
-        except http_errors() as error:
-            here = cached_file(name) if status_of(error) is None else None
-            if here is None:
-                raise
-            watcher.note(
-                f"{constants.ENDPOINT} does not answer ({no_answer_because(error)}): taking what is in the cache"
-            )
-            return here
+    except NoAnswerError as error:
+        here = cached_file(name)
+        if here is None:
+            raise
+        watcher.note(f"{error.message}; taking what is in the cache")
+        return here
+    with reporting(name.repository):
         if download.missing:
             _require_space(download)
             watcher.begin(download)
@@ -109,6 +108,7 @@ def look_up(name: HubName) -> Download:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
 
+    open_session()
     try:
         info = HfApi().model_info(
             name.repository,

@@ -11,7 +11,7 @@ from typing import Any
 from abcli.config import DEFAULT_MODEL_FILE
 from abcli.errors import AbcliError, ModelFileError
 from abcli.gguf.header import Header, read_header
-from abcli.hub.cache import CachedModel, cache_directory, cached_file, cached_models
+from abcli.hub.cache import CachedModel, cache_directory, cached_file, cached_models, repository_folder
 from abcli.hub.locate import DEFAULT_NAME, LocalName, model_folders, resolve_name
 from abcli.hub.names import HubName, choose_files, models_among, quant_of
 
@@ -117,12 +117,30 @@ def plan_removal(name: HubName) -> Removal:
         models = [model for model in models if _is_meant(name, model, models)]
     if not models:
         raise ModelFileError(f"{name} is not in {cache_directory()}", "`abcli models` shows what is there")
-    info, files = _scanned(models)
-    return Removal(tuple(models), int(info.delete_files(*files).expected_freed_size))
+    return Removal(tuple(models), _freed(models))
+
+
+def _freed(models: Iterable[CachedModel]) -> int:
+    """The bytes of the blobs to which only the links of these models lead."""
+    wanted = {path for model in models for path in model.files}
+    kept = {
+        path.resolve()
+        for repository in {model.repository for model in models}
+        for path in (repository_folder(repository) / "snapshots").rglob("*")
+        if path.is_file() and path not in wanted
+    }
+    return sum(blob.stat().st_size for blob in {path.resolve() for path in wanted} - kept)
 
 
 def remove(removal: Removal) -> None:
-    """Delete models from the hub's cache, with what is left empty by that. Raises ModelFileError and OSError."""
+    """Delete models from the hub's cache, with what is left empty by that. Raises ModelFileError and OSError.
+
+    Links into nowhere in the same repositories go, too: for their sake the library would refuse to delete anything.
+    """
+    for repository in {model.repository for model in removal.models}:
+        for path in (repository_folder(repository) / "snapshots").rglob("*"):
+            if path.is_symlink() and not path.exists():
+                path.unlink()
     info, files = _scanned(removal.models)
     info.delete_files(*files).execute()
     # A commit that holds nothing any more goes, too, and with the last one the repository.

@@ -40,11 +40,6 @@ def model_folders() -> tuple[Path, ...]:
     return (Path("models"), checkout, home() / "models")
 
 
-def default_model_paths() -> tuple[Path, ...]:
-    """Where the default model may lie."""
-    return tuple(folder / DEFAULT_MODEL_FILE for folder in model_folders())
-
-
 def resolve_name(name: str | None) -> LocalName | HubName | BundledName:
     """What the user means by `name`; None or "default" is the default model.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from abcli.errors import DownloadError, UsageError
+from abcli.hub.proxy import proxy_for, unusable_settings
 
 # Seconds before another try after one that brought nothing; one that brought something is followed at once.
 WAITS = (1.0, 2.0, 4.0)
@@ -16,7 +18,11 @@ WAITS = (1.0, 2.0, 4.0)
 _PASSING = (408, 429, 500, 502, 503, 504)
 _RANGE = re.compile(r"bytes (\d+)-")
 _LOGIN = "set HF_TOKEN to a token from https://huggingface.co/settings/tokens, or run `hf auth login`"
-_NETWORK = "check the network and HF_ENDPOINT; models that are in the cache work without it"
+_CACHE_WORKS = "models that are in the cache work without it"
+
+
+class NoAnswerError(DownloadError):
+    """The hub could not be asked, or did not answer: what is in the cache has to do."""
 
 
 def receive(url: str, stream: BinaryIO, size: int, progress: Callable[[int], None]) -> None:
@@ -90,7 +96,24 @@ def http_errors() -> tuple[type[Exception], ...]:
     """What the HTTP client inside huggingface_hub raises: httpx or httpx2, according to its version."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    kinds = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    with suppress(ImportError):
+        # What a server that speaks no SOCKS sends is not translated by the client.
+        from socksio import SOCKSError
+
+        kinds.append(SOCKSError)
+    return tuple(kinds)
+
+
+def open_session() -> None:
+    """Set up the HTTP client, which fails for some settings of proxies and certificates. Raises NoAnswerError."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session()
+    except Exception as error:
+        problem = unusable_settings(error)
+        raise NoAnswerError(problem.message, f"{problem.hint}; {_CACHE_WORKS}") from error
 
 
 def _may_pass(error: Exception) -> bool:
@@ -107,8 +130,10 @@ def status_of(error: BaseException) -> int | None:
 def reporting(repository: str) -> Iterator[None]:
     """Turn what huggingface_hub and its HTTP client raise into DownloadError, and what it says of names to UsageError.
 
-    Their own words are left out: a header that cannot be sent is quoted in them, and with it the token.
+    What prevents any answer is a NoAnswerError. Their own words are left out: a header that cannot be sent is quoted in
+    them, and with it the token.
     """
+    _check_endpoint()
     from huggingface_hub.errors import HFValidationError
 
     trouble: tuple[type[Exception], ...] = (OSError, UnicodeError, *http_errors())
@@ -120,9 +145,25 @@ def reporting(repository: str) -> Iterator[None]:
         raise _translated(error, repository) from None
 
 
+def _check_endpoint() -> None:
+    """Raise NoAnswerError for an HF_ENDPOINT of which huggingface_hub would fail to be imported."""
+    from huggingface_hub import constants
+
+    try:
+        parts = urlsplit(constants.ENDPOINT)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise NoAnswerError(
+            f"HF_ENDPOINT is {constants.ENDPOINT!r:.200}, which is no address of http or https",
+            f"write it like https://huggingface.co, or unset it; {_CACHE_WORKS}",
+        )
+
+
 def _translated(error: Exception, repository: str) -> DownloadError:
     """The error to show for one of the library's."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     # It hides what went wrong behind "not in the cache".
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -139,16 +180,32 @@ def _translated(error: Exception, repository: str) -> DownloadError:
         return DownloadError(f"{repository} no longer has that file", f"its files are at {page}/tree/main")
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
         return _refused(repository, status)
+    if isinstance(error, errors.FileMetadataError) and status is None:
+        return no_hub()
+    if isinstance(error, UnicodeError) or "LocalProtocolError" in type(error).__name__:
+        return NoAnswerError("your token for the hub holds characters that cannot be sent", _LOGIN)
+    return _failed_on_the_way(error, repository, status)
+
+
+def _failed_on_the_way(error: Exception, repository: str, status: int | None) -> DownloadError:
+    """The error to show where the hub or a proxy before it failed or did not answer."""
+    from huggingface_hub import constants
+
+    proxy = proxy_for(constants.ENDPOINT)
+    through = f" through the proxy {proxy.address}" if proxy is not None else ""
+    if status == 407 and proxy is not None:
+        return NoAnswerError(
+            f"the proxy {proxy.address} wants a login", f"write it into {proxy.source}; {_CACHE_WORKS}"
+        )
     if status == 429:
         return DownloadError("the hub has had too many requests from here (429)", f"wait a few minutes; {_LOGIN}")
     if status is not None:
-        return DownloadError(f"the hub failed with status {status}", "try again later; what is here is kept")
-    if isinstance(error, errors.FileMetadataError):
-        return no_hub()
-    if isinstance(error, UnicodeError) or "LocalProtocolError" in type(error).__name__:
-        return DownloadError("your token for the hub holds characters that cannot be sent", _LOGIN)
-    reason = no_answer_because(error)
-    return DownloadError(f"cannot fetch {repository} from {constants.ENDPOINT}: {reason}", _NETWORK)
+        return DownloadError(f"the hub failed with status {status}{through}", "try again later; what is here is kept")
+    check = f"the proxy, which comes from {proxy.source}" if proxy is not None else "HF_ENDPOINT"
+    return NoAnswerError(
+        f"cannot fetch {repository} from {constants.ENDPOINT}{through}: {_no_answer_because(error)}",
+        f"check the network and {check}; {_CACHE_WORKS}",
+    )
 
 
 def no_hub() -> DownloadError:
@@ -174,7 +231,7 @@ def _has_token() -> bool:
     return get_token() is not None
 
 
-def no_answer_because(error: Exception) -> str:
+def _no_answer_because(error: Exception) -> str:
     """In a few words why there was no answer; nothing that could quote a header."""
     number_text = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
     kind = type(error).__name__
@@ -185,7 +242,7 @@ def no_answer_because(error: Exception) -> str:
         ("ConnectError", "no connection"),
         ("RemoteProtocolError", "the connection was cut"),
         ("ReadError", "the connection was cut"),
-        ("UnsupportedProtocol", "the address is not one of http or https"),
+        ("ProtocolError", "what answers speaks no SOCKS"),
     ):
         if part in kind:
             return f"{words} ({number_text})" if number_text else words

@@ -12,7 +12,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import CancelledError, NativeError
 from abcli.native.llama import CancelFlag, clear_log, log_tail, raise_interrupt
 from abcli.native.model import Model
@@ -90,7 +90,7 @@ class _Batch:
         return last
 
 
-def context_parameters(model: Model, base: float, config: EngineConfig, threads: int, cancel: CancelFlag) -> Any:
+def context_parameters(model: Model, base: float, config: ContextConfig, threads: int, cancel: CancelFlag) -> Any:
     """`llama_context_params` with all that does not depend on the number of sequences."""
     parameters = llama.llama_context_default_params()
     parameters.n_batch = config.batch_size
@@ -120,7 +120,7 @@ class Sequences(Owner):
             if not handle:
                 raise NativeError(
                     f"llama.cpp cannot make a context of {parameters.n_ctx} tokens: {log_tail() or 'no reason given'}",
-                    "ask for a shorter context (--ctx-size), fewer buckets or other cache types",
+                    "ask for a shorter context (`ctx_size`), fewer buckets or other cache types",
                 )
             stack.callback(llama.llama_free, handle)
             raise_interrupt()
@@ -146,7 +146,7 @@ class Sequences(Owner):
         if status == _DECODE_ABORTED or (status != 0 and self._cancel.is_set()):
             raise CancelledError
         if status == _DECODE_NO_ROOM:
-            raise NativeError("the context has no room for the next token", "ask for a larger --ctx-size")
+            raise NativeError("the context has no room for the next token", "ask for a larger `ctx_size`")
         if status != 0:
             raise NativeError(
                 f"llama.cpp failed to decode (status {status}): {log_tail() or 'no reason given'}",
@@ -176,7 +176,7 @@ class Context(Sequences):
     """A `llama_context` with one RoPE base, a sequence for each slot and a spare one in one pool of cells."""
 
     def __init__(
-        self, model: Model, base: float, config: EngineConfig, cells: int, threads: int, cancel: CancelFlag
+        self, model: Model, base: float, config: ContextConfig, cells: int, threads: int, cancel: CancelFlag
     ) -> None:
         """A context under RoPE base `base` whose cache holds `cells` tokens over `config.slots` sequences.
 

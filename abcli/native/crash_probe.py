@@ -27,9 +27,8 @@ import psutil
 
 from abcli.config import trial_directory
 from abcli.errors import ModelFileError, OutOfMemoryError, UnsupportedModelError
-from abcli.gguf.check import split_paths
+from abcli.gguf.checked import CheckedModel
 from abcli.gguf.cursor import FETCH_AGAIN
-from abcli.gguf.header import Header
 from abcli.gguf.lora import Adapter
 from abcli.gguf.weights import check_finite
 
@@ -56,17 +55,17 @@ TRIAL_TEXT = (
 )
 
 
-def ensure_loadable(path: Path, header: Header) -> None:
+def ensure_loadable(model: CheckedModel) -> None:
     """Let a child process load the model unless this very file has passed before; then with its adapters.
 
     Raises ModelFileError if llama.cpp refuses a file or crashes, UnsupportedModelError if the model cannot
     write text token by token, OutOfMemoryError if the system ended the child.
     """
-    parts = split_paths(header)
+    files = tuple(header.path for header in model.files)
     # Alone first, so that it is clear which file is to blame.
-    _ensure(path, parts, ())
-    if header.adapters:
-        _ensure(path, parts, header.adapters)
+    _ensure(model.path, files, ())
+    if model.adapters:
+        _ensure(model.path, files, model.adapters)
 
 
 def _ensure(path: Path, parts: tuple[Path, ...], adapters: tuple[Adapter, ...]) -> None:

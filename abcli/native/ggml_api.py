@@ -87,6 +87,20 @@ rope = ggml_function("ggml_rope_ext", _pointer, *[_pointer] * 4, *[_int] * 3, *[
 rope_inplace = ggml_function("ggml_rope_ext_inplace", _pointer, *[_pointer] * 4, *[_int] * 3, *[_float] * 6)
 # struct ggml_tensor * ggml_cpy(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
 copy = ggml_function("ggml_cpy", _pointer, _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_mul(ctx, a, b); b is repeated where it has one number and a has several.
+multiply = ggml_function("ggml_mul", _pointer, _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_add(ctx, a, b);
+add = ggml_function("ggml_add", _pointer, _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_roll(ctx, a, int shift0, int shift1, int shift2, int shift3);
+roll = ggml_function("ggml_roll", _pointer, _pointer, _pointer, *[_int] * 4)
+# struct ggml_tensor * ggml_reshape_3d(ctx, a, ne0, ne1, ne2);
+reshape_3d = ggml_function("ggml_reshape_3d", _pointer, _pointer, _pointer, *[_int64] * 3)
+# struct ggml_tensor * ggml_reshape_4d(ctx, a, ne0, ne1, ne2, ne3);
+reshape_4d = ggml_function("ggml_reshape_4d", _pointer, _pointer, _pointer, *[_int64] * 4)
+# size_t ggml_used_mem(const struct ggml_context * ctx);
+used_memory = ggml_function("ggml_used_mem", _size, _pointer)
+# size_t ggml_get_mem_size(const struct ggml_context * ctx);
+memory_size = ggml_function("ggml_get_mem_size", _size, _pointer)
 # const char * ggml_op_desc(const struct ggml_tensor * t);
 op_description = ggml_function("ggml_op_desc", _text, _pointer)
 # struct ggml_tensor * ggml_set_name(struct ggml_tensor * tensor, const char * name);
@@ -101,6 +115,16 @@ new_graph = ggml_function("ggml_new_graph", _pointer, _pointer)
 new_graph_custom = ggml_function("ggml_new_graph_custom", _pointer, _pointer, _size, ctypes.c_bool)
 # size_t ggml_graph_overhead_custom(size_t size, bool grads);
 graph_overhead = ggml_function("ggml_graph_overhead_custom", _size, _size, ctypes.c_bool)
+# int ggml_graph_n_nodes(struct ggml_cgraph * cgraph);
+node_count = ggml_function("ggml_graph_n_nodes", _int, _pointer)
+# struct ggml_tensor ** ggml_graph_nodes(struct ggml_cgraph * cgraph);
+graph_nodes = ggml_function("ggml_graph_nodes", _pointer, _pointer)
+# struct ggml_tensor * ggml_graph_get_tensor(const struct ggml_cgraph * cgraph, const char * name);
+graph_tensor = ggml_function("ggml_graph_get_tensor", _pointer, _pointer, _text)
+# enum ggml_status ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph);
+scheduler_compute = ggml_function("ggml_backend_sched_graph_compute_async", _int, _pointer, _pointer)
+# ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors(struct ggml_context * ctx, ggml_backend_t backend);
+allocate = ggml_function("ggml_backend_alloc_ctx_tensors", _pointer, _pointer, _pointer)
 # void ggml_build_forward_expand(struct ggml_cgraph * cgraph, struct ggml_tensor * tensor);
 expand = ggml_function("ggml_build_forward_expand", None, _pointer, _pointer)
 # ggml_backend_buffer_t ggml_backend_cpu_buffer_from_ptr(void * ptr, size_t size);
@@ -149,6 +173,18 @@ backend_free = ggml_function("ggml_backend_free", None, _pointer)
 compute = ggml_function("ggml_backend_graph_compute", _int, _pointer, _pointer)
 # void ggml_backend_cpu_set_n_threads(ggml_backend_t backend_cpu, int n_threads);
 set_threads = ggml_function("ggml_backend_cpu_set_n_threads", None, _pointer, _int)
+
+
+_operations: dict[int, bytes] = {}
+
+
+def operation(number: int, tensor: int) -> bytes:
+    """The name of operation `number` (ggml_op), which is that of `tensor`: "ROPE", "SET_ROWS", ..."""
+    name = _operations.get(number)
+    if name is None:
+        # Unary operations and GLU share a number, and go by names of their own; nobody here asks for them.
+        name = _operations[number] = bytes(op_description(tensor))
+    return name
 
 
 def check(status: int) -> None:

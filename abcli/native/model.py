@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import ModelFileError, NativeError, PromptError
+from abcli.gguf.checked import CheckedModel
 from abcli.gguf.lora import Adapter
+from abcli.grammar.constraint import Constraint
+from abcli.grammar.guidance import Matcher, Matchers, Vocabulary
 from abcli.native.llama import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
 
@@ -23,6 +26,9 @@ from abcli.native.owner import Owner
 Rotation = Literal["pairs", "halves"]
 # LLAMA_TOKEN_ATTR_UNKNOWN | LLAMA_TOKEN_ATTR_CONTROL: what llama_tokenize reads only with parse_special.
 _CONTROL_ATTRIBUTES = llama.LLAMA_TOKEN_ATTR_UNKNOWN | llama.LLAMA_TOKEN_ATTR_CONTROL
+_NO_TEXT = _CONTROL_ATTRIBUTES | llama.LLAMA_TOKEN_ATTR_UNUSED
+# Stands before a text whose tokens are asked for, where the tokenizer would put a space before it.
+_SENTINEL = "\x01"
 _DEFAULT_BASE = 10000.0
 _ROTATIONS: dict[int, Rotation] = {llama.LLAMA_ROPE_TYPE_NORM: "pairs", llama.LLAMA_ROPE_TYPE_NEOX: "halves"}
 _MAX_TEXT_BYTES = 2**31 - 1
@@ -34,16 +40,16 @@ class Model(Owner):
     Close it after every context made of it.
     """
 
-    def __init__(self, path: Path, gpu_layers: int = -1, adapters: Sequence[Adapter] = ()) -> None:
-        """Load `path`; -1 `gpu_layers` puts every layer on a device where the build has one.
+    def __init__(self, checked: CheckedModel) -> None:
+        """Load a model with its adapters, with which every context that is made of it computes.
 
-        Every context that is made of the model computes with `adapters`, which have been checked against it.
         Raises ModelFileError if llama.cpp refuses a file.
         """
+        path, adapters = checked.path, checked.adapters
         initialise()
         clear_log()
         parameters = llama.llama_model_default_params()
-        parameters.n_gpu_layers = gpu_layers
+        parameters.n_gpu_layers = checked.config.gpu_layers
         with ExitStack() as stack:
             handle = llama.llama_model_load_from_file(os.fsencode(path), parameters)
             if not handle:
@@ -59,8 +65,8 @@ class Model(Owner):
             self._adapter_handles = [_load_adapter(handle, path, adapter) for adapter in adapters]
             raise_interrupt()
             self._stack = stack.pop_all()
+        self.checked = checked
         self.path = path
-        self.adapters = tuple(adapters)
         self.handle = handle
         self.vocabulary = vocabulary
         self.vocabulary_size: int = llama.llama_vocab_n_tokens(vocabulary)
@@ -71,13 +77,20 @@ class Model(Owner):
         self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
         self._piece_buffer = ctypes.create_string_buffer(256)
+        self.closed = False
+
+    def close(self) -> None:
+        """Free the weights; a second call does nothing."""
+        self.closed = True
+        super().close()
 
     def apply_adapters(self, context: Any) -> None:
         """Let a new `llama_context` of this model compute with its adapters."""
-        count = len(self.adapters)
+        adapters = self.checked.adapters
+        count = len(adapters)
         if count:
             handles = (llama.llama_adapter_lora_p_ctypes * count)(*self._adapter_handles)
-            scales = (ctypes.c_float * count)(*(adapter.scale for adapter in self.adapters))
+            scales = (ctypes.c_float * count)(*(adapter.scale for adapter in adapters))
             if llama.llama_set_adapters_lora(context, handles, count, scales) != 0:
                 raise NativeError(f"llama.cpp cannot use {count} LoRA adapters: {log_tail() or 'no reason given'}")
 
@@ -147,6 +160,31 @@ class Model(Owner):
             return ""
         return (llama.llama_vocab_get_text(self.vocabulary, token) or b"").decode("utf-8", "replace")
 
+    def matcher(self, constraint: Constraint) -> Matcher:
+        """Follows an answer under the constraint, which is not a GBNF grammar; each is compiled once for the model.
+
+        Raises GrammarError for one that cannot be used, UnsupportedModelError for a vocabulary that cannot.
+        """
+        return self._matchers.start(constraint)
+
+    @cached_property
+    def _matchers(self) -> Matchers:
+        return Matchers(self.read_vocabulary(), self.path.name)
+
+    def read_vocabulary(self) -> Vocabulary:
+        """All tokens; those that no answer is to contain as text are marked with 0xff."""
+        tokens: list[bytes] = []
+        ends: list[int] = []
+        for token in range(self.vocabulary_size):
+            attributes, is_end, text = self.attributes(token), self.is_end(token), self.piece(token, special=True)
+            named = attributes & llama.LLAMA_TOKEN_ATTR_USER_DEFINED and text.startswith(b"<") and text.endswith(b">")
+            if is_end:
+                ends.append(token)
+            # A special token without a text still needs a name.
+            special = is_end or attributes & _NO_TEXT or named or not text
+            tokens.append(b"\xff" + (text or b"<token %d>" % token) if special else text)
+        return Vocabulary(tokens, ends, _tokenizer(self))
+
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer (`llama_vocab_is_eog`)."""
         return bool(llama.llama_vocab_is_eog(self.vocabulary, token))
@@ -182,6 +220,19 @@ class Model(Owner):
             self._piece_buffer = buffer = ctypes.create_string_buffer(-length)
             length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
         return buffer.raw[:length]
+
+
+def _tokenizer(model: Model) -> Callable[[str], list[int]]:
+    """The tokens of a piece of a text, none once the model is closed."""
+
+    def plain(text: str) -> list[int]:
+        return [] if model.closed else model.tokenize(text, add_special=False, parse_special=False)
+
+    def after_sentinel(text: str) -> list[int]:
+        return plain(_SENTINEL + text)[len(sentinel) :]
+
+    sentinel = plain(_SENTINEL)
+    return plain if b"".join(model.piece(token) for token in plain("a")) == b"a" else after_sentinel
 
 
 def _load_adapter(model: Any, path: Path, adapter: Adapter) -> Any:

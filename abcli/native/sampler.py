@@ -14,82 +14,20 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import NATIVE_RANDOM_SEED, SamplingConfig
-from abcli.errors import AbcliError, GrammarError, NativeError, UsageError
-from abcli.native.grammar import grammar_text
+from abcli.errors import AbcliError, GrammarError, NativeError
+from abcli.grammar import gbnf
+from abcli.grammar.constraint import Constraint, constraint_of
+from abcli.grammar.guidance import Matcher
 from abcli.native.llama import clear_log, log_tail
 from abcli.native.model import Model
 from abcli.native.owner import Owner
+from abcli.sampling import NATIVE_RANDOM_SEED, SamplingConfig, check_sampling, encode_breaker
 
-MAX_LAST_N = 1 << 24
-MAX_BREAKERS = 64
-MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones off, maybe within a character
 # CPU time of one token in the grammar. llama.cpp follows every reading of an ambiguous text, and their number
 # can grow tenfold with each token.
 MAX_GRAMMAR_SECONDS = 1.0
-_MAX_INT32 = 2**31 - 1
-_SMALLEST_TEMPERATURE = 1e-6
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-
-# Flag, field, least and largest value. The bounds of penalties keep float32 logits finite.
-_RANGES: tuple[tuple[str, str, float, float], ...] = (
-    ("--temp", "temperature", -1e6, 1e6),
-    ("--top-k", "top_k", -1, _MAX_INT32),
-    ("--top-p", "top_p", 0, 1),
-    ("--min-p", "min_p", 0, 1),
-    ("--typical", "typical_p", 0, 1),
-    ("--top-nsigma", "top_n_sigma", -1, 1e6),
-    ("--xtc-probability", "xtc_probability", 0, 1),
-    ("--xtc-threshold", "xtc_threshold", 0, 1),
-    ("--dry-multiplier", "dry_multiplier", 0, 1e6),
-    ("--dry-base", "dry_base", 1, 1e6),
-    ("--dry-allowed-length", "dry_allowed_length", 0, _MAX_INT32),
-    ("--dry-penalty-last-n", "dry_penalty_last_n", -1, MAX_LAST_N),
-    ("--repeat-last-n", "repeat_last_n", -1, MAX_LAST_N),
-    ("--repeat-penalty", "repeat_penalty", 1e-3, 1e3),
-    ("--frequency-penalty", "frequency_penalty", -1e3, 1e3),
-    ("--presence-penalty", "presence_penalty", -1e3, 1e3),
-    ("--mirostat-ent", "mirostat_tau", 0, 1e3),
-    ("--mirostat-lr", "mirostat_eta", 0, 1e3),
-)
-
-
-def validate(config: SamplingConfig, vocabulary_size: int) -> None:
-    """Raise UsageError for a setting that llama.cpp would misread, ignore or crash on."""
-    for flag, name, least, largest in _RANGES:
-        value = getattr(config, name)
-        if not least <= value <= largest:  # NaN too
-            raise UsageError(f"{flag} {value} is not possible", f"use a value from {least:g} to {largest:g}")
-    if 0 < config.temperature < _SMALLEST_TEMPERATURE:
-        raise UsageError(
-            f"--temp {config.temperature} is too small", f"use 0 for greedy, or {_SMALLEST_TEMPERATURE:g} or more"
-        )
-    if config.seed >= NATIVE_RANDOM_SEED:
-        raise UsageError(
-            f"--seed {config.seed} is too large", f"use 0 to {NATIVE_RANDOM_SEED - 1}, or -1 for a random one"
-        )
-    if config.mirostat not in (0, 2):
-        raise UsageError(f"--mirostat {config.mirostat} is not possible", "use 0 (off) or 2")
-    _validate_biases(config, vocabulary_size)
-    if len(config.dry_breakers) > MAX_BREAKERS:
-        raise UsageError(
-            f"{len(config.dry_breakers)} DRY sequence breakers are too many", f"use at most {MAX_BREAKERS}"
-        )
-    for breaker in config.dry_breakers:
-        _encode_breaker(breaker)
-
-
-def _validate_biases(config: SamplingConfig, vocabulary_size: int) -> None:
-    for token, bias in config.logit_bias:
-        if not 0 <= token < vocabulary_size:
-            raise UsageError(
-                f"--logit-bias names token {token}", f"this model has the tokens 0 to {vocabulary_size - 1}"
-            )
-        if not (bias == -math.inf or abs(bias) <= 1e6):
-            raise UsageError(
-                f"--logit-bias {bias} for token {token} is not possible", "use -inf, or a number up to 1e6"
-            )
 
 
 class SamplerChain(Owner):
@@ -105,8 +43,8 @@ class SamplerChain(Owner):
         Raises UsageError for settings that make no sense and GrammarError for a grammar that cannot be used.
         """
         size = model.vocabulary_size
-        validate(config, size)
-        grammar = grammar_text(config)
+        check_sampling(config, size)
+        constraint = constraint_of(config)
         self.seed = config.seed if config.seed >= 0 else secrets.randbelow(NATIVE_RANDOM_SEED)
         """The seed in use, also where the settings asked for a random one."""
         whole = context_size or model.trained_context
@@ -118,15 +56,13 @@ class SamplerChain(Owner):
         self._candidates = np.zeros(size, _CANDIDATE)
         self._candidates_pointer = self._candidates.ctypes.data_as(llama.llama_token_data_p)
         self._array = llama.llama_token_data_array()
-        self._candidate = llama.llama_token_data()
-        self._single = llama.llama_token_data_array()
-        self._grammar: Any = None
+        self._grammar: _Grammar | Matcher | None = None
         with ExitStack() as stack:
             self._chain = _own(stack, llama.llama_sampler_chain_init, llama.llama_sampler_chain_default_params())
             for make in _samplers(model, config, self.seed, penalty_last_n, dry_last_n):
                 _append(self._chain, make)
-            if grammar:
-                self._grammar = _make_grammar(stack, model, grammar)
+            if constraint is not None:
+                self._grammar = _follower(stack, model, constraint)
             self._stack = stack.pop_all()
         self._closed = False
 
@@ -147,13 +83,18 @@ class SamplerChain(Owner):
         # void llama_sampler_accept(struct llama_sampler * smpl, llama_token token)
         llama.llama_sampler_accept(self._chain, token)
         if self._grammar is not None:
-            llama.llama_sampler_accept(self._grammar, token)
+            self._grammar.accept(token)
             if time.thread_time() - started > MAX_GRAMMAR_SECONDS:
                 raise GrammarError(
                     "the grammar can be followed in too many ways at once",
                     "let alternatives differ in their first characters",
                 )
         return token
+
+    @property
+    def finished(self) -> bool:
+        """Whether a schema, regular expression or Lark grammar is complete, so that nothing can follow."""
+        return self._grammar is not None and self._grammar.finished
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         """Let penalties and DRY, but not the grammar, see tokens that were not sampled here."""
@@ -164,14 +105,6 @@ class SamplerChain(Owner):
                 raise NativeError(f"token {token} is not in the vocabulary", f"it ends at {len(self._ids) - 1}")
             llama.llama_sampler_accept(self._chain, token)
 
-    def reset(self) -> None:
-        """Start anew: forget all tokens, begin the grammar again, and rewind the random numbers to `seed`."""
-        self._check_open()
-        # void llama_sampler_reset(struct llama_sampler * smpl)
-        llama.llama_sampler_reset(self._chain)
-        if self._grammar is not None:
-            llama.llama_sampler_reset(self._grammar)
-
     def _select(self, logits: NDArray[np.float32]) -> int:
         """common_sampler_sample of common/sampling.cpp: rejection first, the grammar on everything if needed."""
         self._fill(logits)
@@ -180,10 +113,13 @@ class SamplerChain(Owner):
         if self._grammar is None:
             return self._selected(_no_token)
         token = self._selected(_no_token_in_grammar)
-        if self._fits_grammar(token):
+        if self._grammar.allows(token):
             return token
         self._fill(logits)
-        llama.llama_sampler_apply(self._grammar, ctypes.byref(self._array))
+        if isinstance(self._grammar, Matcher):
+            self._candidates["logit"][~self._grammar.mask()] = -np.inf
+        else:
+            self._grammar.apply(self._array)
         if self._candidates["logit"].max() == -np.inf:
             raise _no_token_in_grammar()
         llama.llama_sampler_apply(self._chain, ctypes.byref(self._array))
@@ -207,13 +143,6 @@ class SamplerChain(Owner):
         if not math.isfinite(chosen.logit):
             raise failure()
         return int(chosen.id)
-
-    def _fits_grammar(self, token: int) -> bool:
-        self._candidate.id, self._candidate.logit, self._candidate.p = token, 1.0, 0.0
-        self._single.data = ctypes.pointer(self._candidate)
-        self._single.size, self._single.selected, self._single.sorted = 1, -1, False
-        llama.llama_sampler_apply(self._grammar, ctypes.byref(self._single))
-        return bool(self._candidate.logit != -math.inf)
 
     def _check(self, logits: NDArray[np.float32]) -> None:
         self._check_open()
@@ -274,7 +203,7 @@ def _biases(model: Model, config: SamplingConfig) -> list[Any]:
 
 
 def _make_dry(model: Model, config: SamplingConfig, last_n: int) -> Any:
-    breakers = [_encode_breaker(breaker) for breaker in config.dry_breakers]
+    breakers = [encode_breaker(breaker) for breaker in config.dry_breakers]
     return llama.llama_sampler_init_dry(
         model.vocabulary,
         config.dry_multiplier,
@@ -286,16 +215,47 @@ def _make_dry(model: Model, config: SamplingConfig, last_n: int) -> Any:
     )
 
 
-def _make_grammar(stack: ExitStack, model: Model, text: str) -> Any:
-    clear_log()
-    try:
-        # struct llama_sampler * llama_sampler_init_grammar(const struct llama_vocab *, const char * grammar_str,
-        #                                                   const char * grammar_root)
-        return _own(stack, llama.llama_sampler_init_grammar, model.vocabulary, text.encode(), b"root")
-    except NativeError:
-        raise GrammarError(
-            f"llama.cpp refuses the grammar: {log_tail() or 'no reason given'}", "simplify the grammar"
-        ) from None
+def _follower(stack: ExitStack, model: Model, constraint: Constraint) -> _Grammar | Matcher:
+    if constraint.kind != "grammar":
+        return model.matcher(constraint)
+    gbnf.check(constraint.text)
+    return _Grammar(stack, model, constraint.text)
+
+
+class _Grammar:
+    """A GBNF grammar as llama.cpp follows it; freed with the stack that it is made in."""
+
+    finished = False
+    """llama.cpp doesn't tell: only an end token ends such an answer."""
+
+    def __init__(self, stack: ExitStack, model: Model, text: str) -> None:
+        self._candidate = llama.llama_token_data()
+        self._single = llama.llama_token_data_array()
+        clear_log()
+        try:
+            # struct llama_sampler * llama_sampler_init_grammar(const struct llama_vocab *, const char * grammar_str,
+            #                                                   const char * grammar_root)
+            self._handle = _own(stack, llama.llama_sampler_init_grammar, model.vocabulary, text.encode(), b"root")
+        except NativeError:
+            raise GrammarError(
+                f"llama.cpp refuses the grammar: {log_tail() or 'no reason given'}", "simplify the grammar"
+            ) from None
+
+    def allows(self, token: int) -> bool:
+        """Whether the token may come next."""
+        self._candidate.id, self._candidate.logit, self._candidate.p = token, 1.0, 0.0
+        self._single.data = ctypes.pointer(self._candidate)
+        self._single.size, self._single.selected, self._single.sorted = 1, -1, False
+        self.apply(self._single)
+        return bool(self._candidate.logit != -math.inf)
+
+    def apply(self, candidates: Any) -> None:
+        """Set the logits of what may not come next to -inf in a `llama_token_data_array`."""
+        llama.llama_sampler_apply(self._handle, ctypes.byref(candidates))
+
+    def accept(self, token: int) -> None:
+        """Go on after the token, which is one that may come next: any other ends the process."""
+        llama.llama_sampler_accept(self._handle, token)
 
 
 def _own(stack: ExitStack, make: Callable[..., Any], *arguments: Any) -> Any:
@@ -313,19 +273,6 @@ def _append(chain: Any, make: Callable[[], Any]) -> None:
         # void llama_sampler_chain_add(struct llama_sampler * chain, struct llama_sampler * smpl)
         llama.llama_sampler_chain_add(chain, handle)
         stack.pop_all()  # the chain frees it from now on
-
-
-def _encode_breaker(breaker: str) -> bytes:
-    try:
-        data = breaker.encode("utf-8")
-    except UnicodeEncodeError:
-        data = b""
-    if not data or b"\0" in data or len(data) > MAX_BREAKER_BYTES:
-        raise UsageError(
-            f"the DRY sequence breaker {breaker!r} is not possible",
-            f"use 1 to {MAX_BREAKER_BYTES} bytes of UTF-8 without NUL",
-        )
-    return data
 
 
 def _no_token() -> NativeError:

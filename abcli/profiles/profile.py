@@ -142,7 +142,7 @@ def decode(data: bytes, origin: str) -> Profile:
     if len(data) > MAX_BYTES:
         raise ProfileError(f"{origin} is larger than {MAX_BYTES:,} bytes", "name a file that abcli has written")
     try:
-        values = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        values = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ProfileError(f"{origin} is not UTF-8 (at byte {error.start:,})", _HINT) from None
     except (ValueError, RecursionError) as error:

@@ -42,7 +42,7 @@ def save(profile: Profile, directory: Path, *, overwrite: bool = True) -> Path:
         if not overwrite and path.exists():
             raise ProfileError(
                 f"there already is a profile {profile.name!r} for {profile.model}: {path}",
-                "--force replaces it",
+                "`force` replaces it",
             )
         write_atomically(path, data)
     return path
@@ -147,7 +147,7 @@ def export(profile: Profile, path: Path, *, overwrite: bool = False) -> None:
     data = portable(profile)
     with _reporting("write", path):
         if not overwrite and path.exists():
-            raise ProfileError(f"{path} already exists", "choose another name, or replace it with --force")
+            raise ProfileError(f"{path} already exists", "choose another name, or replace it with `force`")
         if path.exists() and not path.is_file():
             # Renaming over a device would take it away from everybody.
             raise ProfileError(f"{path} is not a file", "choose another name")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from abcli.config import MAX_BUCKETS, SPREADS, BucketConfig
+from abcli.config import MAX_BUCKETS, MERGE_RULES, SPREADS, BucketConfig, Buckets, MergeRule, Spread
 from abcli.errors import UnsupportedModelError, UsageError
+from abcli.merge import check_pool_weights
 
 _PAPER_SIX = (1.0, 1.75, 1.8, 1.9, 2.0, 2.5)
 
@@ -51,7 +52,7 @@ def choose_bases(config: BucketConfig, native_base: float) -> tuple[float, ...]:
             f"the model has a RoPE base of {native_base:g}", "only models with rotary positions have buckets"
         )
     if config.bases and config.multipliers:
-        raise UsageError("both bases and multipliers are given", "give only one of --bases and --multipliers")
+        raise UsageError("both bases and multipliers are given", "give only one of `bases` and `multipliers`")
     if config.bases:
         return _checked(config.bases)
     if config.multipliers:
@@ -63,6 +64,50 @@ def choose_bases(config: BucketConfig, native_base: float) -> tuple[float, ...]:
         raise UsageError(f"unknown spread {config.spread!r}", f"use one of {', '.join(SPREADS)}")
     spread = symmetric_multipliers if config.spread == "symmetric" else paper_multipliers
     return _checked(multiplier * native for multiplier in spread(config.count))
+
+
+def asked_buckets(
+    count: int | None = None,
+    bases: Sequence[float] = (),
+    multipliers: Sequence[float] = (),
+    spread: Spread | None = None,
+    merge: MergeRule | None = None,
+    weights: Sequence[float] = (),
+) -> BucketConfig:
+    """What is asked for, where anything may be left open. Raises UsageError for contradictions."""
+    usual = BucketConfig()
+    if bases and multipliers:
+        raise UsageError("`bases` and `multipliers` are both given", "give one of them", setting="bases")
+    explicit = len(bases or multipliers)
+    if explicit and spread is not None:
+        raise UsageError("`spread` has no say over explicit bases", "drop one", setting="spread")
+    if explicit and count is not None and count != explicit:
+        raise UsageError(
+            f"`buckets={count}` contradicts the {explicit} bases that are given", "drop `buckets`", setting="buckets"
+        )
+    number = explicit or (usual.count if count is None else count)
+    if not 1 <= number <= MAX_BUCKETS:
+        raise UsageError(f"{number} buckets are impossible", f"choose 1 to {MAX_BUCKETS}", setting="buckets")
+    if merge is not None and merge not in MERGE_RULES:
+        raise UsageError(f"unknown merge rule {merge!r}", f"use one of {', '.join(MERGE_RULES)}", setting="merge")
+    if weights and merge != "pool":
+        raise UsageError(
+            "`weights` needs `merge=pool`", "the other rules find the weights by themselves", setting="weights"
+        )
+    check_pool_weights(weights, number)
+    return BucketConfig(
+        number, spread or usual.spread, tuple(bases), tuple(multipliers), merge or usual.merge, tuple(weights)
+    )
+
+
+def resolve_buckets(config: BucketConfig, native_base: float, prefill_base: float | None = None) -> Buckets:
+    """The buckets that `config` asks for, of a model trained with `native_base`.
+
+    `prefill_base` is the base under which a shared prefill computes; None is the native one. Raises as `choose_bases`.
+    """
+    asked = BucketConfig(bases=(native_base if prefill_base is None else prefill_base,))
+    (computing,) = choose_bases(asked, native_base)
+    return Buckets(choose_bases(config, native_base), computing, config.merge, config.weights)
 
 
 def parse_numbers(text: str, flag: str) -> tuple[float, ...]:

@@ -110,7 +110,7 @@ def _best_addition(waves: Floats, chosen: list[int]) -> tuple[int, float]:
 
 def _check(waves: Floats, native: int, count: int) -> None:
     if not 1 <= count <= len(waves):
-        raise UsageError(f"{count} bases cannot be chosen from {len(waves)} candidates", "ask for more --candidates")
+        raise UsageError(f"{count} bases cannot be chosen from {len(waves)} candidates", "ask for more `candidates`")
     if not 0 <= native < len(waves):
         raise ValueError(f"the native base is number {native} of {len(waves)} candidates")
 

@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 
 from abcli.batch.progress import Progress, Summary
 from abcli.batch.scheduler import StopSwitch, Totals
+from abcli.text import counted
 from abcli.ui.progress import TimeLeft, time_text
 from abcli.ui.terminal import Terminal
 
@@ -78,10 +79,11 @@ def batch_progress(
 def progress_text(progress: Progress, tokens: int, seconds: float, seconds_left: float | None) -> str:
     """E.g. "120 of 1,000 lines, 85.3 tokens/s, 2 errors, about 12 min left"."""
     total = f" of {progress.total:,}" if progress.total is not None else ""
-    parts = [f"{progress.done:,}{total} lines"]
+    of_one = (progress.done if progress.total is None else progress.total) == 1
+    parts = [f"{progress.done:,}{total} line{'' if of_one else 's'}"]
     if tokens and seconds > 0:
         parts.append(f"{tokens / seconds:.1f} tokens/s")
-    parts.append(_count(progress.errors, "error"))
+    parts.append(counted(progress.errors, "error"))
     if seconds_left is not None and progress.total is not None and progress.done < progress.total:
         parts.append(f"about {time_text(seconds_left)} left")
     return ", ".join(parts)
@@ -89,19 +91,15 @@ def progress_text(progress: Progress, tokens: int, seconds: float, seconds_left:
 
 def summary_text(summary: Summary) -> str:
     """The one line at the end of a run."""
-    parts = [f"{_count(summary.written - summary.errors, 'answer')}, {_count(summary.errors, 'error')}"]
+    parts = [f"{counted(summary.written - summary.errors, 'answer')}, {counted(summary.errors, 'error')}"]
     if summary.skipped:
         parts.append(f"{summary.skipped:,} done before")
     if summary.duplicates:
         parts.append(f"{summary.duplicates:,} of the answers for prompts that came again")
-    prompt = f"{summary.prompt_tokens:,} prompt tokens"
+    prompt = counted(summary.prompt_tokens, "prompt token")
     if summary.cached_tokens:
         prompt += f" ({summary.cached_tokens:,} shared)"
-    speed = f"{summary.completion_tokens:,} new tokens in {summary.seconds:.1f} s"
+    speed = f"{counted(summary.completion_tokens, 'new token')} in {summary.seconds:.1f} s"
     if summary.completion_tokens:
         speed += f", {summary.tokens_per_second:.1f} tokens/s"
     return " | ".join([", ".join(parts), prompt, speed])
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -13,8 +13,7 @@ from abcli.bench.report import Report, Row, Timing
 from abcli.bench.resident import Memory
 from abcli.bench.rounds import Spread
 from abcli.bench.workshop import AutoChoice
-from abcli.engine.memory import gibibytes
-from abcli.text import counted
+from abcli.text import counted, gibibytes
 from abcli.ui.plots import SpeedCurve, SpeedPanel, SpeedPlot
 from abcli.ui.terminal import one_line, printable
 

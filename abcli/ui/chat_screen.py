@@ -11,7 +11,7 @@ from abcli.chat.controller import Chat, Pieces
 from abcli.chat.files import read_text_file
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.errors import AbcliError, CancelledError, UsageError
-from abcli.generate import Generator
+from abcli.text import counted
 from abcli.ui.lines import Entry, LineReader, read_message
 from abcli.ui.terminal import Terminal, on_interrupt
 
@@ -33,7 +33,7 @@ class ChatScreen:
         terminal: Terminal,
         reader: LineReader,
         chat: Chat,
-        generator: Generator,
+        cancel: Callable[[], None],
         store: SessionStore | None,
         session: Session,
         *,
@@ -50,7 +50,7 @@ class ChatScreen:
         self.chat = chat
         self.session = session
         self._reader = reader
-        self._generator = generator
+        self._cancel = cancel
         self._store = store
         self._buckets = buckets
         self._interactive = interactive
@@ -91,12 +91,11 @@ class ChatScreen:
         message = entry.text
         if not message.strip() and not self._attached:
             return
-        if message.startswith("/") and not entry.is_block:
-            name, _, argument = message.partition(" ")
+        if not entry.is_block and (name := command_name(message)):
             command = COMMANDS.get(name)
             if command is None:
                 raise UsageError(f"there is no command {name}", "/help lists them; a space before / makes it text")
-            command.action(self, argument.strip())
+            command.action(self, message[len(name) :].strip())
             return
         text = "\n\n".join([*self._attached, message] if message.strip() else self._attached)
         with self._saving():
@@ -152,9 +151,8 @@ class ChatScreen:
         self.terminal.note(f"session  {session.name or 'not saved yet'}")
         self.terminal.note(f"model    {session.model}")
         self.terminal.note(f"bases    {', '.join(f'{base:g}' for base in session.bases)}; merge {session.merge}")
-        self.terminal.note(
-            f"context  {self.chat.used_tokens}/{self.chat.context_size} tokens, {_turns(self.chat.conversation.turns)}"
-        )
+        turns = counted(self.chat.conversation.turns, "turn")
+        self.terminal.note(f"context  {self.chat.used_tokens}/{self.chat.context_size} tokens, {turns}")
         for name, value in self.chat.settings().items():
             self.terminal.note(f"{name} = {value}")
 
@@ -172,7 +170,7 @@ class ChatScreen:
             raise UsageError("/load needs a file name", "e.g. /load chat.json")
         self.chat.restore(import_session(Path(argument).expanduser()))
         self._save()
-        self.terminal.note(f"loaded {_turns(self.chat.conversation.turns)}")
+        self.terminal.note(f"loaded {counted(self.chat.conversation.turns, 'turn')}")
 
     def read(self, argument: str) -> None:
         """Place a file before the next message."""
@@ -180,13 +178,13 @@ class ChatScreen:
             raise UsageError("/read needs a file name", "e.g. /read notes.txt, then ask about it")
         text = read_text_file(Path(argument).expanduser())
         self._attached.append(text)
-        self.terminal.note(f"read {len(text):,} characters; they go before your next message")
+        self.terminal.note(f"read {counted(len(text), 'character')}, to go before your next message")
 
     def _show(self, answering: Callable[[Callable[[int, int], None]], Pieces]) -> None:
         """Stream an answer; Ctrl-C stops it."""
         answer = None
         with (
-            on_interrupt(self._generator.cancel),
+            on_interrupt(self._cancel),
             self.terminal.prefill_progress() as progress,
             # Even if the output breaks, the conversation has to be whole again before it is saved.
             closing(answering(progress)) as pieces,
@@ -195,10 +193,10 @@ class ChatScreen:
                 for piece in pieces:
                     if answer is None and self.chat.dropped_turns:
                         self.terminal.warn(
-                            f"the context is full: left out are the oldest {_turns(self.chat.dropped_turns)}"
+                            f"the context is full: left out are the oldest {counted(self.chat.dropped_turns, 'turn')}"
                         )
                     answer = piece.answer
-                    self.terminal.write(piece.text)
+                    self.terminal.write_answer(piece.text)
             finally:
                 self.terminal.end_line()
         if answer is None:
@@ -234,8 +232,12 @@ class ChatScreen:
         self.terminal.error(error)
 
 
-def _turns(count: int) -> str:
-    return f"{count} turn" + "s" * (count != 1)
+def command_name(message: str) -> str:
+    """The command that a message begins with, known or misspelt; empty for text, also if that begins with a path."""
+    name = message.split(maxsplit=1)[0] if message.startswith("/") else ""
+    if name in COMMANDS:
+        return name
+    return "" if "/" in name[1:] or not name[1:].isalpha() or Path(name).exists() else name
 
 
 COMMANDS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from abcli.engine.memory import Prediction, Room, gibibytes
 from abcli.gguf.description import (
     AdapterInspection,
     Inspection,
@@ -15,7 +14,9 @@ from abcli.gguf.description import (
     TypeShare,
 )
 from abcli.gguf.verification import Check
-from abcli.ui.terminal import one_line, printable
+from abcli.machine import Prediction, Room
+from abcli.text import counted, gibibytes
+from abcli.ui.terminal import in_flags, one_line, printable
 
 _ROTATIONS = {
     "pairs": "neighbouring pairs (NORM)",
@@ -98,9 +99,8 @@ def adapter_text(found: AdapterInspection) -> str:
 
 def cost_text(prediction: Prediction, room: Room) -> str:
     """What a set-up needs and whether there is room for it."""
-    config = prediction.config
-    buckets = len(config.bases)
-    title = f"{buckets} {'bucket' if buckets == 1 else 'buckets'}, context of {config.context_size:,} tokens"
+    config, buckets = prediction.setup.context, len(prediction.setup.buckets.bases)
+    title = f"{counted(buckets, 'bucket')}, context of {config.context_size:,} tokens"
     if config.slots > 1:
         title += f" for each of {config.slots} slots"
     rows = [(_ITEMS[item.name], gibibytes(item.total)) for item in prediction.items if item.total]
@@ -116,7 +116,7 @@ def cost_text(prediction: Prediction, room: Room) -> str:
     rows.append(("longest context", f"{longest:,} tokens" if longest else "none fits"))
     advice = prediction.advice(room)
     if advice:
-        rows.append(("does not fit", advice))
+        rows.append(("does not fit", in_flags(advice)))
     return f"{title}, caches of {config.cache_type_k} and {config.cache_type_v}\n" + _rows(rows)
 
 

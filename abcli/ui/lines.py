@@ -11,6 +11,7 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.output import create_output
+from prompt_toolkit.utils import is_dumb_terminal
 
 from abcli.chat.files import decode_prompt
 from abcli.errors import PromptError
@@ -33,27 +34,45 @@ class EditorReader:
             history=_history(history_file),
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
+            enable_suspend=True,
             # With standard output in a file or pipe, the prompt belongs on standard error.
             output=create_output(always_prefer_tty=True),
         )
 
     def line(self, *, continued: bool) -> str:
         """See `LineReader`."""
-        return self._session.prompt("... " if continued else "> ")
+        return self._session.prompt(_prompt(continued))
 
 
 class StreamReader:
-    """Lines of standard input that is not a terminal; no prompt is shown."""
+    """Lines of standard input: of a script, without a prompt, or of a terminal that can do no more than show them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, prompt: bool = False) -> None:
         self._stream = sys.stdin.buffer
+        self._prompt = prompt
 
     def line(self, *, continued: bool) -> str:
         """See `LineReader`; raises PromptError for a line that is not UTF-8."""
+        if self._prompt:
+            sys.stderr.write(_prompt(continued))
+            sys.stderr.flush()
         data = self._stream.readline()
         if not data:
             raise EOFError
         return decode_prompt(data, "standard input").rstrip("\r\n")
+
+
+def line_reader(history_file: Path, commands: Sequence[str]) -> LineReader:
+    """The editor on a terminal that can move its cursor, else plain lines."""
+    if not sys.stdin.isatty():
+        return StreamReader()
+    if is_dumb_terminal():
+        return StreamReader(prompt=True)
+    return EditorReader(history_file, commands)
+
+
+def _prompt(continued: bool) -> str:
+    return "... " if continued else "> "
 
 
 class Entry(NamedTuple):

@@ -9,7 +9,7 @@ from time import perf_counter
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from abcli.ui.terminal import Terminal
+from abcli.ui.terminal import Terminal, typed_unseen
 
 # Recent enough to follow a change, such as the end of the steps whose results are already stored.
 _STEPS = 32
@@ -88,7 +88,7 @@ def step_progress(
     def update(done: int, total: int) -> None:
         bar.update(task, completed=done, total=total, left=_left_text(left.update(done, total)))
 
-    with bar:
+    with typed_unseen(), bar:
         yield update
 
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from abcli.errors import AbcliError
+from abcli.sampling import SETTINGS
+from abcli.text import counted
+from abcli.ui.wrapping import WordWrap
+
+try:
+    import termios
+except ImportError:  # not on Windows
+    termios = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from abcli.generate import Statistics
@@ -22,6 +32,8 @@ if TYPE_CHECKING:
 _KEPT_CONTROLS = "\n\t"
 # A bar that comes and goes within this time would only flicker.
 _PATIENCE_SECONDS = 0.3
+# How errors name a setting: `ctx_size`, `engine=contexts`.
+_SETTING = re.compile(r"`(?P<name>[a-z]\w*)(?:=(?P<value>[^`\s]*))?`")
 
 
 class Terminal:
@@ -39,6 +51,14 @@ class Terminal:
             file=stream, highlight=False, soft_wrap=True, emoji=False, force_interactive=force_interactive
         )
         self._at_line_start = True
+        self._wrap = WordWrap(self._columns)
+
+    def _columns(self) -> int:
+        """The width of standard output now, 0 if it has none."""
+        try:
+            return os.get_terminal_size(self.output.fileno()).columns
+        except (OSError, ValueError):
+            return 0
 
     @property
     def interactive(self) -> bool:
@@ -46,14 +66,20 @@ class Terminal:
         return self.output_is_terminal and self._error_is_terminal
 
     def write(self, text: str) -> None:
-        """Write a piece of the answer at once; a terminal gets no control characters a model made up."""
+        """Write a piece of output at once; a terminal gets no control characters a model made up."""
         if text:
             self._at_line_start = text.endswith("\n")
             self.output.write(printable(text) if self.output_is_terminal else text)
             self.output.flush()
 
+    def write_answer(self, text: str) -> None:
+        """Write a piece of an answer, which a terminal gets broken at words; `end_line` is the answer's end."""
+        self.write(self._wrap.add(printable(text)) if self.output_is_terminal else text)
+
     def end_line(self) -> None:
         """Finish the line of the answer, if one is begun."""
+        self.write(self._wrap.flush())
+        self._wrap = WordWrap(self._columns)
         if not self._at_line_start:
             self.write("\n")
 
@@ -63,14 +89,14 @@ class Terminal:
 
     def warn(self, text: str) -> None:
         """Something the user should know although the work goes on."""
-        self.console.print(f"warning: {printable(text)}", style="yellow", markup=False)
+        self.console.print(f"warning: {printable(in_flags(text))}", style="yellow", markup=False)
 
     def error(self, error: AbcliError) -> None:
         """One line that says what is wrong, one that says what to do."""
         self.end_line()
-        self.console.print(f"error: {printable(one_line(error.message))}", style="bold red", markup=False)
+        self.console.print(f"error: {printable(one_line(in_flags(error.message)))}", style="bold red", markup=False)
         if error.hint:
-            self.console.print(f"hint: {printable(one_line(error.hint))}", markup=False)
+            self.console.print(f"hint: {printable(one_line(in_flags(error.hint)))}", markup=False)
 
     def statistics(self, statistics: Statistics, used: int, available: int, buckets: int) -> None:
         """The line under an answer: counts, speeds, context and agreement."""
@@ -82,7 +108,7 @@ class Terminal:
         if not self.console.is_interactive:
             yield lambda _what: None
             return
-        with self.console.status(what) as status:
+        with typed_unseen(), self.console.status(what) as status:
             yield status.update
 
     @contextmanager
@@ -109,20 +135,21 @@ class Terminal:
             elif perf_counter() - begin > _PATIENCE_SECONDS:
                 bar.start()
 
-        try:
-            yield update
-        finally:
-            bar.stop()
+        with typed_unseen():
+            try:
+                yield update
+            finally:
+                bar.stop()
 
 
 def statistics_line(statistics: Statistics, used: int, available: int, buckets: int) -> str:
     """E.g. "prompt 31 (12 cached) 310 tok/s | answer 40 32.1 tok/s | context 71/4096 | agreement 81 %"."""
-    prompt = f"prompt {statistics.prompt_tokens} tokens"
+    prompt = f"prompt {counted(statistics.prompt_tokens, 'token')}"
     if statistics.cached_tokens:
         prompt += f" ({statistics.cached_tokens} cached)"
     prompt += _speed(statistics.prefilled_tokens, statistics.prefill_seconds)
     # The first token comes with the prefill, so the decode time covers one token less.
-    answer = f"answer {statistics.completion_tokens} tokens"
+    answer = f"answer {counted(statistics.completion_tokens, 'token')}"
     answer += _speed(statistics.completion_tokens - 1, statistics.decode_seconds)
     parts = [prompt, answer, f"context {used}/{available}"]
     if buckets > 1:
@@ -141,9 +168,53 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in _KEPT_CONTROLS or unicodedata.category(c) != "Cc")
 
 
+def in_flags(text: str) -> str:
+    """`text` with the settings that it names as in `top_k=40` shown as the command line's flags, as in --top-k 40."""
+
+    def flag(found: re.Match[str]) -> str:
+        setting = SETTINGS.get(found["name"])
+        name = setting.flags[0] if setting is not None else f"--{found['name'].replace('_', '-')}"
+        return name if found["value"] is None else f"{name} {found['value']}"
+
+    return _SETTING.sub(flag, text)
+
+
 def one_line(text: str) -> str:
     """`text` with every run of white space turned into one space."""
     return " ".join(text.split())
+
+
+@contextmanager
+def typed_unseen() -> Iterator[None]:
+    """Let the terminal keep for later what is typed, instead of showing it amid what is written."""
+    before = _terminal_settings()
+    if before is None:
+        yield
+        return
+    _set_terminal([*before[:3], before[3] & ~termios.ECHO, *before[4:]])
+    try:
+        yield
+    finally:
+        # A shell that has sent the process to the background has its own settings in force.
+        if _terminal_settings() is not None:
+            _set_terminal(before)
+
+
+def _terminal_settings() -> list[Any] | None:
+    """Those of the terminal that this process reads from; None if it reads from none, or in the background."""
+    if termios is None:
+        return None
+    try:
+        number = sys.stdin.fileno()
+        # Changing them from the background would stop the process.
+        return termios.tcgetattr(number) if os.tcgetpgrp(number) == os.getpgrp() else None
+    except (OSError, ValueError, AttributeError, termios.error):
+        return None
+
+
+def _set_terminal(settings: list[Any]) -> None:
+    with suppress(termios.error):
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, settings)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.reading import read_jobs
-from abcli.config import GenerationConfig, SamplingConfig
+from abcli.sampling import GenerationConfig, SamplingConfig
 
 RUN = GenerationConfig(SamplingConfig(seed=7, temperature=0.5), max_tokens=9)
 OWN = {"id": "a", "prompt": "p"}

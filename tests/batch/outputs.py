@@ -12,7 +12,7 @@ import zstandard
 from abcli.batch.jobs import BadLine, Result
 from abcli.batch.sidecar import describe_generation
 from abcli.batch.writing import Output, open_output
-from abcli.config import GenerationConfig
+from abcli.sampling import GenerationConfig
 
 SETTINGS = {"model": "fingerprint", "bases": [1.0, 2.0], **describe_generation(GenerationConfig())}
 # Out of order, as a run with many slots writes them.

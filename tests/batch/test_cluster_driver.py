@@ -16,8 +16,8 @@ from abcli.batch.cluster.pool import Died, Event, Joined, Refused, Report
 from abcli.batch.jobs import BadLine, Job, Result
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.chat.messages import Message
-from abcli.config import GenerationConfig
 from abcli.errors import BatchError, CancelledError, ModelFileError
+from abcli.sampling import GenerationConfig
 
 SLOTS = 2
 LETHAL = "lethal"

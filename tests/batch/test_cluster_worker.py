@@ -13,9 +13,9 @@ from abcli.batch.cluster.pool import Done, Opened, Refusal, WorkerSetup
 from abcli.batch.cluster.worker import Worker
 from abcli.batch.jobs import Job, Result
 from abcli.chat.messages import Message
-from abcli.config import BucketConfig, EngineConfig, GenerationConfig, SamplingConfig
-from abcli.gguf.check import check_file
-from abcli.gguf.fingerprint import fingerprint
+from abcli.config import ContextConfig
+from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.models import buckets_at, checked_model
 
 PATIENCE = 60
 
@@ -27,10 +27,9 @@ def job(index: int, tokens: int = 4, text: str = "") -> Job:
 
 @pytest.fixture(scope="module")
 def setup(tiny_model: Path) -> WorkerSetup:
-    bases = check_file(tiny_model).native_base
-    config = EngineConfig(Path("elsewhere.gguf"), (bases,), context_size=256, threads=1)
-    identity = fingerprint(check_file(tiny_model))
-    return WorkerSetup(str(tiny_model), identity, config, BucketConfig(count=1), None, 2)
+    identity = checked_model(tiny_model).fingerprint
+    context, buckets = ContextConfig(context_size=256, threads=1), buckets_at(1e4)
+    return WorkerSetup(str(tiny_model), identity, -1, (), context, buckets, None, 2)
 
 
 @pytest.fixture
@@ -101,8 +100,8 @@ def test_another_model_of_the_same_name_is_refused(setup: WorkerSetup, worker: W
 
 
 def test_slots_that_do_not_fit_are_refused(setup: WorkerSetup, worker: Worker) -> None:
-    config = replace(setup.config, context_size=90_000_000)
-    refusal = worker.open(replace(setup, config=config, slots=200), 1, 1)
+    context = replace(setup.context, context_size=90_000_000)
+    refusal = worker.open(replace(setup, context=context, slots=200), 1, 1)
     assert isinstance(refusal, Refusal)
     assert "more than there is" in refusal.message
 

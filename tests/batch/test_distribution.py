@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from abcli.batch.cluster.distribution import Distribution
 from abcli.batch.jobs import Job, Result
 from abcli.chat.messages import Message
-from abcli.config import GenerationConfig
+from abcli.sampling import GenerationConfig
 
 
 def job(index: int, prompt: str = "") -> Job:

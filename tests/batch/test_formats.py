@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from abcli.batch.jobs import BadLine, Job
-from abcli.config import GenerationConfig, SamplingConfig
+from abcli.batch.reading import seed_for
+from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig
 from tests.batch.inputs import OWN, job, jobs, openai, write
 
 
@@ -58,9 +61,9 @@ def test_a_schema_of_a_line_takes_the_place_of_the_runs_grammar(tmp_path: Path) 
         ({"temperature": "hot"}, 'temperature is "hot"'),
         ({"temperature": True}, "temperature is true"),
         ({"temperature": 10**400}, "cannot be used"),
-        ({"top_p": 2}, "--top-p 2"),
+        ({"top_p": 2}, "`top_p` 2"),
         ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"seed": 2**40}, "--seed"),
+        ({"seed": 1.5}, "seed is 1.5"),
         ({"max_tokens": -2}, "max_tokens is -2"),
         ({"max_tokens": True}, "max_tokens is true"),
         ({"stop": [1]}, "stop is 1"),
@@ -206,3 +209,28 @@ def test_openai_requests_that_would_be_answered_wrongly_are_refused(tmp_path: Pa
     (bad,) = jobs(write(tmp_path, [record]), format="openai")
     assert isinstance(bad, BadLine)
     assert words in bad.message
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [(-1, seed_for(7, "r1")), (0, 0), (5, 5), (2**32 - 2, 2**32 - 2), (2**32 - 1, 0), (2**63 - 1, 2147483647)],
+)
+def test_seeds_of_openai(tmp_path: Path, seed: int, expected: int) -> None:
+    assert job(write(tmp_path, [openai(seed=seed)])).generation.sampling.seed == expected
+
+
+@given(seed=st.integers(-(2**63), 2**63 - 1).filter(lambda seed: seed != -1))
+def test_a_seed_is_always_the_same_one_and_never_random(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    path = write(tmp_path_factory.getbasetemp(), [openai(seed=seed)], "seed")
+    first, again = job(path), job(path, defaults=GenerationConfig(SamplingConfig(seed=8)))
+    assert first.generation.sampling.seed == again.generation.sampling.seed
+    assert 0 <= first.generation.sampling.seed < NATIVE_RANDOM_SEED
+
+
+def test_texts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": "\ufeffp", "json_schema": '\ufeff{"const": 1}'}, {"prompt": "p\ufeff"}])
+    first, second = jobs(path)
+    assert isinstance(first, Job)
+    assert isinstance(second, Job)
+    assert (first.messages[0].content, second.messages[0].content) == ("p", "p\ufeff")
+    assert first.generation.sampling.json_schema == '{"const": 1}'

@@ -44,7 +44,7 @@ def test_a_cluster_without_processors_is_an_error() -> None:
 
 
 def test_more_workers_than_processors_are_refused() -> None:
-    with pytest.raises(UsageError, match="--ray-workers 5") as caught:
+    with pytest.raises(UsageError, match="`ray_workers` 5") as caught:
         place_workers([SMALL, HEAD], 5)
     assert "4 or fewer" in caught.value.hint
 

@@ -26,10 +26,11 @@ from abcli.batch.reading import (
     read_jobs,
     seed_for,
 )
+from abcli.batch.shapes import Shape
 from abcli.batch.templates import Template, parse_template
 from abcli.chat.messages import Message
-from abcli.config import NATIVE_RANDOM_SEED
 from abcli.errors import AbcliError, PromptError, UsageError
+from abcli.sampling import NATIVE_RANDOM_SEED
 from tests.batch.inputs import OTHER, OWN, RUN, job, jobs, openai, prompts, write
 
 relaxed = settings(deadline=None)
@@ -101,10 +102,10 @@ def test_a_named_format_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "name", "words"),
     [
-        ({"format": "jsonl", "separator": "-"}, "input", "--separator"),
+        ({"format": "jsonl", "separator": "-"}, "input", "`separator`"),
         ({"format": "csv"}, "input", "by a template"),
         ({}, "input.csv", "by a template"),
-        ({"format": "text", "template": parse_template("{{a}}")}, "input", "--template"),
+        ({"format": "text", "template": parse_template("{{a}}")}, "input", "`template`"),
         ({"template": parse_template("{{missing}}")}, "input.csv", "{{missing}}"),
     ],
 )
@@ -156,18 +157,28 @@ def test_ids(tmp_path: Path) -> None:
         {"id": "bad", "prompt": "g"},
     ]
     found = jobs(write(tmp_path, records))
-    assert [item.identifier for item in found] == ["7", "x", "3", *[None] * 8, "bad", None]
+    assert [item.identifier for item in found] == ["7", "x", "3", "7", "3", "x", *[None] * 5, "bad", "bad"]
     assert [type(item) for item in found] == [Job] * 3 + [BadLine] * 10
-    assert isinstance(found[0], Job)
     assert found[0].extra == {"id": 7}
     assert "the id '7' is that of line 1" in found[3].message  # type: ignore[union-attr]
     assert "the id '3' is that of line 3" in found[4].message  # type: ignore[union-attr]
 
 
+def test_a_bad_line_keeps_its_id_as_it_was_written(tmp_path: Path) -> None:
+    found = jobs(write(tmp_path, [{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}, {"id": 2, "prompt": ""}]))
+    shape = Shape("jsonl")
+    bad = [item for item in found if isinstance(item, BadLine)]
+    assert [json.loads(shape.encode(item.result()))["id"] for item in bad] == [1, 2]
+    requests = [openai(), openai()]
+    again = jobs(write(tmp_path, requests))[1]
+    assert isinstance(again, BadLine)
+    assert json.loads(Shape("openai").encode(again.result()))["custom_id"] == "r1"
+
+
 def test_rows_have_ids_where_they_say_so(tmp_path: Path) -> None:
     path = write(tmp_path, "id,q\nx,1\n,2\nx,3\n", "input.csv")
     found = jobs(path, template=parse_template("{{q}}"))
-    assert [item.identifier for item in found] == ["x", "3", None]
+    assert [item.identifier for item in found] == ["x", "3", "x"]
 
 
 def test_shared_text(tmp_path: Path) -> None:
@@ -226,7 +237,7 @@ def test_any_bytes_become_jobs_and_bad_lines(
         return
     assert [item.index for item in found] == list(range(len(found)))
     assert len({item.line for item in found}) == len(found)
-    ids = [item.identifier for item in found if item.identifier is not None]
+    ids = [item.identifier for item in found if isinstance(item, Job)]
     assert len(set(ids)) == len(ids)
     assert count_jobs(path, format, separator=separator, template=template) == len(found)
 
@@ -259,7 +270,7 @@ def test_shards_divide_the_jobs(count: int, total: int) -> None:
 def test_shards_are_parsed() -> None:
     assert parse_shard("2/3") == (2, 3)
     for text in ("0/3", "4/3", "1", "1/0", "a/b", "-1/2", "1/2/3", "", "²/3", "1/99999999999"):
-        with pytest.raises(UsageError, match="--shard"):
+        with pytest.raises(UsageError, match="`shard`"):
             parse_shard(text)
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from abcli.batch.slots import reuse_rule
-from abcli.config import BucketConfig, EngineConfig, PrefillMode
-from abcli.engine.opening import open_engine
-from abcli.engine.slots import MIN_SHARED_TOKENS
+from abcli.config import BucketConfig, ContextConfig, ModelConfig, PrefillMode
+from abcli.engine.engine import MIN_SHARED_TOKENS
+from abcli.llm import LLM
+from abcli.prepare import prepare
 
 DOCUMENT = [index * 37 % 250 for index in range(100)]
 QUESTION = list(range(5, 15))
@@ -20,10 +21,10 @@ OTHER_QUESTION = [99, 98, 97]
 @pytest.mark.parametrize(("prefill", "least"), [("auto", MIN_SHARED_TOKENS), ("shared", 2), ("exact", 1)])
 def test_a_prompt_has_the_same_logits_whatever_ran_before(tiny_model: Path, prefill: PrefillMode, least: int) -> None:
     prompt = DOCUMENT + QUESTION
-    config = EngineConfig(tiny_model, (), context_size=256, slots=2, threads=1, prefill=prefill)
-    with open_engine(config, BucketConfig(count=3)) as opened:
-        engine = opened.engine
-        rule = reuse_rule(config, engine)
+    context = ContextConfig(context_size=256, slots=2, threads=1, prefill=prefill)
+    with LLM(prepare(ModelConfig(tiny_model), context, BucketConfig(count=3))) as llm:
+        engine = llm.engine
+        rule = reuse_rule(llm)
         assert rule.least == least
         alone = engine.prefill(0, prompt).copy()
         engine.truncate(0, 0)
@@ -44,6 +45,6 @@ def test_a_prompt_has_the_same_logits_whatever_ran_before(tiny_model: Path, pref
 
 
 def test_one_bucket_takes_over_all_it_can(tiny_model: Path) -> None:
-    config = EngineConfig(tiny_model, (), context_size=256, threads=1)
-    with open_engine(config, BucketConfig(count=1)) as opened:
-        assert reuse_rule(config, opened.engine).least == 1
+    context = ContextConfig(context_size=256, threads=1)
+    with LLM(prepare(ModelConfig(tiny_model), context, BucketConfig(count=1))) as llm:
+        assert reuse_rule(llm).least == 1

@@ -16,9 +16,9 @@ from abcli.batch.jobs import BadLine, Job, Result
 from abcli.batch.prefixes import BLOCK, ReuseRule
 from abcli.batch.scheduler import Scheduler, StopSwitch
 from abcli.chat.messages import Message
-from abcli.config import GenerationConfig, SamplingConfig
 from abcli.errors import CancelledError, GrammarError, NativeError, PromptError, UsageError
 from abcli.generate import Generator
+from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.fakes import END, ByteTokenizer, FakeEngine, GreedySampler
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -73,7 +73,7 @@ class Bench:
     look_ahead: int = 256
 
     def __post_init__(self) -> None:
-        self.engine = FakeEngine(echo_length, slots=self.slots, context_size=CONTEXT)
+        self.engine = FakeEngine(echo_length, slots=self.slots, context_size=CONTEXT, piece=256)
         self.generator = Generator(self.engine, ByteTokenizer(), PickySampler)
         self.switch = StopSwitch(self.generator.cancel)
         self.copies: list[tuple[int, int]] = []
@@ -94,7 +94,7 @@ class Bench:
     def run(self, items: Iterable[Job | BadLine]) -> list[Result]:
         self.last = self.scheduler(items)
         results = list(self.last.results())
-        assert self.generator.active == 0
+        assert not self.generator._running
         return results
 
 
@@ -127,8 +127,8 @@ def test_a_free_slot_is_taken_at_once() -> None:
     bench = Bench(slots=3)
     bench.run([job(index, f"{'abcdefgh'[index]} {2 + index % 3 * 3};") for index in range(8)])
     # As long as prompts wait, no slot is idle in any step.
-    lengths = Counter(bench.engine.step_sizes)
-    assert bench.engine.step_sizes == sorted(bench.engine.step_sizes, reverse=True)
+    lengths = Counter(bench.engine.advanced)
+    assert bench.engine.advanced == sorted(bench.engine.advanced, reverse=True)
     assert lengths[3] > lengths[2] + lengths[1]
 
 
@@ -161,12 +161,13 @@ def test_short_prompts_are_computed_together() -> None:
     }
 
 
-def test_long_prompts_are_not() -> None:
+def test_long_prompts_are_computed_in_pieces_beside_which_short_ones_fit() -> None:
     bench = Bench(slots=3)
     prompts = [f"{letter * length} 1;" for letter, length in zip("abcde", (400, 30, 200, 90, 20), strict=True)]
     bench.run([job(index, prompt) for index, prompt in enumerate(prompts)])
-    # 400 alone, 30 and 200; what then becomes free is taken at once.
-    assert bench.engine.together == [1, 2, 2]
+    # The oldest and the shortest take turns; what then becomes free is taken at once.
+    pieces = [sizes for kind, sizes in bench.engine.backend.calls if kind == "piece"]
+    assert pieces == [[256], [33, 147], [203], [23, 93]]
 
 
 def test_a_prompt_that_shares_with_another_waits_for_it() -> None:
@@ -187,7 +188,8 @@ def test_one_that_fails_in_a_group_leaves_its_slot_to_the_next(place: int) -> No
     assert [results[index].text for index in range(4) if index != place] == [
         expected(f"{'abcd'[index]} 2;") for index in range(4) if index != place
     ]
-    assert bench.engine.together == [2, 1]
+    # The next takes its slot at once, and is computed with the others.
+    assert bench.engine.together == [3]
 
 
 def test_documents_in_turn_are_computed_about_once_each() -> None:
@@ -325,7 +327,7 @@ def test_the_models_failure_ends_the_run() -> None:
     bench.engine.step = fail  # type: ignore[method-assign]
     with pytest.raises(NativeError):
         bench.run([job(0, "a 9;"), job(1, "b 9;")])
-    assert bench.generator.active == 0
+    assert not bench.generator._running
 
 
 def test_one_interrupt_finishes_what_is_begun() -> None:
@@ -355,7 +357,7 @@ def test_two_interrupts_stop_at_once() -> None:
     bench.switch.press()
     with pytest.raises(CancelledError):
         list(results)
-    assert bench.generator.active == 0
+    assert not bench.generator._running
 
 
 def test_an_interrupt_ends_the_wait_for_a_line() -> None:
@@ -374,13 +376,7 @@ def test_a_model_that_cannot_go_back_is_not_asked_again() -> None:
     document = "d" * 320
     bench = Bench(slots=2)
 
-    def truncate(slot: int, length: int) -> int:
-        held = bench.engine._held[slot]
-        if length < len(held):
-            held.clear()
-        return len(held)
-
-    bench.engine.truncate = truncate  # type: ignore[method-assign]
+    bench.engine.backend.forgets_parts = False
     prompts = [f"{document}{index} 2;" for index in range(6)]
     results = bench.run([job(index, prompt) for index, prompt in enumerate(prompts)])
     assert {result.index: result.text for result in results} == {i: expected(p) for i, p in enumerate(prompts)}

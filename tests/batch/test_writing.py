@@ -19,8 +19,8 @@ from abcli.batch.jobs import BadLine, Result
 from abcli.batch.reading import read_jobs
 from abcli.batch.sidecar import sidecar_path
 from abcli.batch.writing import OutputFile, journal_path, open_output
-from abcli.config import GenerationConfig, SamplingConfig
 from abcli.errors import BatchError
+from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.batch.outputs import KINDS, RESULTS, content, files, opened, run
 
 kinds = pytest.mark.parametrize(("ordered", "format", "suffix"), KINDS)

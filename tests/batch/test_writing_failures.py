@@ -46,7 +46,7 @@ def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
         with pytest.raises(UsageError) as caught:
             opened(path, settings, **options)
         assert f"\n  {words}" in caught.value.message
-        assert "--restart" in caught.value.hint
+        assert "`restart`" in caught.value.hint
         assert len(caught.value.message) < 600
     assert path.read_bytes() == before
     with opened(path, {**SETTINGS, "temperature": 0.5}, restart=True) as output:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from abcli.bench.measure import Findings
 from abcli.bench.plan import BenchSettings, Contender, EngineKind, PromptPhase
 from abcli.bench.report import Circumstances, Report, make_report
 from abcli.bench.resident import Memory
 from abcli.bench.workshop import AutoChoice
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import OutOfMemoryError, UnsupportedModelError
 
 SETTINGS = BenchSettings((1, 2, 3), prompt_tokens=10, new_tokens=4, rounds=4)
@@ -123,6 +122,6 @@ class FakeWorkshop:
 def report_of(findings: Findings, settings: BenchSettings = SETTINGS) -> Report:
     """The report of what was found, on some machine."""
     where = Circumstances(
-        "model.gguf", "llama 1M", "0123", "llama.cpp", (("CPU", "a processor"),), 2, EngineConfig(Path("m"), ())
+        "model.gguf", "llama 1M", "0123", "llama.cpp", (("CPU", "a processor"),), 2, -1, ContextConfig()
     )
     return make_report(settings, where, findings, FakeWorkshop().bases)

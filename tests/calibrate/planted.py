@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig, ModelConfig
 from abcli.evals.model_under_test import Prefill
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.evals.questions import Question
@@ -76,9 +76,13 @@ class PlantedSubject:
 
     def __post_init__(self) -> None:
         self.native_base = NATIVE_BASE
-        self.fingerprint = "0123456789abcdef" * 4
-        self.header = SimpleNamespace(name="planted.gguf", architecture="llama", native_base=NATIVE_BASE)
-        self.config = EngineConfig(Path("planted.gguf"), ())
+        self.checked = SimpleNamespace(
+            name="planted.gguf",
+            fingerprint="0123456789abcdef" * 4,
+            config=ModelConfig(Path("planted.gguf")),
+            header=SimpleNamespace(architecture="llama", native_base=NATIVE_BASE),
+        )
+        self.config = ContextConfig()
         self.prompts: Any = self
         self.asked: list[Question] = []
         self.calls: list[tuple[int, tuple[float, ...], Prefill]] = []

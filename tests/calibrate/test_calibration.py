@@ -244,7 +244,7 @@ def test_progress_names_every_stage():
 def test_too_few_questions_are_refused():
     with pytest.raises(UsageError, match="one context") as error:
         calibrate(replace(SETTINGS, limit=2), PlantedSubject(half_is_good))
-    assert "--limit" in error.value.hint
+    assert "`limit=" in error.value.hint
     with pytest.raises(UsageError, match="no question is left") as error:
         calibrate(replace(SETTINGS, held_out=1), PlantedSubject(half_is_good))
-    assert "--held-out" in error.value.hint
+    assert "`held_out=" in error.value.hint

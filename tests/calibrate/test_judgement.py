@@ -126,7 +126,7 @@ def test_the_profile_has_the_choice_and_its_evidence(calibration, subject):
     assert decode(encode(profile), "the profile") == profile
     assert (profile.bases, profile.merge, profile.weights) == (calibration.chosen.bases, "mean", ())
     assert (profile.task, profile.length, profile.native_base) == ("kv", 400, NATIVE_BASE)
-    assert (profile.fingerprint, profile.model) == (subject.fingerprint, "planted.gguf")
+    assert (profile.fingerprint, profile.model) == (subject.checked.fingerprint, "planted.gguf")
     evidence = profile.evidence
     assert evidence.questions == len(calibration.held_out.questions)
     assert [score.configuration for score in evidence.scores] == ["native", "spread2", "paper2", CALIBRATED]

@@ -11,8 +11,8 @@ from abcli.calibrate.table import PoolProblem, losses, make_table
 from abcli.config import MERGE_RULES
 from abcli.evals.configurations import Configuration
 from abcli.evals.scoring import score
-from abcli.merge import merge
 from tests.calibrate.planted import as_traces, random_answers
+from tests.support.merging import merge
 
 BASES = (2500.0, 5000.0, 10_000.0, 20_000.0, 40_000.0)
 

@@ -9,6 +9,7 @@ import pytest
 from gguf import TokenType
 
 from abcli.native.model import Model
+from tests.support.models import open_model
 from tests.support.tiny_gguf import byte_pair_vocabulary, sentence_piece_vocabulary, write_tiny_model
 
 SIZE = 320
@@ -28,14 +29,14 @@ def sentence_piece_model(path: Path, **metadata: object) -> Path:
 @pytest.fixture(scope="session")
 def bpe(real_model: Path) -> Iterator[Model]:
     """SmolLM2: byte-pair encoding, no BOS added."""
-    with Model(real_model, gpu_layers=0) as model:
+    with open_model(real_model, gpu_layers=0) as model:
         yield model
 
 
 @pytest.fixture(scope="session")
 def spm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """SentencePiece with many control tokens; BOS and a space are put before a text."""
-    with Model(sentence_piece_model(tmp_path_factory.mktemp("spm") / "spm.gguf"), gpu_layers=0) as model:
+    with open_model(sentence_piece_model(tmp_path_factory.mktemp("spm") / "spm.gguf"), gpu_layers=0) as model:
         yield model
 
 
@@ -43,7 +44,7 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 def stripping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """Like `spm`, but llama.cpp lets control tokens swallow white space, as it does for this name."""
     path = sentence_piece_model(tmp_path_factory.mktemp("phi") / "phi.gguf", **{"general.name": "phi3"})
-    with Model(path, gpu_layers=0) as model:
+    with open_model(path, gpu_layers=0) as model:
         yield model
 
 
@@ -60,7 +61,7 @@ def masking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         "tokenizer.ggml.merges": vocabulary.merges[:-1],
     }
     path = tmp_path_factory.mktemp("jina") / "jina.gguf"
-    with Model(write_tiny_model(path, vocabulary_size=SIZE, metadata=changes), gpu_layers=0) as model:
+    with open_model(write_tiny_model(path, vocabulary_size=SIZE, metadata=changes), gpu_layers=0) as model:
         yield model
 
 

@@ -121,7 +121,7 @@ def test_a_template_cannot_build_something_huge(case: str, monkeypatch: pytest.M
     with pytest.raises(TemplateError) as raised:
         render(GREEDY[case])
     assert "\n" not in raised.value.message
-    assert raised.value.hint == "choose another template with --chat-template"
+    assert raised.value.hint == "choose another template with `chat_template`"
 
 
 @pytest.mark.parametrize("case", ENDLESS)

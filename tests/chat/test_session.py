@@ -24,8 +24,8 @@ from abcli.chat import session
 from abcli.chat.messages import Message
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.chat.session_format import FormatError, decode_session, encode_session
-from abcli.config import SamplingConfig
 from abcli.errors import SessionError, UsageError
+from abcli.sampling import SamplingConfig
 from tests.chat.strategies import MESSAGES
 
 TALK = [Message("system", "Be brief."), Message("user", 'H\u00e9llo\n"there"'), Message("assistant", "\U0001f600")]

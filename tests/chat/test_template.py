@@ -14,6 +14,7 @@ from abcli.chat.template import ChatTemplate, load_template
 from abcli.errors import PromptError, TemplateError
 from abcli.native.model import Model
 from tests.chat.conftest import FAMILIES
+from tests.support.models import open_model
 from tests.support.tiny_gguf import write_tiny_model
 
 # Fixtures that only hold a loaded model may be shared by the examples.
@@ -201,10 +202,10 @@ def test_a_template_is_chosen_by_name_or_file(spm: Model, tmp_path: Path) -> Non
 
 
 def test_a_missing_template_names_the_known_ones(tmp_path: Path) -> None:
-    with Model(write_tiny_model(tmp_path / "bare.gguf", chat_template=None), gpu_layers=0) as model:
+    with open_model(write_tiny_model(tmp_path / "bare.gguf", chat_template=None), gpu_layers=0) as model:
         with pytest.raises(TemplateError, match=r"bare\.gguf has no chat template") as raised:
             load_template(model, None)
-        assert "--chat-template" in raised.value.hint
+        assert "`chat_template`" in raised.value.hint
         assert "chatml" in raised.value.hint
         assert load_template(model, "chatml").tokens(TURNS)
 

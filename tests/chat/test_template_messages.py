@@ -73,7 +73,7 @@ def test_a_message_that_the_template_drops_is_an_error(
     for use in (template.render, template.tokens):
         with pytest.raises(TemplateError, match=f"leaves out {lost}") as raised:
             use(messages)
-        assert raised.value.hint == "choose another template with --chat-template"
+        assert raised.value.hint == "choose another template with `chat_template`"
 
 
 @pytest.mark.parametrize("edit", ["trim", "lower", "replace('  ', ' ')", "string"])

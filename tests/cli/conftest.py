@@ -111,15 +111,24 @@ def spawn() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., PseudoTerminal]]:
-    """Start a command on a pseudo-terminal, standard output to `output` if given; killed after the test."""
+    """Start a command on a pseudo-terminal, standard output to `output` if given; killed after the test.
+
+    `command` is another one than abcli.
+    """
     running: list[PseudoTerminal] = []
 
-    def start(*arguments: object, output: Path | None = None) -> PseudoTerminal:
-        environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
-        command = [str(word) for word in command_line(*arguments)]
+    def start(
+        *arguments: object,
+        output: Path | None = None,
+        columns: int = 120,
+        kind: str = "xterm",
+        command: list[str] | None = None,
+    ) -> PseudoTerminal:
+        environment = {**os.environ, "TERM": kind, "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
+        command = command or [str(word) for word in command_line(*arguments)]
         if output is not None:
             command = ["sh", "-c", 'exec "$@" >' + shlex.quote(str(output)), "sh", *command]
-        started = PseudoTerminal(command, environment, PATIENCE)
+        started = PseudoTerminal(command, environment, PATIENCE, columns)
         running.append(started)
         return started
 

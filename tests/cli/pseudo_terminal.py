@@ -15,14 +15,17 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 CTRL_C = "\x03"
 CTRL_D = "\x04"
+CTRL_Z = "\x1a"
 UP = "\x1b[A"
 ENTER = "\r"
 
 
 class PseudoTerminal:
-    """One command on a terminal of 120 x 40 characters."""
+    """One command on a terminal of 40 lines."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], patience: float) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], patience: float, columns: int = 120
+    ) -> None:
         """`patience` is the longest wait for anything, in seconds."""
         with warnings.catch_warnings():
             # From Python 3.12 on, forking warns about threads, which the child does not use before it execs.
@@ -31,7 +34,7 @@ class PseudoTerminal:
                 command[0],
                 list(command[1:]),
                 env=dict(environment),
-                dimensions=(40, 120),
+                dimensions=(40, columns),
                 encoding="utf-8",
                 codec_errors="replace",
                 timeout=patience,
@@ -49,6 +52,11 @@ class PseudoTerminal:
         """Wait for `text`; what appeared before it."""
         self._child.expect_exact(text)
         return _plain(self._child.before)
+
+    def raw_until(self, text: str) -> str:
+        """Wait for `text`; what appeared before it, with every escape sequence."""
+        self._child.expect_exact(text)
+        return str(self._child.before)
 
     def press(self, keys: str) -> None:
         """Type `keys` without Enter."""

@@ -19,12 +19,12 @@ from abcli.bench import measure as run
 from abcli.bench.plan import BenchSettings
 from abcli.bench.resident import Memory, measure_memory
 from abcli.cli.bench import parse_counts
-from abcli.config import EngineConfig, engines_directory
+from abcli.config import engines_directory
 from abcli.engine import memory
 from abcli.errors import NativeError, UsageError
-from abcli.gguf.header import read_header
 from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import CTRL_C, PseudoTerminal
+from tests.support.models import checked_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 # One thread: several would wait for each other on a busy machine.
@@ -224,8 +224,7 @@ def test_memory_that_is_too_little(tiny_model: Path, abcli: Command, monkeypatch
 def test_many_buckets_without_room_are_left_out(
     tiny_model: Path, abcli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = EngineConfig(tiny_model, (1e4,), context_size=256, threads=1)
-    one = memory.predict(config, read_header(tiny_model)).total
+    one = memory.predict(checked_model(tiny_model), *set_up((1e4,), context_size=256, threads=1)).total
     monkeypatch.setattr(memory, "available_memory", lambda: 5 * one)
     found = report(abcli, tiny_model, *QUICK, "-k", 16, "-ngl", 0)
     assert rows(found) == [(1, "raw"), (1, "contexts"), (1, "fused")]
@@ -233,18 +232,19 @@ def test_many_buckets_without_room_are_left_out(
 
 
 def test_memory_that_cannot_be_measured_is_predicted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = EngineConfig(tiny_model, (1e4, 2e4), context_size=256, threads=1, gpu_layers=0)
-    header = read_header(tiny_model)
-    predicted = memory.predict(config, header).total
-    found = measure_memory(config, header, 24)
+    model = checked_model(tiny_model, gpu_layers=0)
+    config, buckets = set_up((1e4, 2e4), context_size=256, threads=1)
+    predicted = memory.predict(model, config, buckets).total
+    found = measure_memory(model, config, buckets, 24)
     assert found.resident is not None
     assert (found.predicted, found.device) == (predicted, 0)
-    assert measure_memory(replace(config, model=tiny_model.with_name("gone")), header, 24) == Memory(predicted)
+    gone = replace(model, header=replace(model.header, path=tiny_model.with_name("gone")))
+    assert measure_memory(gone, config, buckets, 24) == Memory(predicted)
     monkeypatch.setattr(sys, "executable", "/nowhere")
-    assert measure_memory(config, header, 24) == Memory(predicted)
+    assert measure_memory(model, config, buckets, 24) == Memory(predicted)
     monkeypatch.undo()
     monkeypatch.setattr(memory, "available_memory", lambda: 1)
-    assert measure_memory(config, header, 24) == Memory(predicted)
+    assert measure_memory(model, config, buckets, 24) == Memory(predicted)
 
 
 @pytest.mark.parametrize(

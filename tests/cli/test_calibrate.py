@@ -18,7 +18,9 @@ from abcli.config import MERGE_RULES, profiles_directory
 from abcli.evals import scorer
 from abcli.gguf.check import check_file
 from abcli.gguf.fingerprint import fingerprint
-from abcli.profiles import Profile, catalogue, choose, profiles, save
+from abcli.profiles import catalogue
+from abcli.profiles.profile import Profile
+from abcli.profiles.store import choose, profiles, save
 from tests.cli.conftest import Command, Outcome
 from tests.cli.pseudo_terminal import PseudoTerminal
 from tests.profiles.samples import profile

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.cli.conftest import Command
-from tests.cli.pseudo_terminal import CTRL_C, CTRL_D, UP, PseudoTerminal
+import pytest
+
+from tests.cli.conftest import Command, command_line
+from tests.cli.pseudo_terminal import CTRL_C, CTRL_D, CTRL_Z, UP, PseudoTerminal
 
 Terminal = Callable[..., PseudoTerminal]
 # A grammar makes random weights say something that can be recognised.
@@ -233,6 +236,73 @@ def test_the_answer_alone_goes_into_a_file(tiny_model: Path, terminal: Terminal,
     chat.say("hello")
     leave(chat)
     assert re.fullmatch("answer [a-z]{3}\n", path.read_text(encoding="utf-8"))
+
+
+def test_a_dumb_terminal_gets_no_escape_sequences(tiny_model: Path, terminal: Terminal, own_home: Path) -> None:
+    chat = terminal("chat", tiny_model, *CHATTER, kind="dumb")
+    shown = chat.raw_until("Ctrl-D leaves") + chat.raw_until("> ")
+    chat.press("hello\r")
+    shown += chat.raw_until("buckets agree") + chat.raw_until("> ")
+    chat.press(CTRL_C)
+    shown += chat.raw_until("/exit leaves") + chat.raw_until("> ")
+    assert "\x1b" not in shown
+    assert re.search("answer [a-z]{3}\r\n", shown)
+    leave(chat)
+    assert said(sessions(own_home)[0]) == ["hello"]
+
+
+def test_ctrl_z_suspends_at_the_prompt(tiny_model: Path, terminal: Terminal, own_home: Path) -> None:
+    shell = terminal(command=["bash", "--norc", "--noprofile", "-i"])
+    shell.press(" ".join(map(str, command_line("chat", tiny_model, "-k", 1, "-n", 3))) + "\r")
+    shell.until("Ctrl-D leaves")
+    shell.until_prompt()
+    shell.press("half")
+    shell.until("half")
+    shell.press(CTRL_Z)
+    shell.until("Stopped")
+    shell.press("echo sane | tr s S\r")
+    shell.until("Sane")
+    shell.press("fg\r")
+    # The editor waits again, and shows what was typed.
+    shell.until("half")
+    shell.say(" a message")
+    assert said(sessions(own_home)[0]) == ["half a message"]
+    shell.press(CTRL_D)
+    shell.until("continue with")
+
+
+def test_what_is_typed_during_work_waits_for_the_prompt(terminal: Terminal) -> None:
+    script = (
+        "import sys, time\nfrom abcli.ui.terminal import Terminal\n"
+        "with Terminal().working('loading'):\n    print('READY', flush=True)\n    time.sleep(1.5)\n"
+        "print('END', flush=True)\nprint('got', input())\n"
+    )
+    busy = terminal(command=[sys.executable, "-c", script])
+    busy.until("READY")
+    busy.press("typed\r")
+    assert "typed" not in busy.raw_until("END")
+    busy.until("got typed")
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_answers_are_broken_at_words(tiny_model: Path, terminal: Terminal, columns: int) -> None:
+    words = ("--grammar", 'root ::= "abcdefg " root', "-k", 1, "-n", 402, "--no-stats")
+    screen, code = terminal("run", tiny_model, "hello", *words, columns=columns).until_end()
+    *lines, _last = [line for line in screen.splitlines() if "abcdefg" in line]
+    assert code == 0
+    # As many words as there is room for; the blank after the last one is not written.
+    assert set(lines) == {" ".join(["abcdefg"] * ((columns + 1) // 8))}
+
+
+def test_a_message_may_begin_with_a_path(tiny_model: Path, terminal: Terminal, own_home: Path) -> None:
+    chat = terminal("chat", tiny_model, *CHATTER)
+    chat.until_prompt()
+    messages = ["/etc/hosts is what?", "/tmp is full", "/usr/bin", "/a-b.c?"]
+    for message in messages:
+        assert "answer " in chat.say(message)
+    assert "there is no command /hlep" in chat.say("/hlep me")
+    assert said(sessions(own_home)[0]) == messages
+    leave(chat)
 
 
 def test_the_real_model(real_model: Path, terminal: Terminal, abcli: Command) -> None:

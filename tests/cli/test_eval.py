@@ -17,7 +17,8 @@ from abcli.evals import scorer
 from abcli.evals.report import read_report
 from abcli.gguf.check import check_file
 from abcli.gguf.fingerprint import fingerprint
-from abcli.profiles import catalogue, save
+from abcli.profiles import catalogue
+from abcli.profiles.store import save
 from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import PseudoTerminal
 from tests.profiles.samples import profile

@@ -12,13 +12,12 @@ import pytest
 from abcli.cli.lora import parse_lora, parse_loras
 from abcli.config import LoraConfig, profiles_directory
 from abcli.errors import UsageError
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.lora import check_model
 from abcli.profiles import catalogue
 from abcli.profiles.store import save
 from tests.cli.conftest import Command
 from tests.profiles.samples import profile
 from tests.support.lora import random_lora, write_lora, write_merged
+from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_model
 
 # One thread: several would wait for each other on a busy machine.
@@ -181,8 +180,8 @@ def test_a_session_notices_other_adapters(tiny_model: Path, adapter: Path, abcli
 
 
 def test_profiles_belong_to_a_model_with_its_adapters(tiny_model: Path, adapter: Path, abcli: Command) -> None:
-    header = check_model(tiny_model, [LoraConfig(adapter)])
-    stored = profile("calm", fingerprint=fingerprint(header), model=header.name, native_base=10_000.0)
+    model = checked_model(tiny_model, lora=[LoraConfig(adapter)])
+    stored = profile("calm", fingerprint=model.fingerprint, model=model.name, native_base=10_000.0)
     save(stored, profiles_directory())
     quick = ("-n", 2, "-t", 1)
     for flags, used in (((), False), (("--lora", adapter), True), (("--lora", f"{adapter}:0.5"), False)):
@@ -217,8 +216,8 @@ def test_an_evaluation_records_the_adapters(tiny_model: Path, adapter: Path, abc
     )
     found = [json.loads(abcli(*asked, *flags).output) for flags in ((), ("--lora", adapter), ())]
     assert [one["model"]["name"] for one in found] == ["tiny.gguf", "tiny.gguf + a:1.gguf", "tiny.gguf"]
-    header = check_model(tiny_model, [LoraConfig(adapter)])
-    assert found[1]["model"]["fingerprint"] == fingerprint(header) != found[0]["model"]["fingerprint"]
+    model = checked_model(tiny_model, lora=[LoraConfig(adapter)])
+    assert found[1]["model"]["fingerprint"] == model.fingerprint != found[0]["model"]["fingerprint"]
     scores = [[question["scores"] for question in one["questions"]] for one in found]
     assert scores[0] == scores[2] != scores[1]
 

@@ -15,7 +15,7 @@ from abcli.gguf.check import check_file
 from abcli.gguf.fingerprint import fingerprint
 from abcli.hub.aliases import aliases
 from abcli.hub.locate import locate_model
-from abcli.profiles import save
+from abcli.profiles.store import save
 from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import PseudoTerminal
 from tests.profiles.samples import profile
@@ -74,8 +74,8 @@ def test_list_as_json(abcli: Command, commits: tuple[str, str], cache: Path, tin
         "quant": "Q4_K_M",
         "adapter": False,
         "architecture": "llama",
-        "context": check_file(tiny_model).trained_context,
-        "native_base": check_file(tiny_model).native_base,
+        "context": check_file(tiny_model)[0].trained_context,
+        "native_base": check_file(tiny_model)[0].native_base,
         "source": {"kind": "hub", "repository": NAME, "file": FILE, "commit": newer, "refs": ["main"]},
         "profile": None,
         "aliases": [],
@@ -150,6 +150,20 @@ def test_rm_deletes_one_quant_and_keeps_the_rest(
     # It can be fetched again.
     assert abcli("pull", NAME).code == 0
     assert listed(abcli).keys() == {f"{NAME}:Q4_K_M"}
+
+
+def test_rm_is_not_stopped_by_the_broken_link_of_another_quant(
+    abcli: Command, commits: tuple[str, str], cache: Path
+) -> None:
+    _older, newer = commits
+    snapshot = cache / "models--user--tiny-GGUF" / "snapshots" / newer
+    broken = next(path for path in snapshot.rglob("*.gguf") if path.name.endswith("00002-of-00002.gguf"))
+    broken.resolve().unlink()
+    outcome = abcli("models", "rm", f"{NAME}:Q4_K_M", "--yes")
+    assert outcome.code == 0, outcome.errors
+    assert outcome.text.startswith(f"removed {NAME}:Q4_K_M, ")
+    assert not (snapshot / FILE).exists()
+    assert not broken.is_symlink()
 
 
 def test_rm_of_a_revision_keeps_the_other(abcli: Command, commits: tuple[str, str], cache: Path) -> None:

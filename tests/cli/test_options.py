@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import abcli.cli.run as run_module
+import abcli.cli.setup as loading
 from abcli.cli.main import call
 from abcli.cli.options import (
     AnswerOptions,
@@ -22,8 +22,9 @@ from abcli.cli.options import (
     parse_logit_bias,
 )
 from abcli.cli.run import gather_prompt, split_words
-from abcli.config import MAX_BUCKETS, BucketConfig, EngineConfig, GenerationConfig, SamplingConfig
+from abcli.config import MAX_BUCKETS, BucketConfig, ContextConfig, ModelConfig
 from abcli.errors import AbcliError, PromptError, UsageError
+from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.cli.conftest import Command
 
 # As llama-cli and llama-server spell them.
@@ -189,7 +190,8 @@ def test_defaults_are_those_of_the_configuration() -> None:
     assert SamplingOptions().config() == SamplingConfig()
     assert AnswerOptions().config(SamplingConfig()) == GenerationConfig()
     assert BucketOptions().config() == ProfiledBucketOptions().config() == BucketConfig()
-    assert ModelOptions(model="x.gguf").engine_config(None) == EngineConfig(Path("x.gguf"), ())
+    assert ModelOptions(model="x.gguf").model_config(None) == ModelConfig(Path("x.gguf"))
+    assert ModelOptions().context_config() == ContextConfig()
 
 
 def test_defaults_survive_the_parser(abcli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,18 +202,20 @@ def test_defaults_survive_the_parser(abcli: Command, monkeypatch: pytest.MonkeyP
         seen.append(answer_config(self, sampling))
         return GenerationConfig()
 
-    def stop(_terminal: object, engine: EngineConfig, buckets: BucketConfig, *, verbose: bool) -> None:
-        seen.extend([engine, buckets, verbose])
+    def stop(model: ModelConfig, context: ContextConfig, asked: BucketConfig | None, **others: object) -> None:
+        del others["warn"]
+        seen.extend([model, context, asked, others])
         raise AbcliError("far enough")
 
     monkeypatch.setattr(AnswerOptions, "config", spy)
-    monkeypatch.setattr(run_module, "ready", stop)
+    monkeypatch.setattr(loading, "prepare", stop)
     assert abcli("run", "x.gguf", "hello").code == 1
-    assert seen == [GenerationConfig(), EngineConfig(Path("x.gguf"), ()), BucketConfig(), False]
+    model = [ModelConfig(Path("x.gguf")), ContextConfig(), None, {"prefill_base": None, "profile": "auto"}]
+    assert seen == [GenerationConfig(), *model]
 
 
 def test_every_value_arrives() -> None:
-    options = SamplingOptions(temp=0.1, typical=0.2, mirostat=2, mirostat_ent=3.0, mirostat_lr=0.4, seed=5)
+    options = SamplingOptions(temperature=0.1, typical_p=0.2, mirostat=2, mirostat_tau=3.0, mirostat_eta=0.4, seed=5)
     expected = SamplingConfig(
         temperature=0.1, typical_p=0.2, mirostat=2, mirostat_tau=3.0, mirostat_eta=0.4, seed=5, dry_breakers=("x",)
     )
@@ -237,12 +241,12 @@ def test_grammars_are_read_from_files(tmp_path: Path) -> None:
 )
 def test_impossible_numbers(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="impossible"):
-        ModelOptions(model="x.gguf", **options).engine_config(None)
+        ModelOptions(model="x.gguf", **options).model_config(None)
 
 
 def test_two_models_are_one_too_many() -> None:
     with pytest.raises(UsageError, match=r"two models: a\.gguf and b\.gguf"):
-        ModelOptions(model="b.gguf").engine_config("a.gguf")
+        ModelOptions(model="b.gguf").model_config("a.gguf")
 
 
 def test_flags_are_spelled_as_in_llama_cpp(help_texts: dict[str, str]) -> None:

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
-from abcli.config import BucketConfig, EngineConfig, profiles_directory
+from abcli.config import BucketConfig, Buckets, ContextConfig, profiles_directory
 from abcli.errors import AbcliError
 from abcli.gguf.check import check_file
 from abcli.gguf.fingerprint import fingerprint
-from abcli.profiles import Profile, catalogue, choose, encode, find, load, profiles, save, store
+from abcli.prepare import Prepared
+from abcli.profiles import catalogue, store
+from abcli.profiles.profile import Profile, encode
+from abcli.profiles.store import choose, find, load, profiles, save
+from abcli.rope.bases import resolve_buckets
 from tests.cli.conftest import Command
 from tests.profiles.samples import FINGERPRINT, OTHER_FINGERPRINT, SAMPLE, profile
 from tests.support.tiny_gguf import write_tiny_model
@@ -61,15 +65,15 @@ class Settings:
         self._abcli = abcli
         self._patch = monkeypatch
 
-    def __call__(self, *arguments: object, command: str = "run") -> tuple[EngineConfig, BucketConfig, str]:
-        """The two configurations, and standard error without the last line."""
+    def __call__(self, *arguments: object, command: str = "run") -> tuple[ContextConfig, Buckets, str]:
+        """How it runs, its buckets, and standard error without the last line."""
         seen: list[Any] = []
 
-        def stop(_terminal: object, engine: EngineConfig, buckets: BucketConfig, *, verbose: bool) -> None:
-            seen.extend([engine, buckets])
+        def stop(_terminal: object, found: Prepared, _options: object) -> None:
+            seen.extend([found.context, found.buckets])
             raise AbcliError("far enough")
 
-        self._patch.setattr(f"abcli.cli.{command}.ready", stop)
+        self._patch.setattr(f"abcli.cli.{command}.opened", stop)
         outcome = self._abcli(command, *arguments)
         *notes, last = outcome.errors.decode().splitlines(keepends=True)
         assert last == "error: far enough\n", outcome.errors
@@ -202,7 +206,7 @@ def test_use_and_remove(abcli: Command, tiny_model: Path, fitting: Profile, know
     assert settings(tiny_model, "hello")[2] == NOTE
     assert "comes with abcli" in abcli("profiles", "remove", "shipped").problem()[0]
     assert abcli("profiles", "use", "shipped").text == "model.gguf uses shipped"
-    assert settings(tiny_model, "hello")[1] == BucketConfig(1, bases=(5_000.0,), merge="mean")
+    assert settings(tiny_model, "hello")[1] == Buckets((5_000.0,), 50_000.0, "mean")
     assert abcli("profiles", "remove", "shipped").code == 0
     assert settings(tiny_model, "hello")[2] == NOTE
     assert abcli("profiles", "remove", "needle-1024").code == 0
@@ -220,9 +224,9 @@ def test_a_run_uses_the_profile_and_says_so(abcli: Command, tiny_model: Path, fi
 def test_a_chat_uses_the_profile(abcli: Command, tiny_model: Path, fitting: Profile, settings: Settings) -> None:
     outcome = abcli("chat", tiny_model, "-n", 2, "--no-save", stdin=b"hello\n")
     assert (outcome.code, outcome.errors.decode()) == (0, NOTE)
-    engine, buckets, note = settings(tiny_model, command="chat")
-    assert (engine.prefill, engine.prefill_base, note) == ("shared", 50_000.0, NOTE)
-    assert buckets == BucketConfig(3, bases=fitting.bases, merge="mean")
+    context, buckets, note = settings(tiny_model, command="chat")
+    assert (context.prefill, note) == ("shared", NOTE)
+    assert buckets == Buckets(fitting.bases, 50_000.0, "mean")
 
 
 @pytest.mark.parametrize(
@@ -231,8 +235,8 @@ def test_a_chat_uses_the_profile(abcli: Command, tiny_model: Path, fitting: Prof
 def test_flags_about_buckets_win(
     abcli: Command, tiny_model: Path, fitting: Profile, settings: Settings, flags: list[object]
 ) -> None:
-    engine, _, note = settings(tiny_model, "hello", *flags)
-    assert (engine.prefill, engine.prefill_base, note) == ("auto", None, "")
+    context, buckets, note = settings(tiny_model, "hello", *flags)
+    assert (context.prefill, buckets.prefill_base, note) == ("auto", 10_000.0, "")
     outcome = abcli("run", tiny_model, "hello", "--profile", "needle-1024", *flags)
     assert outcome.code == 2
     assert f"{flags[0]} {flags[1]}" in outcome.problem()[0]
@@ -240,10 +244,10 @@ def test_flags_about_buckets_win(
 
 
 def test_flags_about_the_prefill_win(tiny_model: Path, fitting: Profile, settings: Settings) -> None:
-    def prefill(*flags: object) -> tuple[str, float | None]:
-        engine, buckets, _ = settings(tiny_model, "hello", *flags)
+    def prefill(*flags: object) -> tuple[str | None, float]:
+        context, buckets, _ = settings(tiny_model, "hello", *flags)
         assert buckets.bases == fitting.bases
-        return engine.prefill, engine.prefill_base
+        return context.prefill, buckets.prefill_base
 
     assert prefill() == ("shared", 50_000.0)
     assert prefill("--prefill", "auto") == ("auto", 50_000.0)
@@ -281,14 +285,14 @@ def test_an_unreadable_store_is_a_warning(abcli: Command, tiny_model: Path) -> N
     assert line.endswith("no profile is used")
 
 
-def test_models_without_profiles_are_not_read_twice(
+def test_the_weights_of_models_without_profiles_are_not_read(
     tiny_model: Path, known: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("abcli.cli.setup.check_model", lambda path, _loras: pytest.fail(f"{path} is read"))
+    monkeypatch.setattr("abcli.gguf.checked.fingerprint", lambda *_: pytest.fail("the weights are read"))
     large = tmp_path / "large.gguf"
     large.write_bytes(bytes(tiny_model.stat().st_size + 1))
     write_catalogue(known, large, SAMPLE)
-    assert settings(tiny_model, "hello")[1] == BucketConfig()
+    assert settings(tiny_model, "hello")[1] == resolve_buckets(BucketConfig(), 10_000.0)
     save(SAMPLE, profiles_directory())
-    assert settings(tiny_model, "hello", "--buckets", 6)[1] == BucketConfig()
+    assert settings(tiny_model, "hello", "--buckets", 6)[1] == resolve_buckets(BucketConfig(), 10_000.0)
     assert find(profiles_directory(), FINGERPRINT, None, pytest.fail) == SAMPLE

@@ -200,6 +200,37 @@ def test_the_real_model_fills_a_schema(real_model: Path, abcli: Command) -> None
     assert (type(made["city"]), type(made["capital"])) == (str, bool)
 
 
+def test_escapes_are_read_as_in_llama_cpp(tiny_model: Path, abcli: Command) -> None:
+    arguments = (tiny_model, "hello", "--grammar", 'root ::= "ab\\ncd"', "-k", 1)
+    assert report(abcli, *arguments, "-r", r"\n")["text"] == "ab"
+    assert report(abcli, *arguments, "-r", r"\n", "--no-escape")["text"] == "ab\ncd"
+    assert (
+        abcli("run", *arguments, "-r", r"\xff").problem()[0]
+        == r"--stop '\\xff' is not UTF-8 after its escapes are read"
+    )
+
+    def prompt_tokens(*flags: str) -> int:
+        return int(report(abcli, tiny_model, r"a\nb", "--raw", "-n", 0, "-k", 1, *flags)["usage"]["prompt_tokens"])
+
+    # Each letter is a token here.
+    assert (prompt_tokens(), prompt_tokens("--escape"), prompt_tokens("-e")) == (4, 3, 3)
+
+
+def test_text_of_the_command_line_may_begin_with_a_byte_order_mark(
+    tiny_model: Path, abcli: Command, tmp_path: Path
+) -> None:
+    mark, schema, grammar = "\ufeff", '{"const": true}', 'root ::= "yes"'
+    assert answer(abcli, tiny_model, "hello", "-k", 1, "-j", mark + schema) == "true"
+    assert answer(abcli, tiny_model, "hello", "-k", 1, "--grammar", mark + grammar) == "yes"
+    for flag, text in (("--json-schema-file", schema), ("--grammar-file", grammar)):
+        path = tmp_path / "text"
+        path.write_text(mark + text, encoding="utf-8")
+        assert answer(abcli, tiny_model, "hello", "-k", 1, flag, path) in ("true", "yes")
+    flags = ("--temp", 0, "-n", 4, "-k", 1)
+    marked = report(abcli, tiny_model, mark + "hello", "-sys", mark + "be kind", *flags)
+    assert marked["usage"] == report(abcli, tiny_model, "hello", "-sys", "be kind", *flags)["usage"]
+
+
 def test_stop_strings_end_the_answer_and_are_not_part_of_it(tiny_model: Path, abcli: Command) -> None:
     arguments = (tiny_model, "hello", "-s", 1, "--grammar", 'root ::= "abcdefgh"')
     found = report(abcli, *arguments, "--stop", "x", "--stop", "de")

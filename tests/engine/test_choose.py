@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abcli.config import BucketConfig, EngineConfig, engines_directory
+from abcli.config import Buckets, ContextConfig, engines_directory
 from abcli.engine import opening
 from abcli.engine.choose import Speeds, Verdict, choose, measure_engines, verify_fused
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.contexts import ContextsBackend
+from abcli.engine.fused import FusedBackend
 from abcli.engine.opening import open_engine
 from abcli.errors import NativeError, UnsupportedModelError
-from abcli.gguf.header import Header, read_header
+from abcli.native.ggml_api import TensorStruct
 from abcli.native.model import Model
-from abcli.native.rotating.devices import Device
-from abcli.native.rotating.turning import Turning
+from abcli.native.rotating.tables import Tables
+from tests.support.models import checked_model, open_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
@@ -28,17 +28,12 @@ SOUND = Verdict((1e-6,) * 3, 1e-6, "")
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Path) -> Iterator[Model]:
-    with Model(tiny_model) as model:
+    with open_model(tiny_model) as model:
         yield model
 
 
-@pytest.fixture(scope="module")
-def header(tiny_model: Path) -> Header:
-    return read_header(tiny_model)
-
-
-def config(path: Path, **changes: Any) -> EngineConfig:
-    return EngineConfig(path, **{"bases": BASES, "context_size": 512, "threads": 2, "engine": "auto", **changes})
+def config(**changes: Any) -> tuple[ContextConfig, Buckets]:
+    return set_up(**{"bases": BASES, "context_size": 512, "threads": 2, "engine": "auto", **changes})
 
 
 class Counted:
@@ -48,11 +43,11 @@ class Counted:
         self.verdict, self.speeds = verdict, speeds or Speeds(2.0, 1.0)
         self.verified = self.measured = 0
 
-    def verify(self, _model: Model, _config: EngineConfig) -> Verdict:
+    def verify(self, _model: Model, _context: ContextConfig, _bases: Sequence[float]) -> Verdict:
         self.verified += 1
         return self.verdict
 
-    def measure(self, _model: Model, _config: EngineConfig, _header: Header) -> Speeds:
+    def measure(self, _model: Model, _context: ContextConfig, _buckets: Buckets) -> Speeds:
         self.measured += 1
         return self.speeds
 
@@ -62,8 +57,8 @@ class Counted:
 )
 def test_the_probe_finds_the_engine_right(tmp_path: Path, shape: Any) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", **shape)
-    with Model(path) as model:
-        verdict = verify_fused(model, config(path))
+    with open_model(path) as model:
+        verdict = verify_fused(model, config()[0], BASES)
     assert verdict.sound
     assert len(verdict.divergences) == 3
     assert max(verdict.divergences) < 1e-3
@@ -75,35 +70,34 @@ def test_the_probe_notices_wrong_rotations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, architecture: Any
 ) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
-    original = Device.inverse_angles
-    start = Turning.__init__
+    turn, angles = Tables.turn, Tables._angles
 
-    def other_angles(self: Device, key: Any) -> int:
-        return original(self, (key[0], key[1], key[2] * 1.1))
+    def other_angles(self: Tables, rotation: Any) -> Any:
+        return 1.1 * angles(self, rotation)
 
-    def other_follows(self: Turning, *arguments: Any) -> None:
-        *first, follows, last = arguments
-        kept = frozenset() if wrong == "nothing turned" else frozenset(index for index in follows if index % 2)
-        start(self, *first, kept, last)
+    def other_rows(self: Tables, context: int, rows: int, *arguments: Any) -> int:
+        # There are four heads of queries and two of keys.
+        keys = TensorStruct.from_address(rows).ne[1] == 2
+        return turn(self, context, rows, *arguments) if keys and wrong == "queries alone" else rows
 
     if wrong == "angles of keys and queries":
-        monkeypatch.setattr(Device, "inverse_angles", other_angles)
+        monkeypatch.setattr(Tables, "_angles", other_angles)
     else:
-        monkeypatch.setattr(Turning, "__init__", other_follows)
-    with Model(path) as model:
-        verdict = verify_fused(model, config(path))
+        monkeypatch.setattr(Tables, "turn", other_rows)
+    with open_model(path) as model:
+        verdict = verify_fused(model, config()[0], BASES)
         assert not verdict.sound
         with pytest.raises(UnsupportedModelError, match="refuses itself"):
-            choose(model, config(path, engine="fused"), read_header(path))
-        choice = choose(model, config(path), read_header(path))
+            choose(model, *config(engine="fused"))
+        choice = choose(model, *config())
     assert choice.kind == "contexts"
     assert "refuses itself" in choice.reason
 
 
-def test_auto_takes_the_faster_engine_and_asks_once(tiny: Model, header: Header) -> None:
+def test_auto_takes_the_faster_engine_and_asks_once(tiny: Model) -> None:
     counted = Counted()
     for _ in range(3):
-        choice = choose(tiny, config(tiny.path), header, counted.verify, counted.measure)
+        choice = choose(tiny, *config(), counted.verify, counted.measure)
         assert (choice.kind, choice.reason) == ("fused", "measured: 2 steps/s fused, 1 in contexts")
     assert (counted.verified, counted.measured) == (1, 1)
 
@@ -120,32 +114,31 @@ def test_auto_takes_the_faster_engine_and_asks_once(tiny: Model, header: Header)
     ],
     ids=str,
 )
-def test_other_circumstances_are_found_out_anew(
-    tiny: Model, header: Header, changes: Any, verified: int, measured: int
-) -> None:
+def test_other_circumstances_are_found_out_anew(tiny: Model, changes: Any, verified: int, measured: int) -> None:
     counted = Counted()
-    for settings in (config(tiny.path), config(tiny.path, **changes)):
-        choose(tiny, settings, header, counted.verify, counted.measure)
+    settings = {**changes}
+    with open_model(tiny.path, settings.pop("gpu_layers", -1)) as other:
+        choose(tiny, *config(), counted.verify, counted.measure)
+        choose(other, *config(**settings), counted.verify, counted.measure)
     assert (counted.verified, counted.measured) == (verified, measured)
 
 
-def test_the_slower_or_refused_engine_is_not_taken(tiny: Model, header: Header) -> None:
+def test_the_slower_or_refused_engine_is_not_taken(tiny: Model) -> None:
     slower = Counted(speeds=Speeds(1.0, 2.0))
-    assert choose(tiny, config(tiny.path), header, slower.verify, slower.measure).kind == "contexts"
-    assert choose(tiny, config(tiny.path, engine="fused"), header, slower.verify, slower.measure).kind == "fused"
+    assert choose(tiny, *config(), slower.verify, slower.measure).kind == "contexts"
+    assert choose(tiny, *config(engine="fused"), slower.verify, slower.measure).kind == "fused"
     for file in engines_directory().iterdir():
         file.unlink()
     refused = Counted(Verdict((0.5,), 0.1, "it is wrong"))
-    choice = choose(tiny, config(tiny.path), header, refused.verify, refused.measure)
+    choice = choose(tiny, *config(), refused.verify, refused.measure)
     assert (choice.kind, choice.reason) == ("contexts", "the fused engine refuses itself: it is wrong")
     assert refused.measured == 0
 
 
-def test_contexts_and_single_buckets_need_no_probe(tiny: Model, header: Header) -> None:
+def test_contexts_and_single_buckets_need_no_probe(tiny: Model) -> None:
     counted = Counted()
     for changes in ({"engine": "contexts"}, {"bases": (10_000.0,)}, {"bases": (10_000.0, 10_000.0)}):
-        settings = config(tiny.path, **changes)
-        assert choose(tiny, settings, header, counted.verify, counted.measure).kind == "contexts"
+        assert choose(tiny, *config(**changes), counted.verify, counted.measure).kind == "contexts"
     assert (counted.verified, counted.measured) == (0, 0)
 
 
@@ -154,61 +147,63 @@ def test_a_model_that_cannot_be_fused_is_decoded_in_contexts(tmp_path: Path) -> 
         write_tiny_model(tmp_path / "mrope.gguf", architecture="qwen2vl"),
         write_tiny_mamba(tmp_path / "mamba.gguf"),
     ):
-        with Model(path) as model:
-            choice = choose(model, config(path), read_header(path))
+        with open_model(path) as model:
+            choice = choose(model, *config())
             with pytest.raises(UnsupportedModelError):
-                choose(model, config(path, engine="fused"), read_header(path))
+                choose(model, *config(engine="fused"))
         assert choice.kind == "contexts"
         assert "M-RoPE" in choice.reason or "recurrent" in choice.reason
 
 
-def test_a_measurement_that_fails_means_contexts(tiny: Model, header: Header) -> None:
-    def failing(_model: Model, _config: EngineConfig, _header: Header) -> Speeds:
+def test_a_measurement_that_fails_means_contexts(tiny: Model) -> None:
+    def failing(_model: Model, _context: ContextConfig, _buckets: Buckets) -> Speeds:
         raise NativeError("no memory")
 
-    choice = choose(tiny, config(tiny.path), header, Counted().verify, failing)
+    choice = choose(tiny, *config(), Counted().verify, failing)
     assert (choice.kind, choice.reason) == ("contexts", "no memory")
 
 
-def test_damaged_files_are_written_again(tiny: Model, header: Header) -> None:
+def test_damaged_files_are_written_again(tiny: Model) -> None:
     counted = Counted()
     for content in ("", "[]", "{}", '{"fused": "x", "floor": [], "divergences": 3}', "\x00" * 50, "[" * 100_000):
-        choose(tiny, config(tiny.path), header, counted.verify, counted.measure)
+        choose(tiny, *config(), counted.verify, counted.measure)
         for file in engines_directory().iterdir():
             file.write_text(content)
-    choose(tiny, config(tiny.path), header, counted.verify, counted.measure)
+    choose(tiny, *config(), counted.verify, counted.measure)
     assert (counted.verified, counted.measured) == (7, 7)
     for file in engines_directory().iterdir():
         assert json.loads(file.read_text())
 
 
 def test_an_unwritable_home_costs_nothing_but_the_measurement(
-    tiny: Model, header: Header, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ABCLI_HOME", str(tmp_path / "file"))
     counted = Counted()
     for _ in range(2):
-        assert choose(tiny, config(tiny.path), header, counted.verify, counted.measure).kind == "fused"
+        assert choose(tiny, *config(), counted.verify, counted.measure).kind == "fused"
     assert counted.measured == 2
 
 
-def test_the_measurement_decodes_with_both(tiny: Model, header: Header) -> None:
-    speeds = measure_engines(tiny, config(tiny.path, slots=2), header)
+def test_the_measurement_decodes_with_both(tiny: Model) -> None:
+    speeds = measure_engines(tiny, *config(slots=2))
     assert np.isfinite([speeds.fused, speeds.contexts]).all()
     assert min(speeds.fused, speeds.contexts) > 0
 
 
-@pytest.mark.parametrize(("kind", "wanted"), [("fused", FusedEngine), ("contexts", ContextsEngine)])
+@pytest.mark.parametrize(("kind", "wanted"), [("fused", FusedBackend), ("contexts", ContextsBackend)])
 def test_opening_makes_the_chosen_engine(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, wanted: type
 ) -> None:
-    with open_engine(config(tiny_model, engine=kind), BucketConfig(count=2)) as opened:
-        assert isinstance(opened.engine, wanted)
+    warnings: list[str] = []
+    with open_engine(checked_model(tiny_model), *config(engine=kind), warnings.append) as opened:
+        assert isinstance(opened.engine._backend, wanted)
         assert opened.engine_choice.kind == kind
         opened.engine.prefill(0, [1, 2, 3])
     chosen = replace(opened.engine_choice, reason="measured")
     monkeypatch.setattr(opening, "choose", lambda *_, **__: chosen)
-    with open_engine(config(tiny_model), BucketConfig(count=2)) as opened:
-        assert isinstance(opened.engine, wanted)
+    with open_engine(checked_model(tiny_model), *config(), warnings.append) as opened:
+        assert isinstance(opened.engine._backend, wanted)
         assert opened.engine_choice.reason == "measured"
+    assert warnings == []

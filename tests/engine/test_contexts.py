@@ -12,13 +12,15 @@ import numpy as np
 import psutil
 import pytest
 
-from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.config import Buckets, ContextConfig
 from abcli.errors import CancelledError, ContextFullError, NativeError
 from abcli.generate import Generator
 from abcli.native.context import Context
 from abcli.native.model import Model
 from abcli.native.sampler import SamplerChain
+from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.engines import contexts_engine, stepped
+from tests.support.models import open_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba
 
 PROMPTS = [
@@ -47,7 +49,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Path) -> Iterator[Model]:
-    with Model(tiny_model) as model:
+    with open_model(tiny_model) as model:
         yield model
 
 
@@ -55,15 +57,15 @@ def tiny(tiny_model: Path) -> Iterator[Model]:
 EXACT: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off"}
 
 
-def config(model: Model, *bases: float, **settings: Any) -> EngineConfig:
-    defaults = {"context_size": 512, "prefill": "exact"}
-    return EngineConfig(model.path, bases or (model.native_base,), **{**defaults, **settings})
+def config(model: Model, *bases: float, **settings: Any) -> tuple[ContextConfig, Buckets]:
+    defaults: dict[str, Any] = {"context_size": 512, "prefill": "exact"}
+    return set_up(bases or (model.native_base,), native=model.native_base, **{**defaults, **settings})
 
 
 def test_one_bucket_gives_token_for_token_what_llama_gives(real_model: Path) -> None:
     reference = llama_cpp.Llama(str(real_model), n_ctx=512, n_threads=2, n_threads_batch=2, verbose=False)
     try:
-        with Model(real_model) as model, ContextsEngine(model, config(model, flash_attention="off")) as engine:
+        with open_model(real_model) as model, contexts_engine(model, *config(model, flash_attention="off")) as engine:
             generation = GenerationConfig(SamplingConfig(temperature=0.0), max_tokens=64)
             with Generator(engine, model, lambda settings: SamplerChain(model, settings)) as generator:
                 for prompt in PROMPTS:
@@ -82,16 +84,19 @@ def test_one_bucket_gives_token_for_token_what_llama_gives(real_model: Path) -> 
 
 def test_each_bucket_computes_what_a_plain_context_with_its_base_computes(real_model: Path) -> None:
     bases = (50_000.0, 100_000.0, 200_000.0)
-    with Model(real_model) as model, ContextsEngine(model, config(model, *bases, flash_attention="off")) as engine:
+    with (
+        open_model(real_model) as model,
+        contexts_engine(model, *config(model, *bases, flash_attention="off")) as engine,
+    ):
         tokens = model.tokenize(" ".join(PROMPTS), add_special=True, parse_special=False)
         ours = engine.prefill(0, tokens).copy()
-        stepped = engine.step({0: 28})[0].copy()
+        after = stepped(engine, {0: 28})[0]
         for bucket, base in enumerate(bases):
             plain = llama_cpp.Llama(
-                str(real_model), n_ctx=512, n_threads=engine.plan.threads, rope_freq_base=base, verbose=False
+                str(real_model), n_ctx=512, n_threads=engine._backend.plan.threads, rope_freq_base=base, verbose=False
             )
             try:
-                for token_list, rows in ((tokens, ours), ([28], stepped)):
+                for token_list, rows in ((tokens, ours), ([28], after)):
                     plain.eval(token_list)
                     pointer = llama_cpp.llama_get_logits_ith(plain.ctx, -1)
                     expected = np.ctypeslib.as_array(pointer, (model.vocabulary_size,))
@@ -102,7 +107,7 @@ def test_each_bucket_computes_what_a_plain_context_with_its_base_computes(real_m
 
 
 def test_truncating_and_continuing_equals_a_fresh_slot(tiny: Model) -> None:
-    with ContextsEngine(tiny, config(tiny, 1e4, 3e4, **EXACT)) as engine:
+    with contexts_engine(tiny, *config(tiny, 1e4, 3e4, **EXACT)) as engine:
         engine.prefill(0, list(range(40)))
         assert engine.truncate(0, 25) == 25
         assert list(engine.tokens(0)) == list(range(25))
@@ -115,23 +120,23 @@ def test_truncating_and_continuing_equals_a_fresh_slot(tiny: Model) -> None:
 def test_prefill_in_pieces_reports_progress_and_equals_one_go(tiny: Model) -> None:
     tokens = [index % 250 for index in range(300)]
     seen: list[tuple[int, int]] = []
-    with ContextsEngine(tiny, config(tiny, 1e4, 3e4, ubatch_size=64, **EXACT)) as engine:
+    with contexts_engine(tiny, *config(tiny, 1e4, 3e4, ubatch_size=64, **EXACT)) as engine:
         in_pieces = engine.prefill(0, tokens, lambda done, total: seen.append((done, total))).copy()
-    with ContextsEngine(tiny, config(tiny, 1e4, 3e4, **EXACT)) as engine:
+    with contexts_engine(tiny, *config(tiny, 1e4, 3e4, **EXACT)) as engine:
         at_once = engine.prefill(0, tokens)
     assert seen == [(64, 300), (128, 300), (192, 300), (256, 300), (300, 300)]
     np.testing.assert_allclose(in_pieces, at_once, atol=1e-4)
 
 
 def test_slots_are_independent_and_can_be_copied(tiny: Model) -> None:
-    with ContextsEngine(tiny, config(tiny, 1e4, 3e4, slots=3, **EXACT)) as engine:
+    with contexts_engine(tiny, *config(tiny, 1e4, 3e4, slots=3, **EXACT)) as engine:
         engine.prefill(0, [1, 2, 3])
         alone = engine.prefill(1, [9, 8, 7, 6]).copy()
         engine.truncate(0, 1)
-        together = engine.step({1: 5, 0: 4}).copy()
+        together = stepped(engine, {1: 5, 0: 4})
         engine.copy(1, 2)
         assert list(engine.tokens(2)) == [9, 8, 7, 6, 5]
-        copied = engine.step({2: 11, 1: 11})
+        copied = stepped(engine, {2: 11, 1: 11})
         np.testing.assert_allclose(copied[0], copied[1], atol=1e-4)
         for slot in range(3):
             engine.truncate(slot, 0)
@@ -141,7 +146,7 @@ def test_slots_are_independent_and_can_be_copied(tiny: Model) -> None:
 
 
 def test_cancel_interrupts_inside_a_piece_and_restores_the_slot(real_model: Path) -> None:
-    with Model(real_model) as model, ContextsEngine(model, config(model, 5e4, 1e5, context_size=2048)) as engine:
+    with open_model(real_model) as model, contexts_engine(model, *config(model, 5e4, 1e5, context_size=2048)) as engine:
         engine.prefill(0, [1, 2, 3])
         done: list[int] = []
         timer = threading.Timer(0.2, engine.cancel)
@@ -159,14 +164,14 @@ def test_cancel_interrupts_inside_a_piece_and_restores_the_slot(real_model: Path
 
 
 def test_cancel_without_a_computation_does_nothing(tiny: Model) -> None:
-    with ContextsEngine(tiny, config(tiny)) as engine:
+    with contexts_engine(tiny, *config(tiny)) as engine:
         engine.cancel()
         engine.prefill(0, [1])
         assert list(engine.tokens(0)) == [1]
 
 
 def test_a_failing_bucket_leaves_every_bucket_as_it_was(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ContextsEngine(tiny, config(tiny, 1e4, 2e4, 3e4)) as engine:
+    with contexts_engine(tiny, *config(tiny, 1e4, 2e4, 3e4)) as engine:
         engine.prefill(0, [1, 2, 3])
         original = Context.decode
 
@@ -177,17 +182,17 @@ def test_a_failing_bucket_leaves_every_bucket_as_it_was(tiny: Model, monkeypatch
 
         monkeypatch.setattr(Context, "decode", failing)
         with pytest.raises(NativeError):
-            engine.step({0: 4})
+            stepped(engine, {0: 4})
         monkeypatch.undo()
         assert list(engine.tokens(0)) == [1, 2, 3]
-        assert {context.length(0) for context in engine._contexts} == {3}
+        assert {context.length(0) for context in engine._backend._contexts} == {3}
 
 
 def test_a_full_slot_refuses_before_llama_cpp_does(tiny: Model) -> None:
-    with ContextsEngine(tiny, config(tiny, context_size=8)) as engine:
+    with contexts_engine(tiny, *config(tiny, context_size=8)) as engine:
         engine.prefill(0, list(range(8)))
         with pytest.raises(ContextFullError):
-            engine.step({0: 1})
+            stepped(engine, {0: 1})
         with pytest.raises(ContextFullError):
             engine.prefill(0, [1])
         assert len(engine.tokens(0)) == 8
@@ -196,9 +201,9 @@ def test_a_full_slot_refuses_before_llama_cpp_does(tiny: Model) -> None:
 def test_a_recurrent_model_forgets_everything_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "mamba.gguf"
     write_tiny_mamba(path)
-    with Model(path) as model:
+    with open_model(path) as model:
         assert model.is_recurrent
-        with ContextsEngine(model, config(model)) as engine:
+        with contexts_engine(model, *config(model)) as engine:
             engine.prefill(0, [1, 2, 3, 4])
             assert engine.truncate(0, 2) == 0
             assert list(engine.tokens(0)) == []
@@ -208,14 +213,14 @@ def test_a_recurrent_model_forgets_everything_or_nothing(tmp_path: Path) -> None
 def test_an_impossible_context_is_an_error_and_leaks_nothing(tiny: Model) -> None:
     # llama.cpp refuses a quantised value cache without flash attention.
     with pytest.raises(NativeError):
-        ContextsEngine(tiny, config(tiny, 1e4, 2e4, flash_attention="off", cache_type_v="q8_0"))
+        contexts_engine(tiny, *config(tiny, 1e4, 2e4, flash_attention="off", cache_type_v="q8_0"))
 
 
 def test_a_thousand_turns_leave_memory_flat(tiny: Model) -> None:
     process = psutil.Process()
     generation = GenerationConfig(SamplingConfig(seed=1), max_tokens=4, ignore_eos=True)
     with (
-        ContextsEngine(tiny, config(tiny, 1e4, 2e4)) as engine,
+        contexts_engine(tiny, *config(tiny, 1e4, 2e4)) as engine,
         Generator(engine, tiny, lambda settings: SamplerChain(tiny, settings)) as generator,
     ):
 
@@ -234,6 +239,6 @@ def test_a_thousand_turns_leave_memory_flat(tiny: Model) -> None:
 
 
 def test_closing_twice_is_harmless(tiny: Model) -> None:
-    engine = ContextsEngine(tiny, config(tiny))
+    engine = contexts_engine(tiny, *config(tiny))
     engine.close()
     engine.close()

@@ -14,17 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
-from abcli.engine.protocol import Engine
+from abcli.config import Buckets, ContextConfig
+from abcli.engine.engine import Engine
 from abcli.errors import CancelledError, ContextFullError, NativeError, UnsupportedModelError
 from abcli.generate import Generator
 from abcli.native.model import Model
+from abcli.native.rotating import context as context_module
+from abcli.native.rotating.callback import ByCallback
 from abcli.native.rotating.context import FusedContext
-from abcli.native.rotating.devices import DeviceGraph
-from abcli.native.rotating.turning import Turning
+from abcli.native.rotating.turning import InGraph
 from abcli.native.sampler import SamplerChain
+from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.engines import computed, contexts_engine, fused_engine, stepped
+from tests.support.models import open_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
@@ -45,25 +47,27 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear": {"metadata": LINEAR},
     "yarn": {"metadata": YARN},
     "partial": {"architecture": "stablelm"},
+    # 12 of 16 numbers of each head: the rest is no multiple of it.
+    "uneven": {"architecture": "stablelm", "metadata": {"stablelm.rope.dimension_count": 12}},
     "sliding window": {"architecture": "gemma3", "layers": 7},
 }
 
 
-def config(path: Path, **changes: Any) -> EngineConfig:
+def config(**changes: Any) -> tuple[ContextConfig, Buckets]:
     values: dict[str, Any] = {"bases": BASES, "context_size": 512, "threads": 2, **EXACT, **changes}
-    return EngineConfig(path, **values)
+    return set_up(**values)
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Path) -> Iterator[Model]:
-    with Model(tiny_model) as model:
+    with open_model(tiny_model) as model:
         yield model
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     path = tmp_path_factory.mktemp("fused") / "model.gguf"
-    with Model(write_tiny_model(path, **MODELS[request.param])) as loaded:
+    with open_model(write_tiny_model(path, **MODELS[request.param])) as loaded:
         yield loaded
 
 
@@ -84,24 +88,33 @@ def assert_equal(ours: NDArray[np.float32], theirs: NDArray[np.float32], toleran
     np.testing.assert_allclose(ours, theirs, atol=3 * float(np.sqrt(tolerance)))
 
 
-def lengths(engine: FusedEngine, slot: int = 0) -> set[int]:
-    context = engine._context
-    return {context.length(context.sequence(slot, column)) for column in range(len(engine.bases))}
+def lengths(engine: Engine, slot: int = 0) -> set[int]:
+    return {engine._backend.length(slot, column) for column in range(len(engine.bases))}
+
+
+@pytest.fixture(params=["in the graph", "by callback"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    obstacle = "" if request.param == "in the graph" else "for the test"
+    monkeypatch.setattr(context_module, "hook_obstacle", lambda: obstacle)
+    return "inside llama.cpp's graph" if not obstacle else "by callback (for the test)"
 
 
 @pytest.mark.parametrize("attention", ["on", "off"])
 @pytest.mark.parametrize("prefill", ["exact", "shared"])
-def test_each_bucket_computes_what_a_context_of_its_own_computes(model: Model, prefill: Any, attention: Any) -> None:
-    settings = config(model.path, prefill=prefill, flash_attention=attention, ubatch_size=64)
+def test_each_bucket_computes_what_a_context_of_its_own_computes(
+    model: Model, way: str, prefill: Any, attention: Any
+) -> None:
+    settings = config(prefill=prefill, flash_attention=attention, ubatch_size=64)
     # On a CPU flash attention works with queries in half precision.
     tolerance = 1e-5 if attention == "on" else 1e-7
-    with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
-        assert engine.prefill_note == reference.prefill_note
+    with contexts_engine(model, *settings) as reference, fused_engine(model, *settings) as engine:
+        assert engine._backend._context.turning_note == f"rows turned {way}"
+        assert engine.sharing == reference.sharing
         for start, end, stop in ((0, 130, 140), (140, 200, 210)):
             assert_equal(engine.prefill(0, TOKENS[start:end]), reference.prefill(0, TOKENS[start:end]), tolerance)
             for token in TOKENS[end:stop]:
-                logits = engine.step({0: token})[0]
-                assert_equal(logits, reference.step({0: token})[0], tolerance)
+                logits = stepped(engine, {0: token})[0]
+                assert_equal(logits, stepped(reference, {0: token})[0], tolerance)
         assert divergence(logits[[1, 1]], logits[[0, 2]]).min() > 1e-5
 
 
@@ -110,11 +123,11 @@ def test_200_positions_agree_with_half_precision_caches(tmp_path: Path, architec
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
     half = {"cache_type_k": "f16", "cache_type_v": "f16", "flash_attention": "auto", "prefill": "exact"}
     worst = np.zeros(len(BASES))
-    with Model(path) as model:
-        settings = config(path, **half)
-        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+    with open_model(path) as model:
+        settings = config(**half)
+        with contexts_engine(model, *settings) as reference, fused_engine(model, *settings) as engine:
             for token in TOKENS[:200]:
-                found = divergence(reference.step({0: token})[0], engine.step({0: token})[0])
+                found = divergence(stepped(reference, {0: token})[0], stepped(engine, {0: token})[0])
                 worst = np.maximum(worst, found)
     assert worst.max() < 1e-4
 
@@ -122,22 +135,22 @@ def test_200_positions_agree_with_half_precision_caches(tmp_path: Path, architec
 def test_quantised_caches_are_computed_exactly_and_say_so(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "wide.gguf", embedding=128)
     quantised = {"cache_type_k": "q8_0", "cache_type_v": "q8_0", "flash_attention": "on", "prefill": "auto"}
-    with Model(path) as model:
-        settings = config(path, **quantised)
-        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
-            assert engine.prefill_note.startswith("exact prefill: keys that are neither f32 nor f16")
+    with open_model(path) as model:
+        settings = config(**quantised)
+        with contexts_engine(model, *settings) as reference, fused_engine(model, *settings) as engine:
+            assert str(engine.sharing).startswith("exact prefill: keys that are neither f32 nor f16")
             found = divergence(reference.prefill(0, TOKENS[:100]), engine.prefill(0, TOKENS[:100]))
             assert found.max() < 1e-2
-            assert divergence(reference.step({0: 5})[0], engine.step({0: 5})[0]).max() < 1e-2
+            assert divergence(stepped(reference, {0: 5})[0], stepped(engine, {0: 5})[0]).max() < 1e-2
 
 
 def test_greedy_texts_are_the_same(tiny: Model) -> None:
     generation = GenerationConfig(SamplingConfig(temperature=0.0), max_tokens=60, ignore_eos=True)
     answers = []
-    kinds: list[Callable[[Model, EngineConfig], Engine]] = [ContextsEngine, FusedEngine]
+    kinds: list[Callable[..., Engine]] = [contexts_engine, fused_engine]
     for kind in kinds:
         with (
-            kind(tiny, config(tiny.path)) as engine,
+            kind(tiny, *config()) as engine,
             Generator(engine, tiny, lambda chosen: SamplerChain(tiny, chosen)) as generator,
         ):
             answers.append([piece.answer for piece in generator.stream(0, TOKENS[:40], generation)][-1].tokens)
@@ -147,16 +160,16 @@ def test_greedy_texts_are_the_same(tiny: Model) -> None:
 def test_a_real_model_agrees_within_the_noise_of_llama_cpps_own_batches(real_model: Path) -> None:
     text = "The history of the lighthouse begins with fires that were lit on hills, for the sailors to steer by. "
     found, noise = [], []
-    with Model(real_model) as model:
+    with open_model(real_model) as model:
         bases = tuple(float(np.float32(model.native_base * factor)) for factor in (0.5, 1.0, 2.0))
         tokens = model.tokenize(6 * text, add_special=True, parse_special=False)
-        settings = EngineConfig(real_model, bases, context_size=256, slots=2, prefill="exact")
-        with ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+        settings = set_up(bases, native=model.native_base, context_size=256, slots=2, prefill="exact")
+        with contexts_engine(model, *settings) as reference, fused_engine(model, *settings) as engine:
             reference.prefill(0, tokens[:80])
             engine.prefill(0, tokens[:80])
             for end in range(81, 87):
-                wanted = reference.step({0: tokens[end - 1]})[0].copy()
-                found.append(divergence(wanted, engine.step({0: tokens[end - 1]})[0]))
+                wanted = stepped(reference, {0: tokens[end - 1]})[0].copy()
+                found.append(divergence(wanted, stepped(engine, {0: tokens[end - 1]})[0]))
                 reference.truncate(1, 0)
                 noise.append(divergence(wanted, reference.prefill(1, tokens[:end])))
     assert 1e-5 < np.mean(noise) < 0.05
@@ -164,22 +177,22 @@ def test_a_real_model_agrees_within_the_noise_of_llama_cpps_own_batches(real_mod
 
 
 def test_several_slots_with_gaps_go_in_any_order(tiny: Model) -> None:
-    settings = config(tiny.path, slots=5, prefill="exact")
-    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+    settings = config(slots=5, prefill="exact")
+    with contexts_engine(tiny, *settings) as reference, fused_engine(tiny, *settings) as engine:
         for slot in range(5):
             assert_equal(
                 engine.prefill(slot, TOKENS[slot : 20 + 3 * slot]),
                 reference.prefill(slot, TOKENS[slot : 20 + 3 * slot]),
             )
-        for step in ({4: 1, 0: 2, 1: 3}, {2: 9}, {0: 5, 1: 6, 2: 7, 3: 8, 4: 9}, {3: 1, 1: 2}):
-            assert_equal(engine.step(step), reference.step(step))
+        for chosen in ({4: 1, 0: 2, 1: 3}, {2: 9}, {0: 5, 1: 6, 2: 7, 3: 8, 4: 9}, {3: 1, 1: 2}):
+            assert_equal(stepped(engine, chosen), stepped(reference, chosen))
 
 
 @pytest.mark.parametrize("bases", [BASES, BASES[:1]])
 def test_idle_slots_between_others_keep_what_they_hold(
     tiny: Model, bases: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(tiny.path, slots=7, bases=bases, context_size=64)
+    settings = config(slots=7, bases=bases, context_size=64)
     batches = []
     compute = FusedContext.compute
 
@@ -187,14 +200,14 @@ def test_idle_slots_between_others_keep_what_they_hold(
         batches.append([part.slot for part in parts])
         compute(self, parts, *arguments, **options)
 
-    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+    with contexts_engine(tiny, *settings) as reference, fused_engine(tiny, *settings) as engine:
         for each in (reference, engine):
             for slot, length in ((1, 30), (2, 64), (3, 9), (4, 5)):
                 each.prefill(slot, TOKENS[slot : slot + length])
         monkeypatch.setattr(FusedContext, "compute", counted)
         # Slot 2 is full and 0 empty.
-        for step in ({0: 1, 4: 2}, {5: 3, 3: 4}, {0: 5, 1: 6, 3: 7}, dict.fromkeys((0, 1, 3, 4, 5, 6), 8)):
-            assert_equal(engine.step(step), reference.step(step))
+        for chosen in ({0: 1, 4: 2}, {5: 3, 3: 4}, {0: 5, 1: 6, 3: 7}, dict.fromkeys((0, 1, 3, 4, 5, 6), 8)):
+            assert_equal(stepped(engine, chosen), stepped(reference, chosen))
         assert batches == [[0], [4], [3, 4, 5], [0, 1], [3], [0, 1], [3, 4, 5, 6]]
         for slot in range(7):
             assert list(engine.tokens(slot)) == list(reference.tokens(slot))
@@ -202,19 +215,19 @@ def test_idle_slots_between_others_keep_what_they_hold(
 
 
 def test_more_sequences_than_a_batch_takes_are_computed_in_turns(tiny: Model) -> None:
-    settings = config(tiny.path, slots=5, prefill="exact", ubatch_size=8, batch_size=8)
-    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+    settings = config(slots=5, prefill="exact", ubatch_size=8, batch_size=8)
+    with contexts_engine(tiny, *settings) as reference, fused_engine(tiny, *settings) as engine:
         for slot in range(5):
             assert_equal(engine.prefill(slot, TOKENS[: 9 + slot]), reference.prefill(slot, TOKENS[: 9 + slot]))
-        step = dict.fromkeys(range(5), 7)
-        assert_equal(engine.step(step), reference.step(step))
+        chosen = dict.fromkeys(range(5), 7)
+        assert_equal(stepped(engine, chosen), stepped(reference, chosen))
 
 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_whatever_happens_to_the_slots_both_engines_agree(tiny: Model, data: st.DataObject) -> None:
-    chosen = config(tiny.path, slots=2, prefill="exact", context_size=128)
-    with ContextsEngine(tiny, chosen) as reference, FusedEngine(tiny, chosen) as engine:
+    chosen = config(slots=2, prefill="exact", context_size=128)
+    with contexts_engine(tiny, *chosen) as reference, fused_engine(tiny, *chosen) as engine:
         for _ in range(data.draw(st.integers(3, 12))):
             slot = data.draw(st.integers(0, 1))
             tokens = data.draw(st.lists(st.integers(0, 299), min_size=1, max_size=20))
@@ -223,7 +236,7 @@ def test_whatever_happens_to_the_slots_both_engines_agree(tiny: Model, data: st.
                 case "prefill" if held + len(tokens) <= 128:
                     assert_equal(engine.prefill(slot, tokens), reference.prefill(slot, tokens))
                 case "step" if held < 128:
-                    assert_equal(engine.step({slot: tokens[0]}), reference.step({slot: tokens[0]}))
+                    assert_equal(stepped(engine, {slot: tokens[0]}), stepped(reference, {slot: tokens[0]}))
                 case "truncate":
                     length = data.draw(st.integers(0, 128))
                     assert engine.truncate(slot, length) == reference.truncate(slot, length)
@@ -236,12 +249,12 @@ def test_whatever_happens_to_the_slots_both_engines_agree(tiny: Model, data: st.
 
 
 def test_a_base_that_is_no_bucket_can_prefill(tiny: Model) -> None:
-    settings = config(tiny.path, bases=(5_000.0, 20_000.0), prefill_base=9_000.0, prefill="shared", slots=2)
-    with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
-        assert engine.prefill_note == reference.prefill_note
+    settings = config(bases=(5_000.0, 20_000.0), prefill_base=9_000.0, prefill="shared", slots=2)
+    with contexts_engine(tiny, *settings) as reference, fused_engine(tiny, *settings) as engine:
+        assert engine.sharing == reference.sharing
         for slot in (1, 0):
             assert_equal(engine.prefill(slot, TOKENS[:100]), reference.prefill(slot, TOKENS[:100]))
-        assert_equal(engine.step({0: 3, 1: 4}), reference.step({0: 3, 1: 4}))
+        assert_equal(stepped(engine, {0: 3, 1: 4}), stepped(reference, {0: 3, 1: 4}))
         # The leader takes over from the nearest bucket what was decoded without it.
         assert_equal(engine.prefill(0, TOKENS[100:200]), reference.prefill(0, TOKENS[100:200]))
         engine.truncate(0, 50)
@@ -254,68 +267,54 @@ def test_a_base_that_is_no_bucket_can_prefill(tiny: Model) -> None:
 
 def test_equal_and_single_buckets_are_served(tiny: Model) -> None:
     for bases in ((10_000.0,), (20_000.0,), (10_000.0, 10_000.0), (20_000.0, 20_000.0)):
-        settings = config(tiny.path, bases=bases, prefill="auto")
-        with ContextsEngine(tiny, settings) as reference, FusedEngine(tiny, settings) as engine:
+        settings = config(bases=bases, prefill="auto")
+        with contexts_engine(tiny, *settings) as reference, fused_engine(tiny, *settings) as engine:
             assert_equal(engine.prefill(0, TOKENS[:50]), reference.prefill(0, TOKENS[:50]))
-            assert_equal(engine.step({0: 3}), reference.step({0: 3}))
+            assert_equal(stepped(engine, {0: 3}), stepped(reference, {0: 3}))
 
 
 def test_a_single_bucket_of_a_model_without_rope_is_served(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "gpt2.gguf", architecture="gpt2")
-    settings = config(path, bases=(10_000.0,))
-    with Model(path) as model, ContextsEngine(model, settings) as reference, FusedEngine(model, settings) as engine:
+    settings = config(bases=(10_000.0,))
+    with (
+        open_model(path) as model,
+        contexts_engine(model, *settings) as reference,
+        fused_engine(model, *settings) as engine,
+    ):
         assert_equal(engine.prefill(0, TOKENS[:50]), reference.prefill(0, TOKENS[:50]))
-        assert_equal(engine.step({0: 3}), reference.step({0: 3}))
+        assert_equal(stepped(engine, {0: 3}), stepped(reference, {0: 3}))
 
 
-def test_buckets_at_the_contexts_base_interrupt_nothing(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = []
-    original = DeviceGraph.compute
+def test_a_graph_is_built_once_and_then_reused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    original = InGraph._turned
 
-    def counting(self: DeviceGraph) -> None:
-        computed.append(self.nodes)
-        original(self)
+    def counting(self: InGraph, *arguments: Any) -> int:
+        built.append(arguments)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(DeviceGraph, "compute", counting)
-    with FusedEngine(tiny, config(tiny.path, bases=(10_000.0, 10_000.0), prefill="exact")) as engine:
-        engine.prefill(0, TOKENS[:20])
-        engine.step({0: 1})
-    assert computed == []
-    with FusedEngine(tiny, config(tiny.path, prefill="exact")) as engine:
-        computed.clear()
-        engine.step({0: 1})
-    # Queries and keys of both buckets with another base, once for each of the two layers.
-    assert computed == [4, 4]
-
-
-def test_a_graph_is_learned_once_and_then_reused(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    learned = []
-    original = Turning._learn_rope
-
-    def counting(self: Turning, tensor: int) -> bool:
-        learned.append(tensor)
-        return original(self, tensor)
-
-    monkeypatch.setattr(Turning, "_learn_rope", counting)
-    with FusedEngine(tiny, config(tiny.path, prefill="exact")) as engine:
+    monkeypatch.setattr(InGraph, "_turned", counting)
+    with fused_engine(tiny, *config(prefill="exact")) as engine:
+        built.clear()
         for token in range(100):
-            engine.step({0: token})
-    assert len(learned) <= 8
+            stepped(engine, {0: token})
+    # Queries and keys of both layers; llama.cpp builds anew when attention passes over more cells.
+    assert len(built) == 4
 
 
 @pytest.mark.parametrize(
-    ("mode", "wanted"), [("exact", [20, 40, 60, 80, 100]), ("shared", [60, 99, 100])], ids=["exact", "shared"]
+    ("mode", "wanted"), [("exact", [20, 40, 60, 80, 100]), ("shared", [60, 100])], ids=["exact", "shared"]
 )
 def test_prefill_reports_progress(tiny: Model, mode: Any, wanted: list[int]) -> None:
     seen: list[tuple[int, int]] = []
-    with FusedEngine(tiny, config(tiny.path, prefill=mode, ubatch_size=60)) as engine:
+    with fused_engine(tiny, *config(prefill=mode, ubatch_size=60)) as engine:
         engine.prefill(0, TOKENS[:100], lambda done, total: seen.append((done, total)))
     assert seen == [(done, 100) for done in wanted]
 
 
 @pytest.mark.parametrize("prefill", ["exact", "shared"])
 def test_cancelling_restores_every_sequence(tiny: Model, prefill: Any) -> None:
-    with FusedEngine(tiny, config(tiny.path, prefill=prefill, ubatch_size=32)) as engine:
+    with fused_engine(tiny, *config(prefill=prefill, ubatch_size=32)) as engine:
         engine.prefill(0, TOKENS[:40])
 
         def progress(done: int, _total: int) -> None:
@@ -326,15 +325,15 @@ def test_cancelling_restores_every_sequence(tiny: Model, prefill: Any) -> None:
             engine.prefill(0, TOKENS, progress)
         assert lengths(engine) == {40}
         assert list(engine.tokens(0)) == TOKENS[:40]
-        after = engine.step({0: 9}).copy()
+        after = stepped(engine, {0: 9})
         engine.truncate(0, 40)
-        np.testing.assert_array_equal(engine.step({0: 9}), after)
+        np.testing.assert_array_equal(stepped(engine, {0: 9}), after)
 
 
 def test_cancelling_from_another_thread_interrupts_a_graph(real_model: Path) -> None:
-    with Model(real_model) as model:
-        settings = config(real_model, bases=(5e4, 1e5), context_size=2048, prefill="exact", flash_attention="auto")
-        with FusedEngine(model, settings) as engine:
+    with open_model(real_model) as model:
+        settings = config(bases=(5e4, 1e5), context_size=2048, prefill="exact", flash_attention="auto")
+        with fused_engine(model, *settings) as engine:
             engine.cancel()
             engine.prefill(0, [1, 2, 3])
             timer = threading.Timer(0.05, engine.cancel)
@@ -347,7 +346,7 @@ def test_cancelling_from_another_thread_interrupts_a_graph(real_model: Path) -> 
 
 
 def test_an_exception_of_a_signal_handler_leaves_the_slot_as_it_was(tiny: Model) -> None:
-    with FusedEngine(tiny, config(tiny.path, prefill="exact", ubatch_size=8)) as engine:
+    with fused_engine(tiny, *config(prefill="exact", ubatch_size=8)) as engine:
         engine.prefill(0, TOKENS[:10])
 
         def interrupt(done: int, _total: int) -> None:
@@ -357,39 +356,38 @@ def test_an_exception_of_a_signal_handler_leaves_the_slot_as_it_was(tiny: Model)
         with pytest.raises(KeyboardInterrupt):
             engine.prefill(0, TOKENS[:100], interrupt)
         assert lengths(engine) == {10}
-        engine.step({0: 1})
+        stepped(engine, {0: 1})
 
 
-@pytest.mark.parametrize("method", ["ask", "done", "_graph", "finish"])
+@pytest.mark.parametrize(("kind", "method"), [(InGraph, "_turned"), (ByCallback, "_ask"), (ByCallback, "_graph")])
 def test_a_failing_callback_is_an_error_and_never_a_wrong_token(
-    tiny: Model, monkeypatch: pytest.MonkeyPatch, method: str
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: type, method: str
 ) -> None:
-    with FusedEngine(tiny, config(tiny.path)) as engine, ContextsEngine(tiny, config(tiny.path)) as reference:
+    monkeypatch.setattr(context_module, "hook_obstacle", lambda: "" if kind is InGraph else "for the test")
+    with fused_engine(tiny, *config()) as engine, contexts_engine(tiny, *config()) as reference:
         for each in (engine, reference):
             each.prefill(0, TOKENS[:40])
         calls = 0
-        original = getattr(Turning, method)
+        original = getattr(kind, method)
 
-        def failing(self: Turning, *arguments: Any) -> Any:
+        def failing(self: Any, *arguments: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls >= (1 if method == "finish" else 2):
-                raise ZeroDivisionError("out of order") if method != "finish" else NativeError("out of order")
+            if calls >= 2:
+                raise ZeroDivisionError("out of order")
             return original(self, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Turning, method, failing)
-            # A graph that is not known, so that everything is called.
-            engine._context._turning.forget()
+            patch.setattr(kind, method, failing)
             with pytest.raises(NativeError, match="out of order"):
-                engine.step({0: 4})
+                engine.prefill(0, TOKENS[40:50])
         assert list(engine.tokens(0)) == TOKENS[:40]
         assert lengths(engine) == {40}
-        assert_equal(engine.step({0: 4}), reference.step({0: 4}))
+        assert_equal(stepped(engine, {0: 4}), stepped(reference, {0: 4}))
 
 
 def test_a_failure_while_sharing_restores_every_sequence(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    with FusedEngine(tiny, config(tiny.path, prefill="shared", ubatch_size=32)) as engine:
+    with fused_engine(tiny, *config(prefill="shared", ubatch_size=32)) as engine:
         engine.prefill(0, TOKENS[:40])
         calls = 0
         original = FusedContext.share
@@ -408,19 +406,19 @@ def test_a_failure_while_sharing_restores_every_sequence(tiny: Model, monkeypatc
 
 
 def test_a_full_slot_refuses_before_llama_cpp_does(tiny: Model) -> None:
-    with FusedEngine(tiny, config(tiny.path, context_size=300)) as engine:
+    with fused_engine(tiny, *config(context_size=300)) as engine:
         engine.prefill(0, TOKENS)
-        for call in (lambda: engine.step({0: 1}), lambda: engine.prefill(0, [1])):
+        for call in (lambda: stepped(engine, {0: 1}), lambda: engine.prefill(0, [1])):
             with pytest.raises(ContextFullError):
                 call()
         assert list(engine.tokens(0)) == TOKENS
 
 
 def test_a_context_can_be_filled_to_the_last_cell(tiny: Model) -> None:
-    settings = config(tiny.path, context_size=256, ubatch_size=100)
-    with FusedEngine(tiny, settings) as engine, ContextsEngine(tiny, settings) as reference:
+    settings = config(context_size=256, ubatch_size=100)
+    with fused_engine(tiny, *settings) as engine, contexts_engine(tiny, *settings) as reference:
         assert_equal(engine.prefill(0, TOKENS[:255]), reference.prefill(0, TOKENS[:255]))
-        assert_equal(engine.step({0: 1}), reference.step({0: 1}))
+        assert_equal(stepped(engine, {0: 1}), stepped(reference, {0: 1}))
         engine.truncate(0, 200)
         reference.truncate(0, 200)
         assert_equal(engine.prefill(0, TOKENS[:56]), reference.prefill(0, TOKENS[:56]))
@@ -434,33 +432,32 @@ def test_models_that_cannot_be_fused_are_refused_with_the_reason(tmp_path: Path)
         "MLA": write_tiny_model(tmp_path / "mla.gguf", metadata={"llama.attention.kv_lora_rank": 16}),
     }
     for reason, path in cases.items():
-        with Model(path) as model, pytest.raises(UnsupportedModelError, match=reason):
-            FusedEngine(model, config(path))
+        with open_model(path) as model, pytest.raises(UnsupportedModelError, match=reason):
+            fused_engine(model, *config())
 
 
 def test_impossible_sizes_are_refused(tiny: Model) -> None:
     with pytest.raises(UnsupportedModelError, match="batch of 2 tokens"):
-        FusedEngine(tiny, config(tiny.path, ubatch_size=2))
+        fused_engine(tiny, *config(ubatch_size=2))
     with pytest.raises(UnsupportedModelError, match="300 sequences"):
-        FusedEngine(tiny, config(tiny.path, slots=100, context_size=8))
+        fused_engine(tiny, *config(slots=100, context_size=8))
     # llama.cpp refuses a quantised value cache without flash attention.
     with pytest.raises(NativeError):
-        FusedEngine(tiny, config(tiny.path, flash_attention="off", cache_type_v="q8_0"))
+        fused_engine(tiny, *config(flash_attention="off", cache_type_v="q8_0"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("attention", ["on", "off"])
 def test_stored_prompts_are_read_instead_of_computed(tmp_path: Path, architecture: Any, attention: Any) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
-    settings = config(path, prompt_cache=tmp_path / "cache", ubatch_size=64, flash_attention=attention)
+    settings = config(prompt_cache=tmp_path / "cache", ubatch_size=64, flash_attention=attention)
     results, warnings = [], []
-    with Model(path) as model:
+    with open_model(path) as model:
         for _ in range(2):
-            with FusedEngine(model, settings, warnings.append) as engine:
-                results.append((engine.prefill(0, TOKENS).copy(), engine.computed_tokens, engine.step({0: 3}).copy()))
-        with FusedEngine(model, settings, warnings.append) as engine:
-            engine.prefill(0, [*TOKENS[:200], *range(100, 140)])
-            assert engine.computed_tokens == 40
+            with fused_engine(model, *settings, warnings.append) as engine:
+                results.append((*computed(engine, 0, TOKENS), stepped(engine, {0: 3})))
+        with fused_engine(model, *settings, warnings.append) as engine:
+            assert computed(engine, 0, [*TOKENS[:200], *range(100, 140)])[1] == 40
             assert lengths(engine) == {240}
     assert (results[0][1], results[1][1], warnings) == (300, 1, [])
     for ours, theirs in ((results[0][0], results[1][0]), (results[0][2], results[1][2])):
@@ -469,24 +466,24 @@ def test_stored_prompts_are_read_instead_of_computed(tmp_path: Path, architectur
 
 def test_a_prompt_cache_that_cannot_be_used_says_so(tiny: Model, tmp_path: Path) -> None:
     warnings: list[str] = []
-    with FusedEngine(tiny, config(tiny.path, prompt_cache=tmp_path, prefill="exact"), warnings.append):
-        assert warnings == ["--prompt-cache needs a shared prefill or a single bucket: exact prefill"]
+    with fused_engine(tiny, *config(prompt_cache=tmp_path, prefill="exact"), warnings.append):
+        assert warnings == ["`prompt_cache` needs a shared prefill or a single bucket: exact prefill"]
 
 
 def test_two_engines_do_not_disturb_each_other(tiny: Model, tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "other.gguf", architecture="qwen2", seed=7)
-    with Model(path) as other:
+    with open_model(path) as other:
         alone = []
         for model in (tiny, other):
-            with FusedEngine(model, config(model.path)) as engine:
+            with fused_engine(model, *config()) as engine:
                 engine.prefill(0, TOKENS[:50])
-                alone.append([engine.step({0: token}).copy() for token in TOKENS[:20]])
-        with FusedEngine(tiny, config(tiny.path)) as first, FusedEngine(other, config(path)) as second:
+                alone.append([stepped(engine, {0: token}) for token in TOKENS[:20]])
+        with fused_engine(tiny, *config()) as first, fused_engine(other, *config()) as second:
             together: list[list[Any]] = [[], []]
 
-            def work(index: int, engine: FusedEngine) -> None:
+            def work(index: int, engine: Engine) -> None:
                 engine.prefill(0, TOKENS[:50])
-                together[index] += [engine.step({0: token}).copy() for token in TOKENS[:20]]
+                together[index] += [stepped(engine, {0: token}) for token in TOKENS[:20]]
 
             threads = [threading.Thread(target=work, args=pair) for pair in enumerate((first, second))]
             for thread in threads:
@@ -500,33 +497,33 @@ def test_two_engines_do_not_disturb_each_other(tiny: Model, tmp_path: Path) -> N
 def test_thousands_of_steps_and_engines_leave_memory_flat(tiny: Model) -> None:
     process = psutil.Process()
 
-    def steps(engine: FusedEngine, count: int) -> None:
+    def steps(engine: Engine, count: int) -> None:
         for index in range(count):
             if len(engine.tokens(0)) == engine.context_size:
                 engine.truncate(0, 100)
-            engine.step({0: index % 250})
+            stepped(engine, {0: index % 250})
             if index % 50 == 0:
                 engine.truncate(0, 90)
                 engine.prefill(0, TOKENS[: 10 + index % 40])
         gc.collect()
 
-    with FusedEngine(tiny, config(tiny.path)) as engine:
+    with fused_engine(tiny, *config()) as engine:
         steps(engine, 800)
         before = process.memory_info().rss
         steps(engine, 3000)
         assert process.memory_info().rss - before < 4 << 20
     for _ in range(5):
-        FusedEngine(tiny, config(tiny.path)).close()
+        fused_engine(tiny, *config()).close()
     gc.collect()
     before = process.memory_info().rss
     for _ in range(20):
-        with FusedEngine(tiny, config(tiny.path)) as engine:
+        with fused_engine(tiny, *config()) as engine:
             engine.prefill(0, TOKENS[:50])
     gc.collect()
     assert process.memory_info().rss - before < 8 << 20
 
 
 def test_closing_twice_is_harmless(tiny: Model) -> None:
-    engine = FusedEngine(tiny, config(tiny.path))
+    engine = fused_engine(tiny, *config())
     engine.close()
     engine.close()

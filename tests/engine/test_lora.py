@@ -5,24 +5,23 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import psutil
 import pytest
 from numpy.typing import NDArray
 
-from abcli.config import BucketConfig, EngineChoice, EngineConfig, LoraConfig
+from abcli.config import Buckets, ContextConfig, EngineChoice, LoraConfig
 from abcli.engine.choose import verify_fused
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.engine.engine import Engine
 from abcli.engine.opening import open_engine
-from abcli.engine.protocol import Engine
-from abcli.gguf.lora import check_model
+from abcli.gguf.checked import CheckedModel
 from abcli.native.model import Model
+from tests.support.engines import contexts_engine, fused_engine, stepped
 from tests.support.lora import random_lora, write_lora, write_merged
+from tests.support.models import checked_model, set_up
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
@@ -35,40 +34,39 @@ MODELS: dict[str, dict[str, Any]] = {
     "partial": {"architecture": "stablelm"},
     "sliding window": {"architecture": "gemma3", "layers": 7},
 }
-ENGINES = {"contexts": ContextsEngine, "fused": FusedEngine}
+ENGINES: dict[EngineChoice, Any] = {"contexts": contexts_engine, "fused": fused_engine}
+Settings: TypeAlias = tuple[CheckedModel, ContextConfig, Buckets]
 # How far rounding takes logits apart whose deviation is 2.
 TOLERANCE = 2e-3
 
 
-def config(path: Path, *loras: LoraConfig, **changes: Any) -> EngineConfig:
+def config(path: Path, *loras: LoraConfig, **changes: Any) -> Settings:
     values: dict[str, Any] = {
         "engine": "contexts",
         "bases": BASES,
         "context_size": 256,
         "threads": 2,
-        "lora": loras,
         **EXACT,
         **changes,
     }
-    return EngineConfig(path, **values)
+    context, buckets = set_up(**values)
+    return checked_model(path, lora=loras), context, buckets
 
 
 @contextmanager
-def engine_of(settings: EngineConfig) -> Iterator[Engine]:
-    header = check_model(settings.model, settings.lora)
-    with (
-        Model(settings.model, adapters=header.adapters) as model,
-        ENGINES[settings.engine](model, settings, header=header) as engine,
-    ):
+def engine_of(settings: Settings) -> Iterator[Engine]:
+    checked, context, buckets = settings
+    with Model(checked) as model, ENGINES[context.engine](model, context, buckets) as engine:
         yield engine
 
 
-def logits(settings: EngineConfig) -> NDArray[np.float32]:
+def logits(settings: Settings) -> NDArray[np.float32]:
     """The logits [steps, buckets, vocabulary] after a prompt, and after two more tokens."""
+    exact = settings[1].prefill == "exact"
     with engine_of(settings) as engine:
-        assert engine.prefill_note.startswith("exact" if settings.prefill == "exact" else "shared")
+        assert engine.sharing.shared != exact
         found = [engine.prefill(0, TOKENS).copy()]
-        found += [engine.step({0: token})[0].copy() for token in (3, 5)]
+        found += [stepped(engine, {0: token})[0] for token in (3, 5)]
     return np.array(found)
 
 
@@ -146,10 +144,10 @@ def test_a_recurrent_model_with_an_adapter(tmp_path: Path) -> None:
 
 
 def test_the_probe_of_the_fused_engine_sees_the_adapter(tmp_path: Path, tiny_model: Path) -> None:
-    settings = config(tiny_model, LoraConfig(write_lora(tmp_path / "a.gguf", random_lora(tiny_model))))
-    header = check_model(tiny_model, settings.lora)
-    with Model(tiny_model, adapters=header.adapters) as model:
-        assert verify_fused(model, settings).sound
+    lora = LoraConfig(write_lora(tmp_path / "a.gguf", random_lora(tiny_model)))
+    checked, context, buckets = config(tiny_model, lora)
+    with Model(checked) as model:
+        assert verify_fused(model, context, buckets.bases).sound
 
 
 @pytest.mark.parametrize("engine", ["contexts", "fused", "auto"])
@@ -161,7 +159,7 @@ def test_opening_takes_the_adapters_along(tmp_path: Path, tiny_model: Path, engi
     warnings: list[str] = []
     found = []
     for path, loras in ((tiny_model, (LoraConfig(adapter),)), (merged, ())):
-        with open_engine(config(path, *loras, engine=engine), BucketConfig(bases=BASES), warnings.append) as opened:
+        with open_engine(*config(path, *loras, engine=engine), warnings.append) as opened:
             found.append(opened.engine.prefill(0, TOKENS).copy())
     np.testing.assert_allclose(*found, atol=TOLERANCE)
     assert warnings == ["a.gguf: llama.cpp leaves out its 1 norm"]
@@ -179,18 +177,6 @@ def test_the_prompt_cache_tells_adapters_apart(tmp_path: Path, tiny_model: Path)
                 stored = logits(config(tiny_model, *loras, engine=engine, **kept))
                 np.testing.assert_allclose(stored, fresh, atol=TOLERANCE)
     assert len(list((tmp_path / "prompts").glob("*.prefix"))) == len(ENGINES) * len(variants)
-
-
-def test_an_engine_without_a_header_knows_the_adapters_of_its_model(tmp_path: Path, tiny_model: Path) -> None:
-    adapter = write_lora(tmp_path / "a.gguf", random_lora(tiny_model))
-    header = check_model(tiny_model, [LoraConfig(adapter)])
-    with Model(tiny_model, adapters=header.adapters) as model:
-        for engine in ENGINES.values():
-            settings = replace(config(tiny_model, prompt_cache=tmp_path / "prompts"), prefill="shared")
-            for given in (header, None):
-                with engine(model, settings, header=given) as made:
-                    made.prefill(0, TOKENS)
-    assert len(list((tmp_path / "prompts").glob("*.prefix"))) == len(ENGINES)
 
 
 def test_memory_stays_flat(tmp_path: Path, tiny_model: Path) -> None:

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import EngineConfig, LoraConfig
+from abcli.config import CONTEXT_STEP, Buckets, ContextConfig, LoraConfig
 from abcli.engine import memory
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
-from abcli.engine.memory import CONTEXT_STEP, Prediction, Room, available_memory, check, gibibytes, predict
+from abcli.engine.memory import Prediction, Room, available_memory, check_memory, predict
 from abcli.errors import OutOfMemoryError
-from abcli.gguf.check import check_file
-from abcli.gguf.lora import check_model
+from abcli.gguf.checked import CheckedModel
 from abcli.native.llama import Device, echo_log
 from abcli.native.model import Model
+from abcli.text import gibibytes
+from tests.support.engines import contexts_engine, fused_engine
 from tests.support.lora import is_projection, random_lora, write_lora
+from tests.support.models import checked_model, set_up
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
 
 BASES = (10000.0, 15000.0, 20000.0)
+Asked: TypeAlias = tuple[CheckedModel, ContextConfig, Buckets]
+
+
+def asked(
+    path: Path, bases: Sequence[float] = BASES, gpu_layers: int = 0, lora: Sequence[LoraConfig] = (), **changes: Any
+) -> Asked:
+    """A set-up of three buckets on the CPU, which shares nothing, with changes."""
+    values = {"context_size": 4096, "prefill": "exact", **changes}
+    return checked_model(path, gpu_layers, lora), *set_up(bases, **values)
 
 
 @pytest.fixture
@@ -47,13 +55,13 @@ def buffers(log: list[str], kind: str) -> float:
     return sum(sizes(log, kind))
 
 
-def measured(config: EngineConfig, log: list[str]) -> tuple[Prediction, dict[str, float]]:
-    """The prediction and llama.cpp's own sizes in MiB of the engine of `config`."""
-    header = check_file(config.model)
-    with Model(config.model, 0) as model, ContextsEngine(model, config, header=header):
+def measured(setup: Asked, log: list[str]) -> tuple[Prediction, dict[str, float]]:
+    """The prediction and llama.cpp's own sizes in MiB of an engine with a context for each bucket."""
+    checked, context, buckets = setup
+    with Model(checked) as model, contexts_engine(model, context, buckets):
         found = {"caches": buffers(log, "KV") + buffers(log, "RS"), "outputs": buffers(log, "output")}
         found |= {"compute": buffers(log, "compute")}
-    return predict(config, header), found
+    return predict(*setup), found
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -70,8 +78,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("slots", [1, 3])
 def test_predictions_are_llama_cpps_numbers(tmp_path: Path, log: list[str], name: str, slots: int) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", **SHAPES[name])
-    config = EngineConfig(path, BASES[:2], context_size=1000, slots=slots, gpu_layers=0, prefill="exact")
-    prediction, found = measured(config, log)
+    prediction, found = measured(asked(path, BASES[:2], context_size=1000, slots=slots), log)
     assert prediction.contexts == 2
     predicted = {part: prediction.item(part).host / 2**20 for part in found}
     # The log has two digits after the point.
@@ -84,9 +91,9 @@ def test_predictions_are_llama_cpps_numbers(tmp_path: Path, log: list[str], name
 
 def test_one_context_for_all_buckets(tmp_path: Path, log: list[str]) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", **SHAPES["wide"])
-    config = EngineConfig(path, BASES, context_size=1000, slots=2, gpu_layers=0, prefill="exact", engine="fused")
-    prediction = predict(config, check_file(path))
-    with Model(path, 0) as model, FusedEngine(model, config):
+    checked, context, buckets = asked(path, context_size=1000, slots=2, engine="fused")
+    prediction = predict(checked, context, buckets)
+    with Model(checked) as model, fused_engine(model, context, buckets):
         pass
     # The smaller one, which finds out what follows the base, has gone.
     largest = {kind: max(sizes(log, kind)) for kind in ("KV", "compute", "output")}
@@ -94,9 +101,8 @@ def test_one_context_for_all_buckets(tmp_path: Path, log: list[str]) -> None:
         assert prediction.item(part).host / 2**20 == pytest.approx(largest[kind], rel=0.1, abs=0.02)
 
 
-def test_the_engine_that_is_still_to_be_chosen_may_be_the_larger_one(config: EngineConfig) -> None:
-    header = check_file(config.model)
-    totals = [predict(replace(config, engine=kind), header).total for kind in ("contexts", "fused", "auto")]
+def test_the_engine_that_is_still_to_be_chosen_may_be_the_larger_one(tiny_model: Path) -> None:
+    totals = [predict(*asked(tiny_model, engine=kind)).total for kind in ("contexts", "fused", "auto")]
     assert totals[2] == max(totals[:2])
     assert totals[0] != totals[1]
 
@@ -116,11 +122,11 @@ def test_adapters_are_counted(tmp_path: Path, log: list[str], kind: str, rank: i
         random_lora(path, rank=rank, wanted=wanted),
         architecture="gpt2" if kind == "gpt2" else "llama",
     )
-    config = EngineConfig(path, BASES[:1], context_size=600, prefill="exact", gpu_layers=0)
-    header = check_model(path, [LoraConfig(adapter)])
-    prediction, without = predict(config, header), predict(config, check_file(path))
+    checked, context, buckets = asked(path, BASES[:1], lora=[LoraConfig(adapter)], context_size=600)
+    prediction = predict(checked, context, buckets)
+    without = predict(checked_model(path, 0), context, buckets)
     assert without.item("adapters").total == 0
-    with Model(path, 0, header.adapters) as model, ContextsEngine(model, config, header=header) as engine:
+    with Model(checked) as model, contexts_engine(model, context, buckets) as engine:
         # llama.cpp plans its buffers anew at the first batch.
         engine.prefill(0, [1, 2, 3])
     assert prediction.item("adapters").total / 2**20 == pytest.approx(buffers(log, "LoRA"), abs=0.02)
@@ -132,9 +138,7 @@ def test_adapters_are_counted(tmp_path: Path, log: list[str], kind: str, rank: i
 @pytest.mark.parametrize("types", [("f32", "f16"), ("q8_0", "q8_0"), ("f16", "q4_0")])
 def test_caches_of_other_types(tmp_path: Path, log: list[str], types: tuple[Any, Any]) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", **SHAPES["wide"])
-    config = EngineConfig(
-        path, BASES[:1], context_size=2048, gpu_layers=0, cache_type_k=types[0], cache_type_v=types[1]
-    )
+    config = asked(path, BASES[:1], context_size=2048, cache_type_k=types[0], cache_type_v=types[1])
     prediction, found = measured(config, log)
     assert prediction.item("caches").host / 2**20 == pytest.approx(found["caches"], abs=0.01)
     assert prediction.item("compute").host / 2**20 >= 0.98 * found["compute"]
@@ -142,36 +146,44 @@ def test_caches_of_other_types(tmp_path: Path, log: list[str], types: tuple[Any,
 
 def test_attention_that_is_no_flash_attention(tmp_path: Path, log: list[str]) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", **SHAPES["wide"])
-    config = EngineConfig(path, BASES[:1], context_size=2048, gpu_layers=0, flash_attention="off")
-    prediction, found = measured(config, log)
+    prediction, found = measured(asked(path, BASES[:1], context_size=2048, flash_attention="off"), log)
     assert prediction.item("compute").host / 2**20 == pytest.approx(found["compute"], rel=0.1)
 
 
 def test_a_recurrent_state(tmp_path: Path, log: list[str]) -> None:
     path = write_tiny_mamba(tmp_path / "m.gguf", embedding=128)
-    prediction, found = measured(EngineConfig(path, BASES[:1], context_size=512, slots=2, gpu_layers=0), log)
+    prediction, found = measured(asked(path, BASES[:1], context_size=512, slots=2), log)
     assert prediction.item("caches").host / 2**20 == pytest.approx(found["caches"], abs=0.02)
     assert prediction.kv_bytes_per_token == 0
 
 
-@pytest.fixture
-def config(tiny_model: Path) -> EngineConfig:
-    """A set-up of three buckets of the tiny model, which shares nothing."""
-    return EngineConfig(tiny_model, BASES, context_size=4096, gpu_layers=0, prefill="exact")
+def test_widths_of_caches_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", metadata={"llama.attention.head_count_kv": [2, 1]})
+    assert predict(*asked(path)).kv_bytes_per_token == (2 + 1) * 16 * 2 * 2
 
 
-def test_a_prefill_base_that_is_no_bucket_is_one_context_more(config: EngineConfig) -> None:
-    header = check_file(config.model)
-    shared = replace(config, prefill="shared")
-    assert predict(shared, header).contexts == 3
-    assert predict(replace(shared, prefill_base=12345.0), header).contexts == 4
-    assert predict(replace(config, prefill_base=12345.0), header).contexts == 3
-    assert predict(replace(shared, prefill_base=12345.0, bases=BASES[:1]), header).contexts == 1
+def test_layers_that_share_a_cache_are_counted_once(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", metadata={"llama.attention.shared_kv_layers": 1})
+    found = predict(*asked(path, cache_type_k="f32", cache_type_v="f32"))
+    assert found.kv_bytes_per_token == 2 * 16 * 2 * 4
 
 
-def test_one_context_for_all_buckets_pads_each_sequence(config: EngineConfig) -> None:
-    header = check_file(config.model)
-    fused = predict(replace(config, context_size=300, slots=2, engine="fused"), header)
+def test_the_caches_of_the_real_model(real_model: Path) -> None:
+    assert predict(*asked(real_model)).kv_bytes_per_token == 30 * 2 * 3 * 64 * 2
+    quantised = predict(*asked(real_model, cache_type_k="q8_0"))
+    assert quantised.kv_bytes_per_token == 30 * 3 * (64 // 32 * 34 + 64 * 2)
+
+
+def test_a_prefill_base_that_is_no_bucket_is_one_context_more(tiny_model: Path) -> None:
+    elsewhere = {"prefill_base": 12345.0}
+    assert predict(*asked(tiny_model, prefill="shared")).contexts == 3
+    assert predict(*asked(tiny_model, prefill="shared", **elsewhere)).contexts == 4
+    assert predict(*asked(tiny_model, **elsewhere)).contexts == 3
+    assert predict(*asked(tiny_model, BASES[:1], prefill="shared", **elsewhere)).contexts == 1
+
+
+def test_one_context_for_all_buckets_pads_each_sequence(tiny_model: Path) -> None:
+    fused = predict(*asked(tiny_model, context_size=300, slots=2, engine="fused"))
     assert (fused.contexts, fused.cells) == (1, 512 * 6)
     assert fused.item("caches").total == 512 * 6 * fused.kv_bytes_per_token
 
@@ -179,12 +191,10 @@ def test_one_context_for_all_buckets_pads_each_sequence(config: EngineConfig) ->
 @settings(max_examples=60, deadline=None)
 @given(room=st.integers(0, 2**31), context=st.integers(1, 100_000), buckets=st.integers(1, 3))
 def test_what_is_advised_fits_and_a_step_more_does_not(tiny_model: Path, room: int, context: int, buckets: int) -> None:
-    header = check_file(tiny_model)
-    config = EngineConfig(tiny_model, BASES[:buckets], context_size=context, gpu_layers=0, prefill="exact")
-    prediction, free = predict(config, header), Room(room)
+    prediction, free = predict(*asked(tiny_model, BASES[:buckets], context_size=context)), Room(room)
 
     def fits(**changes: Any) -> bool:
-        return predict(replace(config, **changes), header).fits(free)
+        return predict(*asked(tiny_model, **{"bases": BASES[:buckets], "context_size": context, **changes})).fits(free)
 
     longest, most = prediction.longest_context(free), prediction.most_buckets(free)
     assert longest % CONTEXT_STEP == 0
@@ -195,40 +205,42 @@ def test_what_is_advised_fits_and_a_step_more_does_not(tiny_model: Path, room: i
 
 
 def test_a_set_up_that_does_not_fit_is_refused_with_what_would(
-    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    header = check_file(config.model)
-    needed = predict(config, header).host
+    config = asked(tiny_model)
+    needed = predict(*config).host
     monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
     with pytest.raises(OutOfMemoryError) as caught:
-        check(config, header)
+        check_memory(*config)
     assert "3 buckets of 4,096 tokens need" in caught.value.message
-    assert "--buckets 2" in caught.value.hint
-    assert "-ctk q8_0 -ctv q8_0" not in caught.value.hint  # its heads have 16 numbers, half a block
-    assert check(config, header, force=True).total == needed
+    assert "`buckets=2`" in caught.value.hint
+    assert "`cache_type_k=q8_0`" not in caught.value.hint  # its heads have 16 numbers, half a block
+    assert check_memory(*asked(tiny_model, force=True)).total == needed
     monkeypatch.setattr(memory, "available_memory", lambda: needed)
-    assert check(config, header).total == needed
+    assert check_memory(*config).total == needed
 
 
-def test_nothing_to_advise(config: EngineConfig) -> None:
-    assert "smaller model" in predict(config, check_file(config.model)).advice(Room(0))
+def test_nothing_to_advise(tiny_model: Path) -> None:
+    assert "smaller model" in predict(*asked(tiny_model)).advice(Room(0))
 
 
-def test_layers_on_a_device(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    header = check_file(config.model)
+def test_layers_on_a_device(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "supports_offload", lambda: True)
     monkeypatch.setattr(memory, "devices", lambda: [Device("CPU", "", 5, 9)])
     # A build for devices on a machine without one.
-    assert predict(replace(config, gpu_layers=-1), header).device == memory.free_room(config).device == 0
+    assert (
+        predict(*asked(tiny_model, gpu_layers=-1)).device
+        == memory.free_room(0).device
+        == memory.free_room(-1).device
+        == 0
+    )
     monkeypatch.setattr(memory, "devices", lambda: [Device("CPU", "", 5, 9), Device("Metal", "", 7, 9)])
-    assert memory.free_room(replace(config, gpu_layers=-1)).device == 7
-    host, half, full = (predict(replace(config, gpu_layers=layers), header) for layers in (0, 1, -1))
+    assert (memory.free_room(-1).device, memory.free_room(0).device) == (7, 0)
+    host, half, full = (predict(*asked(tiny_model, gpu_layers=layers)) for layers in (0, 1, -1))
     assert host.device == 0
     assert 0 < half.item("caches").device < full.item("caches").device == full.item("caches").total
-    assert (
-        full.item("weights").host
-        == header.tensors[[t.name for t in header.tensors].index("token_embd.weight")].size_bytes
-    )
+    (embedding,) = [t for t in checked_model(tiny_model).header.tensors if t.name == "token_embd.weight"]
+    assert full.item("weights").host == embedding.size_bytes
     assert not full.fits(Room(full.host, full.device - 1))
     assert full.fits(Room(full.host, full.device))
 

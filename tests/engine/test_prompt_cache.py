@@ -18,15 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.engine import prompt_cache, prompt_file
 from abcli.engine.prompt_cache import MIN_TOKENS, STALE_SECONDS, CacheKey, Piece, PromptCache, clear, entries
 from abcli.gguf.check import check_file
 from abcli.gguf.fingerprint import fingerprint as fingerprint_of
 from abcli.native.context import BatchPart, Context
 from abcli.native.llama import CancelFlag
-from abcli.native.model import Model
 from abcli.native.rotating.keys import aligned_bytes
+from tests.support.models import open_model
 
 KEY = CacheKey("model", 10000.0, "none", "f16", "f16", "on", "build 1", model_name="tiny.gguf")
 LIMIT = 1 << 30
@@ -587,8 +587,8 @@ def test_entries_and_clear(directory: Path) -> None:
 
 def test_state_of_a_model_goes_through_a_file(directory: Path, tiny_model: Path) -> None:
     tokens = [3 + number % 250 for number in range(100)]
-    with Model(tiny_model) as model:
-        config = EngineConfig(tiny_model, (model.native_base,), context_size=128)
+    with open_model(tiny_model) as model:
+        config = ContextConfig(context_size=128)
         first, second = np.empty((2, model.vocabulary_size), np.float32)
         last = [BatchPart(0, 100, [7], output=True)]
         with Context(model, model.native_base, config, 128, 1, CancelFlag()) as context:
@@ -614,10 +614,10 @@ def test_state_of_a_model_goes_through_a_file(directory: Path, tiny_model: Path)
 
 
 def test_the_fingerprint_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
-    header = check_file(tiny_model)
+    (header,) = files = check_file(tiny_model)
     copy = tmp_path / "renamed.gguf"
     copy.write_bytes(tiny_model.read_bytes())
-    original = fingerprint_of(header)
+    original = fingerprint_of(files)
     assert fingerprint_of(check_file(copy)) == original
     sound = bytearray(copy.read_bytes())
     for tensor in header.tensors:
@@ -625,11 +625,11 @@ def test_the_fingerprint_of_a_model(tiny_model: Path, tmp_path: Path) -> None:
         start = header.data_offset + tensor.offset
         changed[start : start + tensor.size_bytes] = bytes(255 - byte for byte in changed[start:][: tensor.size_bytes])
         copy.write_bytes(changed)
-        assert fingerprint_of(replace(header, path=copy)) != original, tensor.name
+        assert fingerprint_of([replace(header, path=copy)]) != original, tensor.name
     copy.write_bytes(sound + bytes(32))
-    assert fingerprint_of(replace(header, path=copy)) != original
+    assert fingerprint_of([replace(header, path=copy)]) != original
     changed = bytearray(sound)
     place = changed.index(b"general.architecture")
     changed[place] ^= 1
     copy.write_bytes(changed)
-    assert fingerprint_of(replace(header, path=copy)) != original
+    assert fingerprint_of([replace(header, path=copy)]) != original

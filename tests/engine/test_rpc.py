@@ -43,12 +43,13 @@ from dataclasses import replace
 from pathlib import Path
 import llama_cpp.llama_cpp as llama
 import numpy as np
-from abcli.config import EngineConfig
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
+from abcli.config import BucketConfig, ContextConfig, ModelConfig
 from abcli.engine.choose import verify_fused
+from abcli.engine.make import make_engine
+from abcli.gguf.checked import check_model
 from abcli.native.llama import devices
 from abcli.native.model import Model
+from abcli.rope.bases import resolve_buckets
 
 library = llama._lib
 add = library.ggml_backend_rpc_add_server
@@ -68,23 +69,27 @@ def divergence(left, right):
     return float((np.exp(logs(left)) * (logs(left) - logs(right))).sum(axis=-1).max())
 
 
-config = EngineConfig(path, (5e3, 1e4, 2e4), context_size=256, slots=2, threads=2, gpu_layers=layers)
+config = ContextConfig(context_size=256, slots=2, threads=2)
+buckets = resolve_buckets(BucketConfig(bases=(5e3, 1e4, 2e4)), 1e4)
 tokens = [index * 7 % 250 for index in range(120)]
 result = {"devices": [device.name for device in devices()]}
-with Model(path, layers) as model:
+with Model(check_model(ModelConfig(path, layers))) as model:
     for prefill in ("exact", "shared"):
         chosen = replace(config, prefill=prefill)
-        with ContextsEngine(model, chosen) as reference, FusedEngine(model, chosen) as engine:
+        reference, engine = (make_engine(kind, model, chosen, buckets) for kind in ("contexts", "fused"))
+        with reference, engine:
             found = [divergence(reference.prefill(1, tokens), engine.prefill(1, tokens))]
             for token in range(10):
-                found.append(divergence(reference.step({1: token})[0], engine.step({1: token})[0]))
+                found.append(divergence(reference.step({1: token})[1], engine.step({1: token})[1]))
             for each in (reference, engine):
                 each.copy(1, 0)
                 each.truncate(0, 60)
-            found.append(divergence(reference.step({0: 3, 1: 4}), engine.step({0: 3, 1: 4})))
-            result[prefill] = {"note": engine.prefill_note, "divergence": max(found)}
-            result["kinds"] = sorted("cpu" if device.is_cpu else "other" for device in engine._context.devices.opened)
-    result["sound"] = verify_fused(model, replace(config, slots=1)).sound
+            both = [each.step({0: 3, 1: 4}) for each in (reference, engine)]
+            found += [divergence(both[0][slot], both[1][slot]) for slot in (0, 1)]
+            result[prefill] = {"note": str(engine.sharing), "divergence": max(found)}
+            opened = engine._backend._context.devices.opened
+            result["kinds"] = sorted("cpu" if device.is_cpu else "other" for device in opened)
+    result["sound"] = verify_fused(model, replace(config, slots=1), buckets.bases).sound
 print(json.dumps(result))
 """
 

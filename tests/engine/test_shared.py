@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.config import Buckets, ContextConfig
 from abcli.errors import CancelledError
 from abcli.generate import Generator
 from abcli.gguf.header import read_header
@@ -24,6 +23,9 @@ from abcli.native.sampler import SamplerChain
 from abcli.native.state import StateError, parse_state
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 from abcli.rope.parameters import rope_parameters
+from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.engines import contexts_engine, stepped
+from tests.support.models import open_model, set_up
 from tests.support.tiny_gguf import write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
@@ -49,14 +51,14 @@ MODELS: dict[str, Write] = {
 }
 
 
-def engine_config(path: Path, **changes: Any) -> EngineConfig:
+def engine_config(**changes: Any) -> tuple[ContextConfig, Buckets]:
     values: dict[str, Any] = {"bases": BASES, "context_size": 512, "prefill": "shared", **changes}
-    return EngineConfig(path, **values)
+    return set_up(**values)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with Model(MODELS[request.param](tmp_path_factory.mktemp("shared") / "model.gguf")) as loaded:
+    with open_model(MODELS[request.param](tmp_path_factory.mktemp("shared") / "model.gguf")) as loaded:
         yield loaded
 
 
@@ -98,10 +100,10 @@ def test_taken_over_keys_of_the_first_layer_are_those_llama_cpp_makes(model: Mod
     changes = {"cache_type_k": cache_type, "cache_type_v": cache_type}
     states = {}
     for mode in ("shared", "exact"):
-        with ContextsEngine(model, engine_config(model.path, prefill=mode, **changes)) as engine:
+        with contexts_engine(model, *engine_config(prefill=mode, **changes)) as engine:
             engine.prefill(0, TOKENS)
-            assert engine.prefill_note.startswith(mode)
-            states[mode] = [state_of(context, 0, len(TOKENS) - 1) for context in engine._contexts]
+            assert engine.sharing.shared == (mode == "shared")
+            states[mode] = [state_of(context, 0, len(TOKENS) - 1) for context in engine._backend._contexts]
     rounding = {"f32": 2e-5, "f16": 2e-3, "bf16": 1.6e-2}[cache_type]
     for ours, theirs in zip(states["shared"], states["exact"], strict=True):
         for cache in range(len(parse_state(ours))):
@@ -115,11 +117,11 @@ def test_each_bucket_holds_the_leaders_keys_turned_by_its_own_angles(model: Mode
     header = read_header(model.path)
     parameters = rope_parameters(header, neox=model.rotation == "halves", context_size=512)
     own_base = header.architecture == "gemma3"
-    with ContextsEngine(model, engine_config(model.path, cache_type_k="f32")) as engine:
+    with contexts_engine(model, *engine_config(cache_type_k="f32")) as engine:
         engine.prefill(0, TOKENS)
-        leader = engine._leader
+        leader = engine._backend._contexts[engine._backend.leader]
         reference = state_of(leader, 0, len(TOKENS) - 1)
-        for context in engine._contexts:
+        for context in engine._backend._contexts:
             state = state_of(context, 0, len(TOKENS) - 1)
             deltas = angular_frequencies(parameters, context.base) - angular_frequencies(parameters, leader.base)
             for number, cache in enumerate(parse_state(reference)):
@@ -135,11 +137,11 @@ def test_each_bucket_holds_the_leaders_keys_turned_by_its_own_angles(model: Mode
 def test_shared_is_close_to_exact_and_continues_like_it(model: Model) -> None:
     logits = {}
     for mode in ("shared", "exact"):
-        with ContextsEngine(model, engine_config(model.path, prefill=mode)) as engine:
+        with contexts_engine(model, *engine_config(prefill=mode)) as engine:
             engine.prefill(0, TOKENS[:120])
-            engine.step({0: 5})
+            stepped(engine, {0: 5})
             logits[mode] = engine.prefill(0, TOKENS[120:]).copy()
-            assert [context.length(0) for context in engine._contexts] == [len(TOKENS) + 1] * 3
+            assert [context.length(0) for context in engine._backend._contexts] == [len(TOKENS) + 1] * 3
     # The leader computes everything itself; what reaches the others differs by the method's approximation.
     middle = BASES.index(10_000.0)
     np.testing.assert_allclose(logits["shared"][middle], logits["exact"][middle], atol=0.05)
@@ -152,12 +154,13 @@ def test_shared_is_close_to_exact_and_continues_like_it(model: Model) -> None:
 def test_taking_over_in_random_pieces_gives_the_same_bytes_as_at_once(model: Model, seed: int) -> None:
     chance = random.Random(seed)
     longest = model.sliding_window or len(TOKENS)
-    with ContextsEngine(model, engine_config(model.path, context_size=1024)) as engine:
-        shared, leader = engine._shared, engine._leader
+    with contexts_engine(model, *engine_config(context_size=1024)) as engine:
+        backend = engine._backend
+        shared, leader = backend._shared, backend._contexts[backend.leader]
         assert shared is not None
         for start in range(0, len(TOKENS), longest):
             leader.decode([BatchPart(0, start, TOKENS[start : start + longest], output=False)], [None])
-        others = [context for context in engine._contexts if context is not leader]
+        others = [context for context in engine._backend._contexts if context is not leader]
         states = []
         for widest in (longest, chance.randint(1, longest)):
             start = 0
@@ -227,18 +230,18 @@ def test_turning_there_and_back_returns_the_keys(
 )
 def test_falls_back_to_exact_and_says_why(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
     path = write_tiny_model(tmp_path / "wide.gguf", embedding=128)
-    with Model(path) as model, ContextsEngine(model, engine_config(path, **changes)) as engine:
-        assert engine.prefill_note.startswith("exact")
-        assert reason in engine.prefill_note
+    with open_model(path) as model, contexts_engine(model, *engine_config(**changes)) as engine:
+        assert not engine.sharing.shared
+        assert reason in str(engine.sharing)
         engine.prefill(0, TOKENS)
 
 
 def test_a_model_with_positions_of_several_parts_is_computed_exactly(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "model.gguf", architecture="qwen2vl")
-    with Model(path) as model, ContextsEngine(model, engine_config(path)) as engine:
-        assert engine.prefill_note == "exact prefill: the positions of this model have several parts (M-RoPE)"
+    with open_model(path) as model, contexts_engine(model, *engine_config()) as engine:
+        assert str(engine.sharing) == "exact prefill: the positions of this model have several parts (M-RoPE)"
         engine.prefill(0, TOKENS[:50])
-        engine.step({0: 3})
+        stepped(engine, {0: 3})
 
 
 def test_wrong_angles_are_noticed_and_nothing_is_shared(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,35 +249,35 @@ def test_wrong_angles_are_noticed_and_nothing_is_shared(tiny_model: Path, monkey
         return RopeParameters(dimensions=16, neox=True)
 
     monkeypatch.setattr("abcli.engine.contexts.rope_parameters", wrong)
-    with Model(tiny_model) as model, ContextsEngine(model, engine_config(tiny_model)) as engine:
-        assert engine.prefill_note == "exact prefill: the keys of layer 0 do not follow the base as RoPE turns them"
+    with open_model(tiny_model) as model, contexts_engine(model, *engine_config()) as engine:
+        assert str(engine.sharing) == "exact prefill: the keys of layer 0 do not follow the base as RoPE turns them"
 
 
 def test_auto_computes_short_texts_exactly(tiny_model: Path) -> None:
     logits = {}
     for mode in ("auto", "exact"):
-        with Model(tiny_model) as model, ContextsEngine(model, engine_config(tiny_model, prefill=mode)) as engine:
+        with open_model(tiny_model) as model, contexts_engine(model, *engine_config(prefill=mode)) as engine:
             logits[mode] = engine.prefill(0, TOKENS[:10]).copy()
     assert np.array_equal(logits["auto"], logits["exact"])
 
 
 def test_a_base_that_is_no_bucket_can_prefill(tiny_model: Path) -> None:
     changes = {"bases": (5_000.0, 20_000.0), "prefill_base": 9_000.0}
-    with Model(tiny_model) as model, ContextsEngine(model, engine_config(tiny_model, **changes)) as engine:
-        assert engine.prefill_note.startswith("shared prefill at base 9000")
+    with open_model(tiny_model) as model, contexts_engine(model, *engine_config(**changes)) as engine:
+        assert str(engine.sharing).startswith("shared prefill at base 9000")
         engine.prefill(0, TOKENS[:100])
-        engine.step({0: 3})
-        engine.step({0: 4})
+        stepped(engine, {0: 3})
+        stepped(engine, {0: 4})
         again = engine.prefill(0, TOKENS[100:200]).copy()
-        assert {context.length(0) for context in engine._contexts} == {202}
+        assert {context.length(0) for context in engine._backend._contexts[:2]} == {202}
         engine.truncate(0, 50)
-        assert engine._leader.length(0) == 50
+        assert engine._backend.length(0, engine._backend.leader) == 50
         engine.prefill(0, [*TOKENS[50:100], 3, 4, *TOKENS[100:200]])
         assert np.isfinite(again).all()
 
 
 def test_cancelling_a_shared_prefill_restores_every_context(tiny_model: Path) -> None:
-    with Model(tiny_model) as model, ContextsEngine(model, engine_config(tiny_model, ubatch_size=32)) as engine:
+    with open_model(tiny_model) as model, contexts_engine(model, *engine_config(ubatch_size=32)) as engine:
         engine.prefill(0, TOKENS[:40])
 
         def progress(done: int, _total: int) -> None:
@@ -283,8 +286,8 @@ def test_cancelling_a_shared_prefill_restores_every_context(tiny_model: Path) ->
 
         with pytest.raises(CancelledError):
             engine.prefill(0, TOKENS, progress)
-        assert [context.length(0) for context in engine._contexts] == [40] * 3
-        assert all(context.length(context.spare) == 0 for context in engine._contexts)
+        assert [context.length(0) for context in engine._backend._contexts] == [40] * 3
+        assert all(context.length(context.spare) == 0 for context in engine._backend._contexts)
 
 
 def test_a_chat_of_30_turns_computes_each_token_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,8 +301,8 @@ def test_a_chat_of_30_turns_computes_each_token_once(tiny_model: Path, monkeypat
 
     monkeypatch.setattr(Context, "decode", counting)
     generation = GenerationConfig(SamplingConfig(seed=1), max_tokens=4, ignore_eos=True)
-    config = engine_config(tiny_model, prefill="auto", context_size=2048)
-    with Model(tiny_model) as model, ContextsEngine(model, config) as engine:
+    config = engine_config(prefill="auto", context_size=2048)
+    with open_model(tiny_model) as model, contexts_engine(model, *config) as engine:
         counted.clear()
         with Generator(engine, model, lambda sampling: SamplerChain(model, sampling)) as generator:
             conversation: list[int] = []
@@ -315,8 +318,8 @@ def test_a_chat_of_30_turns_computes_each_token_once(tiny_model: Path, monkeypat
 
 
 def test_a_prompt_of_one_context_is_read_from_bytes_only_if_they_are_sound(tiny_model: Path) -> None:
-    with Model(tiny_model) as model:
-        config = engine_config(tiny_model)
+    with open_model(tiny_model) as model:
+        config, _ = engine_config()
         with Context(model, 1e4, config, 512, 1, CancelFlag()) as context:
             context.decode([BatchPart(0, 0, TOKENS[:20], output=False)], [None])
             data = state_of(context, 0, 20)

@@ -7,20 +7,20 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from abcli.config import EngineConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.config import Buckets, ContextConfig
 from abcli.errors import NativeError
 from abcli.native.context import Context
-from abcli.native.model import Model
+from tests.support.engines import computed, contexts_engine
+from tests.support.models import open_model, set_up
 from tests.support.tiny_gguf import write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
 DOCUMENT = [index * 7 % 250 for index in range(400)]
 
 
-def engine_config(path: Path, cache: Path | None, **changes: Any) -> EngineConfig:
+def engine_config(cache: Path | None, **changes: Any) -> tuple[ContextConfig, Buckets]:
     values: dict[str, Any] = {"bases": BASES, "context_size": 1024, "ubatch_size": 128, **changes}
-    return EngineConfig(path, prompt_cache=cache, **values)
+    return set_up(prompt_cache=cache, **values)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -32,12 +32,12 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def prefill(path: Path, cache: Path | None, tokens: list[int], **changes: Any) -> tuple[np.ndarray, int, list[str]]:
     """Logits, tokens computed and warnings of a prefill by a new engine."""
     warnings: list[str] = []
-    config = engine_config(path, cache, **changes)
-    with Model(path) as model, ContextsEngine(model, config, warnings.append) as engine:
-        logits = engine.prefill(0, tokens).copy()
+    config = engine_config(cache, **changes)
+    with open_model(path) as model, contexts_engine(model, *config, warnings.append) as engine:
+        logits, left = computed(engine, 0, tokens)
         assert list(engine.tokens(0)) == tokens
-        assert {context.length(0) for context in engine._contexts} == {len(tokens)}
-        return logits, engine.computed_tokens, warnings
+        assert {context.length(0) for context in engine._backend._contexts} == {len(tokens)}
+        return logits, left, warnings
 
 
 def test_a_second_run_reads_what_the_first_computed(path: Path, tmp_path: Path) -> None:
@@ -89,10 +89,9 @@ def test_a_damaged_file_costs_a_warning_and_is_written_again(path: Path, tmp_pat
 
 def test_a_slot_that_holds_a_little_takes_more_from_the_disk(path: Path, tmp_path: Path) -> None:
     prefill(path, tmp_path, DOCUMENT)
-    with Model(path) as model, ContextsEngine(model, engine_config(path, tmp_path)) as engine:
+    with open_model(path) as model, contexts_engine(model, *engine_config(tmp_path)) as engine:
         engine.prefill(0, DOCUMENT[:20])
-        engine.prefill(0, DOCUMENT[20:])
-        assert engine.computed_tokens == 1
+        assert computed(engine, 0, DOCUMENT[20:])[1] == 1
         assert list(engine.tokens(0)) == DOCUMENT
         engine.prefill(0, [5])
         engine.truncate(0, 100)
@@ -104,14 +103,14 @@ def test_a_failure_while_reading_leaves_an_empty_slot(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefill(path, tmp_path, DOCUMENT)
-    with Model(path) as model, ContextsEngine(model, engine_config(path, tmp_path)) as engine:
+    with open_model(path) as model, contexts_engine(model, *engine_config(tmp_path)) as engine:
         engine.prefill(0, DOCUMENT[:20])
         with monkeypatch.context() as patch:
             patch.setattr(Context, "append_spare", Mock(side_effect=NativeError("out of order")))
             with pytest.raises(NativeError):
                 engine.prefill(0, DOCUMENT[20:])
         assert list(engine.tokens(0)) == []
-        assert {context.length(0) for context in engine._contexts} == {0}
+        assert {context.length(0) for context in engine._backend._contexts} == {0}
         engine.prefill(0, DOCUMENT)
 
 

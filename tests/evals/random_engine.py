@@ -18,17 +18,16 @@ class RandomEngine(FakeEngine):
     def __init__(
         self, bases: Sequence[float] = BASES, scale: float = 4.0, vocabulary: int = VOCABULARY, context_size: int = 512
     ) -> None:
-        super().__init__(lambda _tokens, _bucket: 0, bases=tuple(bases), context_size=context_size)
-        self.vocabulary_size = vocabulary
+        super().__init__(
+            lambda _tokens, _bucket: 0, bases=tuple(bases), context_size=context_size, vocabulary=vocabulary
+        )
+        self.backend.logits = lambda tokens, column: self.row(tokens, self.bases[column])  # type: ignore[method-assign]
         self.prefills: list[int] = []
         self._scale = scale
 
     def prefill(self, slot: int, tokens: Sequence[int], on_progress: object = None) -> NDArray[np.float32]:
         self.prefills.append(len(tokens))
         return super().prefill(slot, tokens)
-
-    def _logits(self, slot: int) -> NDArray[np.float32]:
-        return np.stack([self.row(self.tokens(slot), base) for base in self.bases])
 
     def row(self, tokens: Sequence[int], base: float) -> NDArray[np.float32]:
         """The logits [vocabulary] of the bucket of `base` after `tokens`."""

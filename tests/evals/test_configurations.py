@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from abcli.config import MERGE_RULES, BucketConfig
 from abcli.errors import AbcliError, ProfileError, UsageError
 from abcli.evals.configurations import Configuration, parse_configuration
-from abcli.profiles import Profile
+from abcli.profiles.profile import Profile
 from abcli.rope.bases import choose_bases
 from tests.profiles.samples import SAMPLE, profile
 

@@ -16,7 +16,7 @@ from abcli.errors import UsageError
 from abcli.evals.kv import ANSWER_START, INSTRUCTION, kv
 from abcli.evals.placement import QUESTIONS_PER_CONTEXT
 from abcli.evals.questions import Question, TaskSettings
-from abcli.native.model import Model
+from tests.support.models import open_model
 
 
 def count_pieces(text: str) -> int:
@@ -163,7 +163,7 @@ def test_a_counter_that_breaks_the_promise_of_even_sizes_gives_an_error() -> Non
 
 
 def test_with_the_real_tokenizer(real_model) -> None:
-    with Model(real_model) as model:
+    with open_model(real_model) as model:
 
         def count(text: str) -> int:
             return len(model.tokenize(text, add_special=False, parse_special=False))

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from abcli.config import ENV_HOME, EngineConfig, PrefillMode, evaluations_directory, prompt_cache_directory
+from abcli.config import (
+    ENV_HOME,
+    Buckets,
+    ContextConfig,
+    PrefillMode,
+    evaluations_directory,
+    prompt_cache_directory,
+)
 from abcli.errors import AbcliError, ContextFullError, OutOfMemoryError, TemplateError, UnsupportedModelError
 from abcli.evals import model_under_test as subject_module
 from abcli.evals.model_under_test import Prefill, Subject
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.evals.questions import Question
+from abcli.gguf.checked import CheckedModel
 from tests.evals.test_traces import is_same
+from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 NATIVE = 1e4
@@ -28,8 +36,10 @@ QUESTIONS = tuple(
 )
 
 
-def config(path: Path, **changes: Any) -> EngineConfig:
-    return replace(EngineConfig(path, (), threads=THREADS), **changes)
+def subject_of(path: Path, gpu_layers: int = -1, **options: Any) -> Subject:
+    """The model of a file under test; `options` are those of a context, or of the subject."""
+    own = {name: options.pop(name) for name in ("chat_template", "scores") if name in options}
+    return Subject(checked_model(path, gpu_layers), ContextConfig(**{"threads": THREADS, **options}), **own)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +52,7 @@ def _no_trials() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def subject(tiny_model: Path) -> Iterator[Subject]:
-    with Subject(config(tiny_model)) as opened:
+    with subject_of(tiny_model) as opened:
         yield opened
 
 
@@ -56,15 +66,15 @@ def stored_in(opened: Subject, prefill: Prefill | None = None) -> Path:
 def test_a_model_without_bases_is_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     path = make(tmp_path / "model.gguf")
     with pytest.raises(UnsupportedModelError, match="no RoPE base") as caught:
-        Subject(config(path))
+        subject_of(path)
     assert caught.value.hint
 
 
 def test_what_cannot_be_loaded_is_refused(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(AbcliError, match="missing"):
-        Subject(config(tmp_path / "missing.gguf"))
+        subject_of(tmp_path / "missing.gguf")
     with pytest.raises(TemplateError):
-        Subject(config(tiny_model), chat_template="no-such-template")
+        subject_of(tiny_model, chat_template="no-such-template")
 
 
 def test_the_template_is_that_of_the_model_or_the_users_or_none(tmp_path: Path, tiny_model: Path) -> None:
@@ -72,7 +82,7 @@ def test_the_template_is_that_of_the_model_or_the_users_or_none(tmp_path: Path, 
     question = Question("q", "q", "context", "text", "start", "answer", 0.0, 1)
     prompts = {}
     for name, path, template in (("own", tiny_model, None), ("plain", bare, None), ("chosen", bare, "chatml")):
-        with Subject(config(path), chat_template=template) as opened:
+        with subject_of(path, chat_template=template) as opened:
             tokens = opened.prompts.tokenize(question).prompt
             prompts[name] = b"".join(opened.model.piece(token, special=True) for token in tokens)
     assert prompts["plain"] == b"context\n\ntext\nstart"
@@ -92,28 +102,28 @@ def test_prefills_that_are_computed_alike_are_equal(subject: Subject) -> None:
 def test_a_question_longer_than_the_trained_context_is_refused(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "short.gguf", context_length=64)
     fitting, longer = (TokenizedQuestion(tuple(range(length)), ((1, 2, 3, 4),)) for length in (60, 61))
-    with Subject(config(path)) as opened:
+    with subject_of(path) as opened:
         assert len(opened.trace([fitting], [NATIVE], opened.prefill("auto", None))) == 1
         with pytest.raises(ContextFullError) as caught:
             opened.trace([fitting, longer], [NATIVE], opened.prefill("auto", None))
     assert (caught.value.used, caught.value.available) == (65, 64)
-    assert "--length" in caught.value.hint
-    assert "--ctx-size" not in caught.value.hint
+    assert "`length`" in caught.value.hint
+    assert "ctx_size" not in caught.value.hint
 
 
 def test_memory_is_checked_before_contexts_are_made(monkeypatch: pytest.MonkeyPatch, subject: Subject) -> None:
-    seen: list[EngineConfig] = []
+    seen: list[tuple[ContextConfig, Buckets]] = []
 
-    def refuse(asked: EngineConfig, *_: object) -> None:
-        seen.append(asked)
+    def refuse(_model: CheckedModel, context: ContextConfig, buckets: Buckets) -> None:
+        seen.append((context, buckets))
         raise OutOfMemoryError("too much")
 
     monkeypatch.setattr(subject_module, "check_memory", refuse)
     with pytest.raises(OutOfMemoryError):
         subject.trace(QUESTIONS, BASES, subject.prefill("shared", 5e3))
-    (asked,) = seen
-    assert (asked.bases, asked.slots, asked.prefill, asked.prefill_base) == (BASES, 1, "shared", 5e3)
-    assert asked.context_size == 94
+    ((context, buckets),) = seen
+    assert (buckets.bases, context.slots, context.prefill, buckets.prefill_base) == (BASES, 1, "shared", 5e3)
+    assert context.context_size == 94
 
 
 def test_stored_traces_are_those_of_one_model_and_one_way_of_computing(tiny_model: Path, tmp_path: Path) -> None:
@@ -124,18 +134,18 @@ def test_stored_traces_are_those_of_one_model_and_one_way_of_computing(tiny_mode
         ("shared", 2e4),
         ("exact", None),
     )
-    with Subject(config(other), scores=tmp_path) as opened:
+    with subject_of(other, scores=tmp_path) as opened:
         directories = [stored_in(opened)]
-    with Subject(config(tiny_model), scores=tmp_path) as opened:
-        for changes in (
-            {},
-            {"cache_type_k": "f32"},
-            {"cache_type_v": "f32"},
-            {"flash_attention": "off"},
-            {"ubatch_size": 64},
-            {"gpu_layers": 0},
-        ):
-            opened.config = config(tiny_model, **changes)
+    changed: tuple[dict[str, Any], ...] = (
+        {},
+        {"cache_type_k": "f32"},
+        {"cache_type_v": "f32"},
+        {"flash_attention": "off"},
+        {"ubatch_size": 64},
+        {"gpu_layers": 0},
+    )
+    for changes in changed:
+        with subject_of(tiny_model, scores=tmp_path, **changes) as opened:
             directories += [stored_in(opened, opened.prefill(*way)) for way in ways]
     assert len(set(directories)) == len(directories)
     assert {directory.parent for directory in directories} == {tmp_path}
@@ -145,16 +155,16 @@ def test_a_renamed_model_and_other_sizes_of_the_engine_have_the_same_traces(tiny
     renamed = tmp_path / "renamed.gguf"
     renamed.write_bytes(tiny_model.read_bytes())
     directories = set()
-    changes = {"threads": 2, "context_size": 99, "slots": 3, "bases": (1e5,), "prompt_cache": tmp_path}
-    for asked in (config(tiny_model), config(renamed), config(tiny_model, **changes)):
-        with Subject(asked, scores=tmp_path) as opened:
+    sizes = {"threads": 2, "context_size": 99, "slots": 3, "prompt_cache": tmp_path}
+    for path, changes in ((tiny_model, {}), (renamed, {}), (tiny_model, sizes)):
+        with subject_of(path, scores=tmp_path, **changes) as opened:
             directories.add(stored_in(opened))
     assert len(directories) == 1
 
 
 def test_traces_are_stored_and_then_read(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    with Subject(config(tiny_model), scores=tmp_path) as opened:
+    with subject_of(tiny_model, scores=tmp_path) as opened:
         prefill = opened.prefill("auto", None)
         first = opened.trace(QUESTIONS, BASES, prefill, lambda done, whole: seen.append((done, whole)))
     assert seen == [(done, len(QUESTIONS)) for done in range(len(QUESTIONS) + 1)]
@@ -163,8 +173,8 @@ def test_traces_are_stored_and_then_read(monkeypatch: pytest.MonkeyPatch, tiny_m
     def refuse(*_: object) -> None:
         raise AssertionError("nothing is left to compute")
 
-    monkeypatch.setattr(subject_module, "ContextsEngine", refuse)
-    with Subject(config(tiny_model), scores=tmp_path) as opened:
+    monkeypatch.setattr(subject_module, "make_engine", refuse)
+    with subject_of(tiny_model, scores=tmp_path) as opened:
         assert all(map(is_same, first, opened.trace(QUESTIONS, BASES[::-1], prefill)))
         assert opened.trace([], BASES, prefill) == []
         with pytest.raises(AssertionError):

@@ -15,7 +15,7 @@ from abcli.errors import EvaluationDataError, UsageError
 from abcli.evals.needle import ADJECTIVES, ANIMALS, FACTS_PER_1000_TOKENS, LEAST_FACTS, arrange, needle, spread
 from abcli.evals.placement import QUESTIONS_PER_CONTEXT, asked_depths, depth_range
 from abcli.evals.questions import Question, TaskSettings
-from abcli.native.model import Model
+from tests.support.models import open_model
 
 FACT = re.compile(r"The secret code of the ([a-z]+ [a-z]+) is (\d{5})\.")
 
@@ -280,7 +280,7 @@ def test_prose_that_is_just_long_enough_is_never_repeated(tmp_path: Path) -> Non
         assert len(found) == len(set(found)) > 10
     with pytest.raises(EvaluationDataError, match=f"has {tokens} tokens, a context needs {tokens + 1}") as raised:
         needle(TaskSettings(tokens + 1, 40, data=tmp_path), count_pieces)
-    assert "--length" in raised.value.hint
+    assert "`length`" in raised.value.hint
 
 
 def test_data_that_cannot_be_used_is_an_error_at_once(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_data_that_cannot_be_used_is_an_error_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("length", "depths"), [(256, 5), (1024, 5), (1024, 9)])
 def test_with_the_real_tokenizer(real_model, length: int, depths: int) -> None:
-    with Model(real_model) as model:
+    with open_model(real_model) as model:
 
         def count(text: str) -> int:
             return len(model.tokenize(text, add_special=False, parse_special=False))

@@ -95,7 +95,7 @@ def test_settings_out_of_range_are_refused(field: str, value: int) -> None:
     settings = TaskSettings(**{"length": 100, "limit": 10, "depths": 5, field: value})
     with pytest.raises(UsageError, match=field) as raised:
         check_settings(settings)
-    assert "--" in raised.value.hint
+    assert f"`{field}=" in raised.value.hint
 
 
 def test_generators_differ_by_task_length_seed_context_and_purpose() -> None:

@@ -12,6 +12,7 @@ from abcli.chat.template import ChatTemplate, load_template
 from abcli.evals.prompts import PromptMaker
 from abcli.evals.questions import Question
 from abcli.native.model import Model
+from tests.support.models import open_model
 from tests.support.tiny_gguf import write_tiny_model
 
 CONTEXT, TEXT, START = "The sky is green.", "What is the colour of the sky?", "The colour is"
@@ -30,7 +31,7 @@ def question(
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> Iterator[Model]:
-    with Model(tiny_model) as opened:
+    with open_model(tiny_model) as opened:
         yield opened
 
 
@@ -42,7 +43,7 @@ def template(model: Model) -> ChatTemplate:
 @pytest.fixture(scope="module")
 def sentence_piece(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     path = tmp_path_factory.mktemp("models") / "pieces.gguf"
-    with Model(write_tiny_model(path, tokenizer="llama", chat_template=None)) as opened:
+    with open_model(write_tiny_model(path, tokenizer="llama", chat_template=None)) as opened:
         yield opened
 
 

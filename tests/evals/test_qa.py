@@ -236,7 +236,7 @@ def test_a_missing_file_is_wrong_usage_that_names_flag_and_source(tmp_path: Path
     for path in (None, tmp_path / "missing.jsonl"):
         with pytest.raises(UsageError) as caught:
             qa(TaskSettings(100, 1, data=path), words)
-        assert "--data FILE" in caught.value.hint
+        assert "`data` FILE" in caught.value.hint
         assert "lost-in-the-middle" in caught.value.hint
 
 

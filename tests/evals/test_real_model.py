@@ -9,8 +9,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from abcli.config import ENV_HOME, EngineConfig, GenerationConfig, SamplingConfig
-from abcli.engine.contexts import ContextsEngine
+from abcli.config import ENV_HOME, Buckets, ContextConfig
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.prompts import TokenizedQuestion
@@ -19,7 +18,10 @@ from abcli.evals.scores import Score
 from abcli.evals.scoring import score
 from abcli.generate import Generator, common_prefix
 from abcli.native.sampler import SamplerChain
-from abcli.profiles import Profile
+from abcli.profiles.profile import Profile
+from abcli.sampling import GenerationConfig, SamplingConfig
+from tests.support.engines import contexts_engine
+from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_model
 
 COMPARED = ("native", "spread3", "spread3;merge=mean", "spread3;merge=pool;weights=1.4,-0.6,0.2")
@@ -40,14 +42,14 @@ def _own_home_of_the_module(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="module")
 def real_subject(real_model: Path) -> Iterator[Subject]:
     # One thread: how many there are decides about the last bits, and they follow the number of buckets.
-    with Subject(EngineConfig(real_model, (), threads=1)) as opened:
+    with Subject(checked_model(real_model), ContextConfig(threads=1)) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def tiny_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf", seed=3)
-    with Subject(EngineConfig(path, (), threads=1, cache_type_k="f32", cache_type_v="f32")) as opened:
+    with Subject(checked_model(path), ContextConfig(threads=1, cache_type_k="f32", cache_type_v="f32")) as opened:
         yield opened
 
 
@@ -68,14 +70,15 @@ def greedy_answers(
     There are as many as in the answer; with `stop_early` none after the first wrong one.
     """
     model = subject.model
-    config = replace(subject.config, bases=tuple(bases), context_size=2048, prefill="shared")
+    config = replace(subject.config, context_size=2048, prefill="shared")
+    buckets = Buckets(tuple(bases), subject.native_base)
     greedy = GenerationConfig(SamplingConfig(seed=1, temperature=0.0))
 
     def make_sampler(sampling: SamplingConfig) -> SamplerChain:
         return SamplerChain(model, sampling)
 
     answers: list[list[list[int]]] = [[] for _ in rules]
-    with ContextsEngine(model, config) as engine:
+    with contexts_engine(model, config, buckets) as engine:
         generators = [Generator(engine, model, make_sampler, item.merge, item.weights) for item in rules]
         for question in questions:
             if len(bases) == 1:
@@ -153,7 +156,7 @@ def test_the_native_base_is_llama_cpp_itself(tiny_subject: Subject) -> None:
     item = configurations(tiny_subject)[0]
     traces = tiny_subject.trace(questions, item.bases, tiny_subject.prefill("auto", None))
     model = llama_cpp.Llama(
-        str(tiny_subject.config.model),
+        str(tiny_subject.checked.path),
         n_ctx=512,
         n_threads=1,
         n_threads_batch=1,

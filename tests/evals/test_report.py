@@ -79,7 +79,10 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     report = made_up(contexts={"kv/1024/0": "context 0 of é"})
     # Numbers lose what is behind the sixth decimal, and nothing else.
     rounded = {name: tuple(replace(s, nll=round(s.nll, 6)) for s in of) for name, of in report.scores.items()}
-    assert read_report(written(report, tmp_path / "report.json")) == replace(report, scores=rounded)
+    path = written(report, tmp_path / "report.json")
+    assert read_report(path) == replace(report, scores=rounded)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_report(path) == replace(report, scores=rounded)
 
 
 @settings(max_examples=25, deadline=None)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import CancelledError, EvaluationDataError, UsageError
 from abcli.evals import model_under_test as subject_module
 from abcli.evals.configurations import Configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.runner import NEEDS_DATA, TASKS, Evaluation, EvaluationSettings, describe, evaluate, make_questions
 from abcli.evals.scoring import score
+from tests.support.models import checked_model
 
 NATIVE = 1e4
 SETTINGS = EvaluationSettings("kv", (400, 500), limit=6, depths=3)
@@ -31,7 +32,7 @@ def subject(tiny_model: Path) -> Iterator[Subject]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subject_module, "ensure_loadable", lambda *_: None)
         # One thread: how many there are decides about the last bits, and they follow the number of buckets.
-        with Subject(EngineConfig(tiny_model, (), threads=1)) as opened:
+        with Subject(checked_model(tiny_model), ContextConfig(threads=1)) as opened:
             yield opened
 
 
@@ -106,13 +107,13 @@ def check_near(whole: Evaluation, resumed: Evaluation) -> None:
 def test_a_second_evaluation_computes_only_what_is_new(storing: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate(SETTINGS, [THREE], storing)
     opened = []
-    engine = subject_module.ContextsEngine
+    engine = subject_module.make_engine
 
     def counting(*arguments: object) -> object:
         opened.append(arguments)
         return engine(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(subject_module, "ContextsEngine", counting)
+    monkeypatch.setattr(subject_module, "make_engine", counting)
     again = evaluate(SETTINGS, [ONE, TWO, THREE, replace(THREE, name="mean", merge="mean", weights=())], storing)
     assert opened == []
     assert again.scores["three"] == first.scores["three"]

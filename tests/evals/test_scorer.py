@@ -116,7 +116,7 @@ def test_a_store_without_a_directory_keeps_nothing() -> None:
 class InterruptedEngine(RandomEngine):
     """The user interrupts in the middle of an answer."""
 
-    def step(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
+    def step(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
         if len(self.step_sizes) == 3:
             raise CancelledError
         return super().step(tokens)

@@ -14,8 +14,9 @@ from abcli.config import MERGE_RULES, MergeRule
 from abcli.evals.configurations import Configuration
 from abcli.evals.scoring import merged_node, score
 from abcli.evals.traces import KEPT_TOKENS, Node, Trace, trace
-from abcli.merge import PLAUSIBLE_SHARE, merge, merge_kept
+from abcli.merge import PLAUSIBLE_SHARE, merge_kept
 from tests.evals.random_engine import BASES, RandomEngine
+from tests.support.merging import merge
 
 PROMPT = (3, 1, 4)
 # `merge` computes in float32, scores in float64.

@@ -298,13 +298,13 @@ def test_settings_without_sense_are_wrong_usage(settings: TaskSettings) -> None:
         tools(settings, words)
 
 
-@pytest.mark.parametrize(("name", "flag"), [("data", "--data FILE"), ("answers", "--answers FILE")])
+@pytest.mark.parametrize(("name", "setting"), [("data", "`data` FILE"), ("answers", "`answers` FILE")])
 @pytest.mark.parametrize("given", [False, True])
 def test_a_missing_file_is_wrong_usage_that_names_flag_and_script(
-    data: dict[str, Path], tmp_path: Path, name: str, flag: str, given: bool
+    data: dict[str, Path], tmp_path: Path, name: str, setting: str, given: bool
 ) -> None:
     paths = {**data, name: tmp_path / "missing" if given else None}
     with pytest.raises(UsageError) as caught:
         tools(TaskSettings(100, 1, **paths), words)
-    assert flag in caught.value.hint
+    assert setting in caught.value.hint
     assert "scripts/fetch_evaluation_data.py" in caught.value.hint

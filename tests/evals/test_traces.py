@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,11 @@ class BrokenEngine(RandomEngine):
         self._value = value
         self._tokens_broken = slice(None) if whole else slice(17, 18)
 
-    def _logits(self, slot: int) -> NDArray[np.float32]:
-        logits = super()._logits(slot)
-        logits[1, self._tokens_broken] = self._value
-        return logits
+    def row(self, tokens: Sequence[int], base: float) -> NDArray[np.float32]:
+        row = super().row(tokens, base)
+        if base == BASES[1]:
+            row[self._tokens_broken] = self._value
+        return row
 
 
 @pytest.mark.parametrize(

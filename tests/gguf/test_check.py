@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from abcli.errors import AbcliError, ModelFileError, UnsupportedModelError
 from abcli.gguf.check import check_file, split_paths
 from abcli.gguf.header import read_header
+from tests.support.models import checked_model
 from tests.support.tiny_gguf import sentence_piece_vocabulary, write_tiny_mamba, write_tiny_model
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -34,7 +35,7 @@ def refused(path: Path, kind: type[AbcliError] = ModelFileError) -> str:
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 def test_sound_models_pass(tmp_path: Path, architecture: Any, dtype: Any) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", architecture=architecture, dtype=dtype)
-    assert check_file(path).architecture == architecture
+    assert check_file(path)[0].architecture == architecture
 
 
 def test_more_sound_models_pass(tmp_path: Path, real_model: Path) -> None:
@@ -287,9 +288,10 @@ def write_parts(directory: Path, *, second: dict[str, Any] | None = None) -> Pat
 def test_all_parts_of_a_split_model_are_checked(tmp_path: Path) -> None:
     first = write_parts(tmp_path)
     second = tmp_path / "m-00002-of-00002.gguf"
-    header = check_file(first)
-    assert split_paths(header) == (first, second)
-    assert header.weight_bytes == read_header(first).weight_bytes + read_header(second).weight_bytes
+    files = check_file(first)
+    assert split_paths(files[0]) == (first, second)
+    assert files == (read_header(first), read_header(second))
+    assert checked_model(first).weight_bytes == files[0].weight_bytes + files[1].weight_bytes
     with pytest.raises(ModelFileError) as caught:
         check_file(second)
     assert caught.value.hint == "give the first part: m-00001-of-00002.gguf"

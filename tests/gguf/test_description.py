@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.engine.memory import Room, predict
 from abcli.errors import AbcliError, ModelFileError
 from abcli.gguf import architectures, weights
@@ -25,6 +25,7 @@ from abcli.gguf.header import TENSOR_TYPES
 from abcli.gguf.verification import Verification, file_sha256
 from abcli.gguf.weights import scan_weights
 from scripts.fuzz_headers import mutate, seed_of
+from tests.support.models import buckets_at, checked_model
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 
@@ -94,25 +95,25 @@ def test_no_architecture_has_two_rotations() -> None:
 
 def test_windows_come_from_the_file_or_the_architecture(tmp_path: Path) -> None:
     known = check_file(write_tiny_model(tmp_path / "a.gguf", architecture="gemma3", layers=7))
-    assert window_layers(known) == (True,) * 5 + (False, True)
+    assert window_layers(known[0]) == (True,) * 5 + (False, True)
     found = inspect(known)
     assert found.window is not None
     assert (found.window.tokens, found.window.layers) == (64, (0, 1, 2, 3, 4, 6))
     assert (found.rope.base, found.rope.window_base) == (10000.0, 10000.0)
     key = "gemma3.attention.sliding_window_pattern"
-    period = check_file(write_tiny_model(tmp_path / "b.gguf", architecture="gemma3", layers=4, metadata={key: 2}))
+    (period,) = check_file(write_tiny_model(tmp_path / "b.gguf", architecture="gemma3", layers=4, metadata={key: 2}))
     assert window_layers(period) == (True, False, True, False)
     listed = write_tiny_model(tmp_path / "c.gguf", architecture="gemma3", layers=3, metadata={key: [False, True, True]})
-    assert window_layers(check_file(listed)) == (False, True, True)
+    assert window_layers(check_file(listed)[0]) == (False, True, True)
     unknown = write_tiny_model(tmp_path / "d.gguf", metadata={"llama.attention.sliding_window": 64})
-    assert window_layers(check_file(unknown)) is None
+    assert window_layers(check_file(unknown)[0]) is None
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_none_are_found(tmp_path: Path, dtype: Any, number: float) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", dtype=dtype)
-    header = check_file(path)
+    (header,) = check_file(path)
     assert scan_weights(header).bad == ()
     tensor = next(tensor for tensor in header.tensors if tensor.name == "blk.1.ffn_up.weight")
     data = bytearray(path.read_bytes())
@@ -204,7 +205,7 @@ def test_mutated_headers_lead_to_errors_of_ours_at_most(tmp_path_factory: pytest
     path.write_bytes(data)
     list(Verification(path).structure())
     with contextlib.suppress(AbcliError):
-        header = check_file(path)
-        inspect(header)
-        predict(EngineConfig(path, (1e4, 2e4), gpu_layers=0), header).advice(Room(2**20))
-        scan_weights(header)
+        checked = checked_model(path, 0)
+        inspect(checked.files)
+        predict(checked, ContextConfig(), buckets_at(1e4, 2e4)).advice(Room(2**20))
+        scan_weights(checked.header)

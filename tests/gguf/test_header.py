@@ -58,8 +58,6 @@ def test_the_real_model_equals_the_reference(real_model: Path) -> None:
     assert (header.key_length, header.value_length) == (64, 64)
     assert header.vocabulary_size == 49152
     assert header.chat_template is not None
-    assert header.kv_bytes_per_token("f16", "f16") == 30 * 2 * 3 * 64 * 2
-    assert header.kv_bytes_per_token("q8_0", "f16") == 30 * 3 * (64 // 32 * 34 + 64 * 2)
     assert header.weight_bytes <= header.file_size - header.data_offset
 
 
@@ -88,7 +86,6 @@ def test_heads_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", metadata={"llama.attention.head_count_kv": [2, 1]})
     header = read_header(path)
     assert header.kv_heads == (2, 1)
-    assert header.kv_bytes_per_token("f16", "f16") == (2 + 1) * 16 * 2 * 2
 
 
 def test_keys_have_as_many_heads_as_queries_where_the_file_does_not_say(tmp_path: Path) -> None:
@@ -96,15 +93,8 @@ def test_keys_have_as_many_heads_as_queries_where_the_file_does_not_say(tmp_path
     assert read_header(path).kv_heads == (4, 4)
 
 
-def test_layers_that_share_a_cache_are_counted_once(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", metadata={"llama.attention.shared_kv_layers": 1})
-    assert read_header(path).kv_bytes_per_token("f32", "f32") == 2 * 16 * 2 * 4
-
-
-def test_a_recurrent_model_keeps_no_keys(tmp_path: Path) -> None:
-    header = read_header(write_tiny_mamba(tmp_path / "m.gguf"))
-    assert header.kv_bytes_per_token("f16", "f16") == 0
-    assert header.chat_template is not None
+def test_a_recurrent_model_may_have_a_template(tmp_path: Path) -> None:
+    assert read_header(write_tiny_mamba(tmp_path / "m.gguf")).chat_template is not None
 
 
 def test_a_block_that_is_only_begun_counts_whole() -> None:
@@ -299,7 +289,6 @@ def test_a_changed_header_is_read_or_refused(
             header = read_header(path)
             # Whatever was read can be asked for.
             assert isinstance(header.native_base, float)
-            assert isinstance(header.kv_bytes_per_token("f16", "q4_0"), int)
             assert header.vocabulary_size >= 0
     finally:
         peak = tracemalloc.get_traced_memory()[1]

@@ -20,8 +20,8 @@ from abcli.gguf.check import check_file
 from abcli.gguf.description import inspect_adapter
 from abcli.gguf.fingerprint import fingerprint
 from abcli.gguf.header import read_header
-from abcli.gguf.lora import check_model
 from tests.support.lora import Matrices, is_projection, random_lora, write_lora
+from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_experts, write_tiny_model
 
 TARGET = "blk.0.attn_q.weight"
@@ -38,9 +38,9 @@ def test_what_fits_is_described(tmp_path: Path, tiny_model: Path) -> None:
     path = write_lora(
         tmp_path / "a.gguf", random_lora(tiny_model, rank=8), alpha=4.0, metadata=names, tensors=norm, dtype="f16"
     )
-    header = check_model(tiny_model, [LoraConfig(path, -0.5)])
-    (adapter,) = header.adapters
-    assert (adapter.label, header.name) == ("a.gguf:-0.5", "tiny.gguf + a.gguf:-0.5")
+    model = checked_model(tiny_model, lora=[LoraConfig(path, -0.5)])
+    (adapter,) = model.adapters
+    assert (adapter.label, model.name) == ("a.gguf:-0.5", "tiny.gguf + a.gguf:-0.5")
     assert adapter.ignored == ("output_norm.weight",)
     assert adapter.weight_bytes == sum(t.size_bytes for t in adapter.header.tensors if "lora" in t.name)
     found = inspect_adapter(adapter)
@@ -53,11 +53,12 @@ def test_what_fits_is_described(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_without_adapters_nothing_is_different(tmp_path: Path, tiny_model: Path) -> None:
-    assert check_model(tiny_model) == check_file(tiny_model)
+    plain = checked_model(tiny_model)
+    assert (plain.files, plain.adapters) == (check_file(tiny_model), ())
     path = write_lora(tmp_path / "a.gguf", random_lora(tiny_model))
-    header = check_model(tiny_model, [LoraConfig(path, 0.0)])
-    assert header == check_file(tiny_model)
-    assert header.name == tiny_model.name
+    none = checked_model(tiny_model, lora=[LoraConfig(path, 0.0)])
+    assert (none.files, none.adapters) == (plain.files, ())
+    assert none.name == plain.name == tiny_model.name
 
 
 def test_a_split_model_is_taken_as_a_whole(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_split_model_is_taken_as_a_whole(tmp_path: Path) -> None:
     first = write_tiny_model(tmp_path / "m-00001-of-00002.gguf", metadata=split, tensors=parts)
     others = {t.name: None for t in read_header(whole).tensors if not t.name.startswith("blk.1.")}
     write_tiny_model(tmp_path / "m-00002-of-00002.gguf", metadata={**split, "split.no": np.uint16(1)}, tensors=others)
-    assert len(check_model(first, [LoraConfig(lora)]).adapters) == 1
+    assert len(checked_model(first, lora=[LoraConfig(lora)]).adapters) == 1
 
 
 def test_experts_and_embeddings_can_be_changed(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_experts_and_embeddings_can_be_changed(tmp_path: Path) -> None:
         "token_embd.weight",
     )
     lora = random_lora(model, rank=3, wanted=lambda name: name in changed)
-    (adapter,) = check_model(model, [LoraConfig(write_lora(tmp_path / "a.gguf", lora))]).adapters
+    (adapter,) = checked_model(model, lora=[LoraConfig(write_lora(tmp_path / "a.gguf", lora))]).adapters
     assert (adapter.ranks, len(adapter.pairs)) == ((3,), 4)
     # llama.cpp reads beyond matrices of too few experts.
     lora["blk.0.ffn_down_exps.weight"] = Matrices(ones(2, 3, 128), ones(2, 64, 3))
@@ -90,7 +91,7 @@ def test_experts_and_embeddings_can_be_changed(tmp_path: Path) -> None:
 def refused(path: Path, model: Path, kind: type[AbcliError] = ModelFileError) -> str:
     """The message with which `path` is refused; it and its hint are one line each."""
     with pytest.raises(kind) as caught:
-        check_model(model, [LoraConfig(path)])
+        checked_model(model, lora=[LoraConfig(path)])
     assert caught.value.hint
     assert "\n" not in caught.value.message + caught.value.hint
     return caught.value.message
@@ -184,7 +185,7 @@ def test_the_hint_names_the_model_it_was_made_for(tmp_path: Path, tiny_model: Pa
     made_for = {"general.base_model.0.name": "Other\x1b[31m"}
     path = write_lora(tmp_path / "a.gguf", random_lora(other), metadata=made_for)
     with pytest.raises(UnsupportedModelError) as caught:
-        check_model(tiny_model, [LoraConfig(path)])
+        checked_model(tiny_model, lora=[LoraConfig(path)])
     assert "'Other\\x1b[31m'" in caught.value.hint
 
 
@@ -203,15 +204,15 @@ def test_other_kinds_of_files(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(struct.pack("<Q", 100) + b'{"__metadata__":{}}')
     with pytest.raises(ModelFileError, match="is a safetensors file") as caught:
-        check_model(tiny_model, [LoraConfig(path)])
+        checked_model(tiny_model, lora=[LoraConfig(path)])
     assert "convert_lora_to_gguf.py" in caught.value.hint
     assert "is a directory" in refused(tmp_path, tiny_model)
     assert "there is no file" in refused(tmp_path / "missing.gguf", tiny_model)
     assert "no LoRA adapter (architecture llama)" in refused(tiny_model, tiny_model, UnsupportedModelError)
     adapter = write_lora(tmp_path / "a.gguf", random_lora(tiny_model))
     with pytest.raises(UnsupportedModelError, match="is a LoRA adapter, not a model") as caught_model:
-        check_model(adapter)
-    assert "--lora" in caught_model.value.hint
+        checked_model(adapter)
+    assert "`lora`" in caught_model.value.hint
 
 
 def test_truncated_and_shifted_files(tmp_path: Path, tiny_model: Path) -> None:
@@ -240,7 +241,7 @@ def test_a_mutated_adapter_is_taken_or_refused(
         content[data.draw(st.integers(0, size - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     with contextlib.suppress(AbcliError):
-        check_model(tiny_model, [LoraConfig(path)])
+        checked_model(tiny_model, lora=[LoraConfig(path)])
 
 
 def test_the_fingerprint_tells_sets_and_scales_apart(tmp_path: Path, tiny_model: Path) -> None:
@@ -252,7 +253,7 @@ def test_the_fingerprint_tells_sets_and_scales_apart(tmp_path: Path, tiny_model:
     same.write_bytes(first.read_bytes())
 
     def key(*loras: tuple[Path, float]) -> str:
-        return fingerprint(check_model(tiny_model, [LoraConfig(path, scale) for path, scale in loras]))
+        return checked_model(tiny_model, lora=[LoraConfig(path, scale) for path, scale in loras]).fingerprint
 
     different = [
         key(),
@@ -275,11 +276,11 @@ def test_the_fingerprint_tells_sets_and_scales_apart(tmp_path: Path, tiny_model:
 
 def test_the_fingerprint_sees_every_matrix(tmp_path: Path, tiny_model: Path) -> None:
     path = write_lora(tmp_path / "a.gguf", random_lora(tiny_model))
-    original = fingerprint(check_model(tiny_model, [LoraConfig(path)]))
+    original = checked_model(tiny_model, lora=[LoraConfig(path)]).fingerprint
     header, data = read_header(path), path.read_bytes()
     for tensor in header.tensors:
         changed = bytearray(data)
         start = header.data_offset + tensor.offset
         changed[start : start + tensor.size_bytes] = bytes(tensor.size_bytes)
         path.write_bytes(changed)
-        assert fingerprint(check_model(tiny_model, [LoraConfig(path)])) != original, tensor.name
+        assert checked_model(tiny_model, lora=[LoraConfig(path)]).fingerprint != original, tensor.name

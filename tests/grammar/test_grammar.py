@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import SamplingConfig
 from abcli.errors import GrammarError, UsageError
 from abcli.grammar import gbnf, gbnf_rules
-from abcli.native.grammar import grammar_text
+from abcli.grammar.check import check
+from abcli.sampling import SamplingConfig
 from tests.conftest import REPOSITORY
 from tests.native.common import accepted_by_llama_cpp
 
@@ -51,7 +51,7 @@ GOOD = [
 def test_good_grammars_pass_here_and_in_llama_cpp(model, text):
     gbnf.check(text)
     assert accepted_by_llama_cpp(model, text)
-    assert grammar_text(SamplingConfig(grammar=text)) == text
+    assert check(SamplingConfig(grammar=text)) == ()
 
 
 SYNTAX = [
@@ -191,9 +191,11 @@ def test_random_grammars_that_pass_do_not_crash_llama_cpp(tiny_model):
         "import json, sys\n"
         "import llama_cpp.llama_cpp as llama\n"
         "from pathlib import Path\n"
+        "from abcli.config import ModelConfig\n"
+        "from abcli.gguf.checked import check_model\n"
         "from abcli.native.model import Model\n"
         "made = 0\n"
-        "with Model(Path(sys.argv[1])) as model:\n"
+        "with Model(check_model(ModelConfig(Path(sys.argv[1])))) as model:\n"
         "    for text in json.load(sys.stdin):\n"
         "        handle = llama.llama_sampler_init_grammar(model.vocabulary, text.encode(), b'root')\n"
         "        made += bool(handle)\n"
@@ -227,11 +229,11 @@ def test_any_text_is_checked_or_refused(model, text):
 
 
 def test_neither_or_both():
-    assert grammar_text(SamplingConfig()) == ""
+    assert check(SamplingConfig()) == ()
     with pytest.raises(UsageError, match="both"):
-        grammar_text(SamplingConfig(grammar="root ::= [a]", json_schema="{}"))
+        check(SamplingConfig(grammar="root ::= [a]", json_schema="{}"))
     with pytest.raises(GrammarError, match="no rule 'root'"):
-        grammar_text(SamplingConfig(grammar=" "))
+        check(SamplingConfig(grammar=" "))
 
 
 def test_limits_are_llama_cpps():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from filelock import FileLock
 from huggingface_hub import constants
@@ -286,11 +292,88 @@ def test_no_network(hub: HubStandIn, cache: Path, commit: str, monkeypatch: pyte
     log = Log()
     assert fetch(NAME, log) == path
     assert log.downloads == []
-    assert log.notes == ["http://127.0.0.1:9 does not answer (no connection): taking what is in the cache"]
+    assert log.notes == [
+        f"cannot fetch {NAME.repository} from http://127.0.0.1:9: no connection; taking what is in the cache"
+    ]
     with pytest.raises(DownloadError) as caught:
         fetch(HubName("user/other-GGUF"), Log())
     assert "no connection" in caught.value.message
     assert "127.0.0.1:9" in caught.value.message
+
+
+# What the environment says of the way to the hub, and the words with which it is told.
+BROKEN_WAYS = {
+    "a SOCKS proxy without a library for it": ({"ALL_PROXY": "socks5h://me:secret@127.0.0.1:9"}, "needs a library"),
+    "a dead SOCKS proxy": ({"all_proxy": "socks5://127.0.0.1:9"}, "through the proxy socks5://127.0.0.1:9"),
+    "a dead proxy": ({"HTTP_PROXY": "http://me:secret@127.0.0.1:9"}, "through the proxy http://127.0.0.1:9"),
+    "a proxy of another kind": ({"HTTPS_PROXY": "gopher://me:secret@127.0.0.1"}, "HTTPS_PROXY=gopher://127.0.0.1"),
+    "an impossible proxy": ({"ALL_PROXY": "http://127.0.0.1:no"}, "ALL_PROXY=http://127.0.0.1:no"),
+    "missing certificates": ({"SSL_CERT_FILE": "/nowhere.pem"}, "certificates"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_WAYS)
+def test_a_broken_way_to_the_hub_is_named_and_the_cache_serves(
+    hub: HubStandIn, cache: Path, commit: str, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    variables, words = BROKEN_WAYS[case]
+    path = fetch(NAME, Log())
+    monkeypatch.delenv("NO_PROXY")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if "without a library" in case:
+        monkeypatch.setitem(sys.modules, "socksio", None)
+    # The client is made anew, with these settings.
+    huggingface_hub.close_session()
+    log = Log()
+    assert fetch(NAME, log) == path
+    assert words in log.notes[0]
+    with pytest.raises(DownloadError) as caught:
+        fetch(HubName("user/other-GGUF"), Log())
+    assert words in caught.value.message
+    assert next(iter(variables)) in caught.value.hint
+    assert "HF_ENDPOINT" not in caught.value.hint
+    assert "secret" not in caught.value.message + caught.value.hint + log.notes[0]
+
+
+# The client forgets to close a socket on which no SOCKS was spoken.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("answer", "words"), [(b"HTTP/1.1 407 No\r\n\r\n", "wants a login"), (b"HTTP/1.1", "SOCKS")])
+def test_a_proxy_that_does_not_do_its_work(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, words: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            # An answer that is none is asked for again.
+            for _ in range(6):
+                connection, _address = server.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        kind = "http" if b"407" in answer else "socks5"
+        monkeypatch.setenv("ALL_PROXY", f"{kind}://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.delenv("NO_PROXY")
+        with pytest.raises(DownloadError) as caught:
+            fetch(NAME, Log())
+    assert words in caught.value.message
+    assert "ALL_PROXY" in caught.value.hint
+    del caught
+    gc.collect()
+
+
+@pytest.mark.parametrize("address", ["http://[x", "http://x:99999", "ftp://x", "huggingface.co"])
+def test_an_impossible_address_of_the_hub(address: str, tmp_path: Path) -> None:
+    # The library reads it when it is imported.
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "abcli", "pull", str(NAME)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert "internal" not in error
+    assert "HF_" in error + hint
 
 
 def test_a_hub_in_trouble_is_no_reason_for_an_old_version(hub: HubStandIn, cache: Path, commit: str) -> None:

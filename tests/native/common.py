@@ -7,8 +7,8 @@ from dataclasses import replace
 import llama_cpp.llama_cpp as llama
 import numpy as np
 
-from abcli.config import SamplingConfig
 from abcli.native.sampler import SamplerChain
+from abcli.sampling import SamplingConfig
 
 # No sampler but the last one, which draws.
 PLAIN = SamplingConfig(seed=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from abcli.native.model import Model
+from tests.support.models import open_model
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    with Model(tiny_model) as opened:
+    with open_model(tiny_model) as opened:
         yield opened

@@ -9,13 +9,11 @@ from pathlib import Path
 import llama_cpp.llama_cpp as llama
 import pytest
 
-from abcli.config import EngineConfig
 from abcli.engine.choose import verify_fused
-from abcli.engine.contexts import ContextsEngine
-from abcli.engine.fused import FusedEngine
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.context import Sequences
-from abcli.native.model import Model
+from tests.support.engines import contexts_engine, fused_engine
+from tests.support.models import open_model, set_up
 
 
 def test_a_job_runs_on_the_one_thread_and_its_error_comes_back() -> None:
@@ -74,14 +72,14 @@ def test_whatever_computes_with_several_threads_does_it_there(
         decode(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Sequences, "decode", watched)
-    settings = EngineConfig(tiny_model, (10_000.0, 15_000.0), context_size=256, threads=2, prefill="shared")
+    context, buckets = set_up((10_000.0, 15_000.0), context_size=256, threads=2, prefill="shared")
     prompt = [5 + index % 40 for index in range(40)]
-    with Model(tiny_model) as model:
-        verify_fused(model, settings)
-        for kind in (FusedEngine, ContextsEngine):
-            with kind(model, settings) as engine:
+    with open_model(tiny_model) as model:
+        verify_fused(model, context, buckets.bases)
+        for kind in (fused_engine, contexts_engine):
+            with kind(model, context, buckets) as engine:
                 engine.prefill(0, prompt)
                 engine.step({0: 7})
-        with ContextsEngine(model, EngineConfig(tiny_model, (10_000.0,), context_size=256, threads=2)) as engine:
+        with contexts_engine(model, *set_up((10_000.0,), context_size=256, threads=2)) as engine:
             engine.prefill(0, prompt)
     assert elsewhere == set()

@@ -18,17 +18,16 @@ from abcli import config
 from abcli.config import LoraConfig
 from abcli.errors import ModelFileError, OutOfMemoryError, UnsupportedModelError
 from abcli.gguf import lora as adapters
-from abcli.gguf.check import check_file
 from abcli.gguf.header import read_header
-from abcli.gguf.lora import check_model
 from abcli.native import crash_probe as trial
 from tests.support.lora import random_lora, write_lora
+from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
 
 def try_file(path: Path) -> None:
     """What a command does with a model before it loads it."""
-    trial.ensure_loadable(path, check_file(path))
+    trial.ensure_loadable(checked_model(path))
 
 
 @pytest.fixture
@@ -218,10 +217,10 @@ def test_an_adapter_is_tried_with_its_model(tmp_path: Path, children: list[int])
     path = write_tiny_model(tmp_path / "m.gguf")
     adapter = write_lora(tmp_path / "a.gguf", random_lora(path))
     for scale, expected in ((1.0, 2), (1.0, 2), (0.5, 3), (0.0, 3)):
-        trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter, scale)]))
+        trial.ensure_loadable(checked_model(path, lora=[LoraConfig(adapter, scale)]))
         assert len(children) == expected
     adapter.write_bytes(adapter.read_bytes() + bytes(32))
-    trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter)]))
+    trial.ensure_loadable(checked_model(path, lora=[LoraConfig(adapter)]))
     assert len(children) == 4
 
 
@@ -231,7 +230,7 @@ def test_an_adapter_without_numbers(tmp_path: Path, children: list[int]) -> None
     broken = {"blk.1.ffn_up.weight.lora_b": np.full((128, 4), np.nan, np.float32)}
     adapter = write_lora(tmp_path / "a.gguf", lora, tensors=broken)
     with pytest.raises(ModelFileError, match=r"a\.gguf: there are NaN .* blk\.1\.ffn_up\.weight\.lora_b"):
-        trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter)]))
+        trial.ensure_loadable(checked_model(path, lora=[LoraConfig(adapter)]))
     assert len(children) == 1
 
 
@@ -239,7 +238,7 @@ def test_what_llama_cpp_makes_of_an_adapter_is_blamed_on_it(tmp_path: Path) -> N
     path = write_tiny_model(tmp_path / "m.gguf")
     adapter = write_lora(tmp_path / "a.gguf", random_lora(path))
     with pytest.raises(ModelFileError, match=r"cannot use a\.gguf:1e\+38 with m\.gguf: .* not numbers") as caught:
-        trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter, 1e38)]))
+        trial.ensure_loadable(checked_model(path, lora=[LoraConfig(adapter, 1e38)]))
     assert "scale" in caught.value.hint
 
 
@@ -250,7 +249,7 @@ def test_a_crash_over_an_adapter_is_an_error_here(tmp_path: Path, monkeypatch: p
     lora = random_lora(path, wanted=lambda name: name == "token_embd.weight")
     adapter = write_lora(tmp_path / "a.gguf", lora)
     with pytest.raises(ModelFileError, match=r"cannot use a\.gguf with m\.gguf: .*GGML_ASSERT"):
-        trial.ensure_loadable(path, check_model(path, [LoraConfig(adapter)]))
+        trial.ensure_loadable(checked_model(path, lora=[LoraConfig(adapter)]))
 
 
 def test_a_model_that_passed_before_there_were_adapters_is_not_tried_again(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from abcli.config import EngineConfig
-from abcli.engine.fused import FusedEngine
 from abcli.native.llama import echo_log
-from abcli.native.model import Model
+from tests.support.engines import fused_engine
+from tests.support.models import open_model, set_up
 
 
 @pytest.fixture
@@ -29,16 +28,16 @@ def interrupting() -> Iterator[None]:
 
 def test_an_interrupt_while_a_model_loads_is_not_lost(tiny_model: Path, interrupting: None) -> None:
     with pytest.raises(KeyboardInterrupt):
-        Model(tiny_model)
-    with Model(tiny_model) as model:
+        open_model(tiny_model)
+    with open_model(tiny_model) as model:
         assert model.vocabulary_size > 0
 
 
 def test_nor_is_one_while_a_context_is_made(tiny_model: Path, request: pytest.FixtureRequest) -> None:
-    settings = EngineConfig(tiny_model, (10_000.0, 20_000.0), context_size=256)
-    with Model(tiny_model) as model:
+    settings = set_up((10_000.0, 20_000.0), context_size=256)
+    with open_model(tiny_model) as model:
         request.getfixturevalue("interrupting")
         with pytest.raises(KeyboardInterrupt):
-            FusedEngine(model, settings)
-        with FusedEngine(model, settings) as engine:
+            fused_engine(model, *settings)
+        with fused_engine(model, *settings) as engine:
             assert engine.prefill(0, [1, 2]).shape == (2, model.vocabulary_size)

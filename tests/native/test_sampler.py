@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import SamplingConfig
 from abcli.errors import NativeError
 from abcli.native.sampler import SamplerChain
+from abcli.sampling import SamplingConfig
 from tests.conftest import REPOSITORY
 from tests.native.common import GREEDY, PLAIN, random_logits, sample_many
 
@@ -186,15 +186,6 @@ def test_seed_zero_is_a_seed_and_a_drawn_one_is_told(model):
         assert drawn == sample_many(model, replace(PLAIN, seed=chain.seed), logits, 20)
 
 
-def test_reset_starts_anew(model):
-    logits = random_logits(model, 0)
-    config = SamplingConfig(seed=5, repeat_penalty=1.5, grammar="root ::= [ab] [cd] [ef]+")
-    with SamplerChain(model, config) as chain:
-        first = [chain.sample(logits) for _ in range(6)]
-        chain.reset()
-        assert [chain.sample(logits) for _ in range(6)] == first
-
-
 def test_forbidden_tokens_are_never_sampled(model):
     logits = np.full(model.vocabulary_size, -np.inf, np.float32)
     logits[[11, 200]] = 0.0
@@ -211,14 +202,10 @@ def test_repeat_penalty_divides_and_the_prompt_counts(model):
     logits = np.zeros(model.vocabulary_size, np.float32)
     logits[[7, 8]] = 3.0, 2.9
     config = replace(GREEDY, repeat_penalty=1.2, repeat_last_n=4)
-    with SamplerChain(model, config) as chain:
-        chain.accept_prompt([7])
-        assert chain.sample(logits) == 8
-        chain.reset()
-        assert chain.sample(logits) == 7
-        chain.reset()
-        chain.accept_prompt([7, 1, 2, 3, 4])  # 7 is out of the last four
-        assert chain.sample(logits) == 7
+    for prompt, expected in (([7], 8), ([], 7), ([7, 1, 2, 3, 4], 7)):  # 7 is out of the last four
+        with SamplerChain(model, config) as chain:
+            chain.accept_prompt(prompt)
+            assert chain.sample(logits) == expected
 
 
 def test_dry_forbids_going_on_with_a_repetition(model):
@@ -226,12 +213,10 @@ def test_dry_forbids_going_on_with_a_repetition(model):
     logits[[70, 71]] = 3.0, 2.0
     prompt = [80, 81, 82, 70, 90, 80, 81, 82]
     config = replace(GREEDY, dry_multiplier=2.0, dry_breakers=("@",))
-    with SamplerChain(model, config) as chain:
-        chain.accept_prompt(prompt)
-        assert chain.sample(logits) == 71
-        chain.reset()
-        chain.accept_prompt(prompt[:4])
-        assert chain.sample(logits) == 70
+    for tokens, expected in ((prompt, 71), (prompt[:4], 70)):
+        with SamplerChain(model, config) as chain:
+            chain.accept_prompt(tokens)
+            assert chain.sample(logits) == expected
 
 
 def test_xtc_removes_all_but_the_last_probable_token(model):
@@ -332,10 +317,12 @@ def test_a_chain_of_every_kind_runs_in_a_fresh_process(tiny_model):
     program = (
         "import sys, numpy as np\n"
         "from pathlib import Path\n"
-        "from abcli.config import SamplingConfig\n"
+        "from abcli.config import ModelConfig\n"
+        "from abcli.gguf.checked import check_model\n"
         "from abcli.native.model import Model\n"
         "from abcli.native.sampler import SamplerChain\n"
-        "with Model(Path(sys.argv[1])) as model:\n"
+        "from abcli.sampling import SamplingConfig\n"
+        "with Model(check_model(ModelConfig(Path(sys.argv[1])))) as model:\n"
         "    config = SamplingConfig(dry_multiplier=1.0, grammar='root ::= [a-z]+')\n"
         "    with SamplerChain(model, config) as chain:\n"
         "        print(chain.sample(np.zeros(model.vocabulary_size, np.float32)))\n"

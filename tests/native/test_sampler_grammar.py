@@ -8,12 +8,12 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 import pytest
 
-from abcli.config import SamplingConfig
 from abcli.errors import GrammarError
 from abcli.native import sampler as sampler_module
-from abcli.native.model import Model
 from abcli.native.sampler import SamplerChain
+from abcli.sampling import SamplingConfig
 from tests.native.common import GREEDY, PLAIN, random_logits, sample_many
+from tests.support.models import open_model
 
 
 def generate(model, config, count=80, seed=0):
@@ -100,6 +100,7 @@ SCHEMA = {
         "any": {"type": "array", "items": {"type": "string", "pattern": "^[a-c]{2,3}.?$"}, "maxItems": 2},
     },
     "required": ['the "name"\n\\ é', "kind", "tags", "any"],
+    "additionalProperties": False,
 }
 
 
@@ -123,7 +124,7 @@ def test_json_schema_on_the_real_model(real_model):
         "required": ["city", "people"],
     }
     config = SamplingConfig(seed=1, temperature=0.5, json_schema=json.dumps(schema))
-    with Model(real_model) as model:
+    with open_model(real_model) as model:
         parameters = llama.llama_context_default_params()
         parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 256, 1, 1
         context = llama.llama_init_from_model(model.handle, parameters)

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from abcli.config import SamplingConfig
 from abcli.errors import UsageError
-from abcli.native import sampler as sampler_module
-from abcli.native.sampler import SamplerChain, validate
+from abcli.native.sampler import SamplerChain
+from abcli.sampling import SETTINGS, SamplingConfig, check_sampling
 from tests.native.common import PLAIN, random_logits, sample_many
 
 BAD_SETTINGS = [
-    *({name: math.nan} for _, name, _, _ in sampler_module._RANGES),
+    *({name: math.nan} for name in SETTINGS),
     *({name: value} for name in ("temperature", "mirostat_tau", "dry_base") for value in (math.inf, -math.inf)),
     *({name: value} for name in ("top_p", "min_p", "typical_p", "xtc_probability") for value in (-0.1, 1.1)),
     {"temperature": 1e-9},
@@ -32,6 +31,7 @@ BAD_SETTINGS = [
     {"mirostat": 3},
     {"mirostat_eta": -1},
     {"seed": 0xFFFFFFFF},
+    {"seed": -5},
     {"logit_bias": ((-1, 0.0),)},
     {"logit_bias": ((320, 0.0),)},
     {"logit_bias": ((0, math.nan),)},
@@ -54,10 +54,10 @@ def test_settings_that_make_no_sense(model, change):
 
 
 def test_settings_at_their_limits_are_valid(model):
-    for side in (2, 3):
-        limits = {entry[1]: type(getattr(PLAIN, entry[1]))(entry[side]) for entry in sampler_module._RANGES}
-        config = replace(PLAIN, seed=0xFFFFFFFE, **limits)
-        validate(config, 320)
+    for side in ("least", "largest"):
+        limits = {name: type(getattr(PLAIN, name))(getattr(one, side)) for name, one in SETTINGS.items()}
+        config = replace(PLAIN, **limits)
+        check_sampling(config, 320)
         logits = random_logits(model, 0)
         # Penalties over 2^24 tokens would only take memory here.
         small = replace(config, repeat_last_n=min(64, config.repeat_last_n), dry_penalty_last_n=0)

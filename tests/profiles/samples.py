@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from abcli.profiles import Difference, Evidence, Profile, Score
+from abcli.profiles.profile import Difference, Evidence, Profile, Score
 
 FINGERPRINT = "0123456789abcdef" * 4
 OTHER_FINGERPRINT = "fedcba9876543210" * 4

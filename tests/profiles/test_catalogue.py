@@ -10,22 +10,16 @@ from typing import Any
 
 import pytest
 
-import abcli
+import abcli.hub.catalogue as hub_catalogue
 from abcli.config import DEFAULT_MODEL_FILE
 from abcli.errors import ProfileError
-from abcli.gguf.check import check_file
-from abcli.gguf.fingerprint import fingerprint
-from abcli.profiles import (
-    catalogue,
-    catalogue_path,
-    default_profile,
-    encode,
-    may_have_profile,
-    named_profile,
-    save,
-    shipped,
-)
+from abcli.profiles import catalogue
+from abcli.profiles.catalogue import catalogue_path, shipped
+from abcli.profiles.lookup import default_profile, may_have_profile, named_profile
+from abcli.profiles.profile import encode
+from abcli.profiles.store import save
 from tests.profiles.samples import FINGERPRINT, OTHER_FINGERPRINT, SAMPLE, profile
+from tests.support.models import checked_model
 
 
 def write(path: Path, *profiles: Any, size: int = 10) -> Path:
@@ -58,12 +52,12 @@ def test_the_catalogue_is_sound(real_model: Path) -> None:
     (default,) = [entry for entry in content["models"] if entry["name"] == content["default"]]
     assert default["file"] == DEFAULT_MODEL_FILE
     assert default["size"] == real_model.stat().st_size
-    identity = fingerprint(check_file(real_model))
+    identity = checked_model(real_model).fingerprint
     assert all(one.fingerprint == identity for one in shipped(size=default["size"]))
 
 
 def test_the_catalogue_of_an_installed_package_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(abcli, "__file__", str(tmp_path / "abcli" / "__init__.py"))
+    monkeypatch.setattr(hub_catalogue, "__file__", str(tmp_path / "abcli" / "hub" / "catalogue.py"))
     assert shipped() == []
     checkout, packaged = tmp_path / "models", tmp_path / "abcli" / "hub"
     for folder in (checkout, packaged):

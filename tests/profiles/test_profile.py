@@ -15,8 +15,18 @@ from hypothesis import strategies as st
 
 from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES
 from abcli.errors import ProfileError, UsageError
-from abcli.profiles import Difference, Evidence, Profile, Score, check_name, decode, encode, utc_now
-from abcli.profiles.profile import MAX_BYTES, moment
+from abcli.profiles.profile import (
+    MAX_BYTES,
+    Difference,
+    Evidence,
+    Profile,
+    Score,
+    check_name,
+    decode,
+    encode,
+    moment,
+    utc_now,
+)
 from tests.profiles.samples import SAMPLE, profile
 
 NUMBERS = st.floats(-1e6, 1e6)
@@ -62,6 +72,8 @@ def profiles(draw: st.DrawFn) -> Profile:
 @given(profiles())
 def test_a_profile_survives_its_file(stored: Profile) -> None:
     assert decode(encode(stored), "it") == stored
+    # Editors may put a byte order mark before what they save.
+    assert decode(b"\xef\xbb\xbf" + encode(stored), "it") == stored
 
 
 def test_the_file_is_as_documented() -> None:

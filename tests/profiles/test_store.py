@@ -14,28 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abcli.errors import ProfileError, UsageError
-from abcli.profiles import (
-    Profile,
-    choose,
-    encode,
-    export,
-    find,
-    import_,
-    load,
-    pick,
-    profiles,
-    remove,
-    save,
-    store,
-    stored_path,
-)
+from abcli.profiles import store
+from abcli.profiles.profile import Profile, encode
+from abcli.profiles.store import choose, export, find, import_, load, pick, profiles, remove, save, stored_path
 from tests.profiles.samples import FINGERPRINT, OTHER_FINGERPRINT, SAMPLE, profile
 
 WRITER = """
 import sys
 from pathlib import Path
 from abcli.errors import ProfileError
-from abcli.profiles import choose, save
+from abcli.profiles.store import choose, save
 from tests.profiles.samples import profile
 
 number, directory = int(sys.argv[1]), Path(sys.argv[2])
@@ -94,7 +82,7 @@ def test_saving_again_replaces_unless_told_otherwise(tmp_path: Path) -> None:
     newer = profile(length=2048)
     with pytest.raises(ProfileError, match="already is") as caught:
         save(newer, tmp_path, overwrite=False)
-    assert "--force" in caught.value.hint
+    assert "`force`" in caught.value.hint
     assert stored(tmp_path) == [SAMPLE]
     save(newer, tmp_path)
     assert stored(tmp_path) == [newer]

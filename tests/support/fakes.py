@@ -1,4 +1,4 @@
-"""An engine, a tokenizer and a sampler without llama.cpp, so that the layers above run in milliseconds."""
+"""A backend, an engine, a tokenizer and a sampler without llama.cpp, so that the layers above run in milliseconds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import SamplingConfig
-from abcli.engine.protocol import Progress
-from abcli.errors import CancelledError, ContextFullError
+from abcli.engine.backend import Part, Sharing
+from abcli.engine.engine import Engine
+from abcli.errors import CancelledError
+from abcli.native.llama import CancelFlag
+from abcli.native.state import StateError
+from abcli.sampling import SamplingConfig
 
 # Tokens 0..255 are bytes; this one ends an answer.
 END = 256
@@ -20,96 +23,144 @@ PIECE = 4
 NextToken = Callable[[Sequence[int], int], int]
 
 
-class FakeEngine:
-    """Implements `Engine` by asking a function for the most likely next token; counts what is computed."""
+class FakeBackend:
+    """Implements `Backend` with lists of tokens and a function that names the most likely next one.
+
+    It insists on what the protocol promises: columns that go on where they end, and cells that were there to share.
+    """
 
     def __init__(
-        self, next_token: NextToken, *, bases: tuple[float, ...] = (1e4,), slots: int = 1, context_size: int = 64
+        self,
+        next_token: NextToken,
+        bases: Sequence[float] = (1e4,),
+        slots: int = 1,
+        *,
+        leader: float | None = None,
+        shared: bool = False,
+        piece: int = PIECE,
+        forgets_parts: bool = True,
     ) -> None:
-        self._next_token = next_token
-        self.bases = bases
-        self.vocabulary_size = VOCABULARY
-        self.slots = slots
-        self.context_size = context_size
-        self.prefill_note = "exact prefill"
-        self.computed = 0
-        self.computed_tokens = 0
-        self.step_sizes: list[int] = []
-        self.together: list[int] = []
-        self.cancel_after: int | None = None
+        self.buckets = len(bases)
+        self.bases = (*bases, *([] if leader is None else [leader]))
+        self.leader = 0 if leader is None else self.buckets
+        self.sharing = Sharing(shared, "as asked for" if shared else "")
+        self.cancel = CancelFlag()
+        self.cell_format = ("none", "lists")
+        self.next_token = next_token
+        self.forgets_parts = forgets_parts
+        self.held: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in self.bases]
+        self.calls: list[tuple[str, list[int]]] = []
+        """What was computed: "rows", "piece" or "lead" and the number of tokens of each part."""
+        self.fail: Callable[[str], None] = lambda _verb: None
         self.closed = False
-        self._held: list[list[int]] = [[] for _ in range(slots)]
+        self._piece = piece
 
-    def __enter__(self) -> FakeEngine:
-        return self
+    def piece(self, columns: int) -> int:
+        return self._piece
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+        assert list(columns) in (list(range(self.buckets)), [self.leader])
+        assert len({part.slot for part in parts}) == len(parts)
+        sizes = [len(part.tokens) for part in parts]
+        rows = all(len(part.tokens) == 1 and part.logits is not None for part in parts)
+        assert rows or sum(sizes) <= self.piece(len(columns))
+        kind = "rows" if rows else "piece" if len(columns) == self.buckets else "lead"
+        self.calls.append((kind, sizes))
+        self._work("compute")
+        for part in parts:
+            for row, column in enumerate(columns):
+                held = self.held[column][part.slot]
+                assert len(held) == part.position
+                held += part.tokens
+                if part.logits is not None:
+                    part.logits[row] = self.logits(held, column)
 
-    def tokens(self, slot: int) -> Sequence[int]:
-        return self._held[slot]
+    def logits(self, tokens: Sequence[int], column: int) -> NDArray[np.float32]:
+        row = np.zeros(VOCABULARY, np.float32)
+        row[self.next_token(tokens, column)] = 9.0
+        return row
 
-    def prefill(self, slot: int, tokens: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
-        before = list(self._held[slot])
-        self.computed_tokens = len(tokens)
-        if len(before) + len(tokens) > self.context_size:
-            raise ContextFullError(len(before) + len(tokens), self.context_size)
-        try:
-            for start in range(0, len(tokens), PIECE):
-                self._count(len(tokens[start : start + PIECE]))
-                if on_progress is not None:
-                    on_progress(min(start + PIECE, len(tokens)), len(tokens))
-        except BaseException:
-            self._held[slot] = before
-            raise
-        self._held[slot] += tokens
-        return self._logits(slot)
+    def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
+        assert 0 < len(tokens) <= self.piece(1)
+        assert self.held[source][slot][start : start + len(tokens)] == list(tokens)
+        self._work("share")
+        for target in targets:
+            held = self.held[target][slot]
+            assert len(held) == start
+            held += tokens
 
-    def prefill_together(self, prompts: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
-        before = {slot: list(self._held[slot]) for slot in prompts}
-        self.together.append(len(prompts))
-        try:
-            for slot, tokens in prompts.items():
-                self.prefill(slot, tokens)
-        except BaseException:
-            self._held = [before.get(slot, held) for slot, held in enumerate(self._held)]
-            raise
-        return np.stack([self._logits(slot) for slot in prompts])
+    def length(self, slot: int, column: int) -> int:
+        return len(self.held[column][slot])
 
-    def step(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
-        for slot in tokens:
-            if len(self._held[slot]) + 1 > self.context_size:
-                raise ContextFullError(len(self._held[slot]) + 1, self.context_size)
-        self._count(len(tokens))
-        self.step_sizes.append(len(tokens))
-        for slot, token in tokens.items():
-            self._held[slot].append(token)
-        return np.stack([self._logits(slot) for slot in tokens])
-
-    def truncate(self, slot: int, length: int) -> int:
-        del self._held[slot][length:]
-        return len(self._held[slot])
+    def truncate(self, slot: int, length: int) -> bool:
+        if not self.forgets_parts and any(0 < length < len(column[slot]) for column in self.held):
+            return False
+        for column in self.held:
+            del column[slot][length:]
+        return True
 
     def copy(self, source: int, target: int) -> None:
-        self._held[target] = list(self._held[source])
+        for column in self.held:
+            column[target] = list(column[source])
 
-    def cancel(self) -> None:
-        self.cancel_after = self.computed
+    def read_cells(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
+        self._work("read_cells")
+        found = self.held[self.leader][slot][start:end]
+        assert len(found) == end - start
+        return np.array(found, "<u2").view(np.uint8)
+
+    def append_cells(self, slot: int, start: int, tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
+        held = self.held[self.leader][slot]
+        assert len(held) == start
+        self._work("append_cells")
+        if len(data) != 2 * len(tokens):
+            raise StateError("bytes of another form")
+        held += tokens
 
     def close(self) -> None:
         self.closed = True
 
-    def _count(self, tokens: int) -> None:
-        if self.cancel_after is not None and self.computed >= self.cancel_after:
-            self.cancel_after = None
+    def _work(self, verb: str) -> None:
+        self.fail(verb)
+        if self.cancel.is_set():
             raise CancelledError
-        self.computed += tokens
 
-    def _logits(self, slot: int) -> NDArray[np.float32]:
-        logits = np.zeros((len(self.bases), VOCABULARY), np.float32)
-        for bucket in range(len(self.bases)):
-            logits[bucket, self._next_token(self._held[slot], bucket)] = 9.0
-        return logits
+
+class FakeEngine(Engine):
+    """An engine on a `FakeBackend` that counts what is computed."""
+
+    def __init__(
+        self,
+        next_token: NextToken,
+        *,
+        bases: tuple[float, ...] = (1e4,),
+        slots: int = 1,
+        context_size: int = 64,
+        piece: int = PIECE,
+        vocabulary: int = VOCABULARY,
+    ) -> None:
+        self.backend = FakeBackend(next_token, bases, slots, piece=piece)
+        super().__init__(self.backend, slots=slots, context_size=context_size, vocabulary_size=vocabulary)
+        self.step_sizes: list[int] = []
+        self.advanced: list[int] = []
+        """How many slots had logits after each step."""
+
+    @property
+    def computed(self) -> int:
+        """The tokens computed so far."""
+        return sum(sum(sizes) for _kind, sizes in self.backend.calls)
+
+    @property
+    def together(self) -> list[int]:
+        """How many prompts each piece had a part of."""
+        return [len(sizes) for kind, sizes in self.backend.calls if kind == "piece"]
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+        if tokens:
+            self.step_sizes.append(len(tokens))
+        found = super().step(tokens)
+        self.advanced.append(len(found))
+        return found
 
 
 class ByteTokenizer:
@@ -131,6 +182,7 @@ class GreedySampler:
         self.seed = max(config.seed, 0)
         self.prompt: list[int] = []
         self.closed = False
+        self.finished = False
         GreedySampler.opened += 1
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:

@@ -71,6 +71,19 @@ def test_lines_are_ended_once(pipes: tuple[Terminal, io.StringIO, io.StringIO]) 
     assert output.getvalue() == "ab\nc\n"
 
 
+def test_each_answer_begins_at_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Terminal, "_columns", lambda _terminal: 10)
+    output = Screen()
+    terminal = Terminal(output, io.StringIO())
+    for _ in range(2):
+        for piece in ("one two", " thr", "ee"):
+            terminal.write_answer(piece)
+        terminal.end_line()
+    # What is no answer is not broken.
+    terminal.write('{"json": "of one line"}\n')
+    assert output.getvalue() == "one two\nthree\n" * 2 + '{"json": "of one line"}\n'
+
+
 def test_every_piece_is_written_at_once() -> None:
     raw = io.BytesIO()
     output = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8")  # type: ignore[arg-type]

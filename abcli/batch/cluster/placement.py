@@ -41,7 +41,7 @@ def place_workers(
     if not usable:
         raise BatchError("no machine of the Ray cluster has a processor for a worker", "see `ray status`")
     if wanted is not None and wanted > total:
-        raise UsageError(f"--ray-workers {wanted} is more than the cluster has processors", f"choose {total} or fewer")
+        raise UsageError(f"`ray_workers` {wanted} is more than the cluster has processors", f"choose {total} or fewer")
     counts = [0] * len(usable)
     order = []
     for _ in range(len(usable) if wanted is None else wanted):

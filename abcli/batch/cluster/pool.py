@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 
 from abcli.batch.jobs import Job, Result
 from abcli.batch.scheduler import Totals
-from abcli.config import BucketConfig, EngineConfig
+from abcli.config import Buckets, ContextConfig, LoraConfig
 from abcli.errors import AbcliError
 
 
@@ -20,9 +20,12 @@ class WorkerSetup:
     """Its name as `locate_model` takes it; a path is absolute."""
     fingerprint: str
     """Of the model that the output is bound to."""
-    config: EngineConfig
-    """Its `model` and `slots` are the worker's own affair."""
-    buckets: BucketConfig
+    gpu_layers: int
+    lora: tuple[LoraConfig, ...]
+    """With absolute paths."""
+    context: ContextConfig
+    """Its `slots` are the worker's own affair."""
+    buckets: Buckets
     template: str | None
     """The chat template's source; None for the model's own."""
     slots: int | None

@@ -50,8 +50,7 @@ class RayPool:
             opening.callback(self.close)
             self._ray = self._stack.enter_context(_connected(address or os.environ.get(ENV_ADDRESS) or None))
             nodes = [_node(entry) for entry in self._ray.nodes() if entry["Alive"]]
-            config = setup.config
-            self._places = place_workers(nodes, workers, config.threads, use_gpus=config.gpu_layers != 0)
+            self._places = place_workers(nodes, workers, setup.context.threads, use_gpus=setup.gpu_layers != 0)
             opening.pop_all()
         self.workers = len(self._places)
 
@@ -195,7 +194,7 @@ def _connected(address: str | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError as error:
-        raise UsageError("--ray needs Ray, which is not installed", "pip install 'abcli[ray]'") from error
+        raise UsageError("`ray` needs Ray, which is not installed", "pip install 'abcli[ray]'") from error
     with ExitStack() as stack:
         # Ray tells of its workers' deaths on standard output, which is for answers.
         stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))))

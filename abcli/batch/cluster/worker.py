@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -17,17 +16,14 @@ from abcli.batch.jobs import Job, Result
 from abcli.batch.scheduler import Scheduler, StopSwitch, Totals
 from abcli.batch.sidecar import describe_versions
 from abcli.batch.slots import plan_slots, reuse_rule
-from abcli.chat.template import ChatTemplate, load_template
-from abcli.config import EngineConfig
-from abcli.engine.opening import open_engine
+from abcli.config import ModelConfig
 from abcli.errors import AbcliError, ModelFileError
-from abcli.generate import Generator
-from abcli.gguf.fingerprint import fingerprint
-from abcli.gguf.lora import check_model
+from abcli.gguf.checked import check_model
 from abcli.hub.fetch import Download, fetch
 from abcli.hub.locate import locate_model
 from abcli.hub.names import HubName
-from abcli.native.sampler import SamplerChain
+from abcli.llm import LLM
+from abcli.prepare import Prepared
 
 # The longest that a question waits for a result, in seconds; how often a driver hears how far a worker is.
 _PATIENCE = 0.5
@@ -92,34 +88,31 @@ class Worker:
             self._opened.put(Refusal(self._failure))
 
     def _answer(self, setup: WorkerSetup, processors: int, processes: int) -> None:
-        config = _own_config(setup, processors)
-        header = check_model(config.model, config.lora)
-        if fingerprint(header) != setup.fingerprint:
+        model = check_model(ModelConfig(_locate(setup.model), setup.gpu_layers, setup.lora))
+        if model.fingerprint != setup.fingerprint:
             raise ModelFileError(
-                f"{config.model} is another model than the one of that name where the batch is run",
+                f"{model.path} is another model than the one of that name where the batch is run",
                 "give every machine the same file",
             )
-        plan = plan_slots(setup.slots, config, header, processes=processes)
-        config = replace(config, slots=plan.slots)
+        share = processors if processors < (os.cpu_count() or 1) else 0
+        context = replace(setup.context, threads=setup.context.threads or share)
+        found = Prepared(model, context, setup.buckets)
+        plan = plan_slots(setup.slots, found, processes=processes)
+        found = replace(found, context=replace(context, slots=plan.slots))
         warnings: list[str] = []
-        with open_engine(config, setup.buckets, warnings.append) as opened:
-            engine, model = opened.engine, opened.model
-            template = ChatTemplate(setup.template, model) if setup.template else load_template(model, None)
-            make_sampler = partial(SamplerChain, model, context_size=engine.context_size)
-            with Generator(engine, model, make_sampler, setup.buckets.merge, setup.buckets.weights) as generator:
-                scheduler = Scheduler(
-                    self._jobs(),
-                    engine,
-                    generator,
-                    lambda job: template.tokens(job.messages),
-                    self._switch,
-                    reuse=reuse_rule(config, engine),
-                    totals=self._totals,
-                )
-                self._scheduler = scheduler
-                self._opened.put(Opened(plan.slots, plan.text(config.context_size, len(config.bases)), warnings))
-                for result in scheduler.results():
-                    self._outbox.put(result)
+        with LLM(found, template_source=setup.template, warn=warnings.append) as llm:
+            self._scheduler = Scheduler(
+                self._jobs(),
+                llm.engine,
+                llm.generator,
+                lambda job: llm.prompt_tokens(job.messages),
+                self._switch,
+                reuse=reuse_rule(llm),
+                totals=self._totals,
+            )
+            self._opened.put(Opened(plan.slots, plan.text(llm.context_size, len(llm.bases)), warnings))
+            for result in self._scheduler.results():
+                self._outbox.put(result)
 
     def _jobs(self) -> Iterator[Job | None]:
         """The jobs as they come; None where there is none, but the scheduler has something else to do."""
@@ -143,16 +136,15 @@ class _Silent:
         pass
 
 
-def _own_config(setup: WorkerSetup, processors: int) -> EngineConfig:
-    """The settings with this machine's file and processors. Raises what finding the model raises."""
-    path = locate_model(setup.model, _fetch)
+def _locate(name: str | None) -> Path:
+    """This machine's file of the model. Raises what finding it raises."""
+    path = locate_model(name, _fetch)
     if not path.exists():
         raise ModelFileError(
             f"there is no file {path}",
             "put the model at the same path on every machine, or name one of the hub, which each machine fetches",
         )
-    share = processors if processors < (os.cpu_count() or 1) else 0
-    return replace(setup.config, model=path, threads=setup.config.threads or share)
+    return path
 
 
 def _fetch(name: HubName) -> Path:

@@ -1,10 +1,11 @@
 """The cells of a fused context, where they lie: keys and values copied from sequence to sequence, keys turned.
 
-It relies on what `Turning` proves: the token at position p of sequence s lies in cell p of stream s.
+It relies on what `check` proves: the token at position p of sequence s lies in cell p of stream s.
 """
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,16 +15,20 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.errors import NativeError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.rotating.devices import Device, DeviceGraph, Devices
 from abcli.native.rotating.graph import CacheTensor, Observation, RopeNode
 from abcli.native.rotating.keys import aligned_bytes
+from abcli.native.rotating.turning import Visit, input_of
 from abcli.native.state import MAGIC, StateError
+from abcli.rope.frequencies import angular_frequencies
 
 # ggml's CPU rotates these and no others.
 _TURNABLE = frozenset({llama.GGML_TYPE_F32, llama.GGML_TYPE_F16})
 _TENSORS_PER_LAYER = 8
+_OPERATION_OFFSET = TensorStruct.op.offset
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,52 @@ class DeviceCache:
             return self._copies(context, device, layers, (source, target), where, (old, new))
 
         self._on_each_device(build)
+
+    def turned(
+        self, layer: int, key: NDArray[np.float32], position: int, bases: tuple[float, float]
+    ) -> NDArray[np.float32]:
+        """What the layer's `key` (float32 [numbers]) at `position` under the first base is under the second one."""
+        rope = self._rope(self._keys[layer])
+        if rope is None:
+            return key
+        old, new = (angular_frequencies(rope.parameters, base) for base in bases)
+        half = len(new)
+        heads = key.reshape(-1, rope.width)
+        pairs = heads[:, : 2 * half].reshape(len(heads), *((2, half) if rope.parameters.neox else (half, 2)))
+        axis = 1 if rope.parameters.neox else 2
+        first, second = (pairs.take(index, axis) for index in (0, 1))
+        complex_pairs = (first + 1j * second) * np.exp(1j * position * (new - old))
+        turned = np.stack([complex_pairs.real, complex_pairs.imag], axis).reshape(len(heads), -1)
+        return np.asarray(np.concatenate([turned, heads[:, 2 * half :]], axis=1).ravel(), np.float32)
+
+    def check(self, sequences: NDArray[np.int64], positions: NDArray[np.int32]) -> Visit:
+        """Proves, for each layer of a graph that it is shown, that row i's key goes to the cell of its position.
+
+        `sequences` and `positions` are those of the rows, [rows]. Raises NativeError.
+        """
+        cells = {keys.pointer: keys.cells for keys in self._keys.values()}
+        checked: set[int] = set()
+
+        def visit(tensor: int, graph: int) -> None:
+            operation = ctypes.c_int.from_address(tensor + _OPERATION_OFFSET).value
+            if api.operation(operation, tensor) != b"SET_ROWS":
+                return
+            node = TensorStruct.from_address(tensor)
+            # Layers share the indices of their cells.
+            if node.view_src not in cells or node.src[1] in checked:
+                return
+            checked.add(node.src[1])
+            source = input_of(node.src[1], graph)
+            indices = TensorStruct.from_address(source)
+            found = np.empty(indices.ne[0], np.int64)
+            wanted = sequences * cells[node.view_src] + positions
+            if indices.type == api.GGML_TYPE_I64 and len(found) == len(wanted):
+                api.tensor_get(source, found.ctypes.data, 0, found.nbytes)
+                if np.array_equal(found, wanted):
+                    return
+            raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use `engine=contexts`")
+
+        return visit
 
     def read(self, sequence: int, where: Range) -> NDArray[np.uint8]:
         """The range's keys and values as bytes in the form of llama.cpp's state (`abcli.native.state`), one cache."""

@@ -1,8 +1,7 @@
 """One llama.cpp context for all buckets: a sequence per slot and bucket, each under its own RoPE base.
 
-llama.cpp rotates queries and keys of the whole batch by the context's base. Right after each rotation, in its eval
-callback, the rows of every bucket with another base are turned on by the difference, where they lie, by ggml's own
-operator on the same device.
+llama.cpp rotates queries and keys of the whole batch by the context's base; the rows of every bucket are turned on from
+there to its own base (`abcli.native.rotating.turning`).
 """
 
 from __future__ import annotations
@@ -11,34 +10,34 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import log
+from typing import Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import UnsupportedModelError
 from abcli.native.context import BatchPart, Sequences, context_parameters
 from abcli.native.ggml_api import check_tensor_layout
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
+from abcli.native.rotating.callback import ByCallback
 from abcli.native.rotating.cells import DeviceCache, Range
 from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.graph import Observation, Observer
-from abcli.native.rotating.turning import EvalCallback, Handler, Idle, Layout, Skip, Turning
+from abcli.native.rotating.hook import hook_obstacle, rope_hook
+from abcli.native.rotating.keys import PROBE_POSITION, agree
+from abcli.native.rotating.tables import Layout, Tables
+from abcli.native.rotating.turning import NODES_PER_ROTATION, InGraph, Turning, marked_base
 
 # llama.cpp's LLAMA_MAX_SEQ.
 MAX_SEQUENCES = 256
 # llama.cpp pads the cells of a sequence to a multiple of this.
 _CELL_STEP = 256
-# Fewer rows than this are turned faster by one thread than by several that wait for each other.
-_ROWS_PER_THREAD = 32
-# Another base than the context's, to see which rotations follow the base.
-_OTHER_BASE = 1.5
-# Where the proof of sharing looks: far enough that a wrong angle shows.
-_PROBE_POSITION = 997
-# Largest error of a turned key relative to the layer's largest number: a few roundings of f16.
-_KEY_TOLERANCE = 4e-3
+# Graphs of several tokens may take a few nodes more than that of one.
+_SPARE_NODES = 64
+_HINT = "use `engine=contexts` with this model"
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,13 @@ class FusedContext(Sequences):
         self,
         model: Model,
         bases: Sequence[float],
-        config: EngineConfig,
+        config: ContextConfig,
         base: float,
         threads: int,
         cancel: CancelFlag,
         leader: float | None = None,
     ) -> None:
-        """`bases` are the buckets', `base` the context's own: equal bases cost nothing. `config.bases` is not read.
+        """`bases` are the buckets', `base` the context's own: equal bases cost nothing.
 
         Raises UnsupportedModelError for a model whose rotations cannot be varied within a batch, NativeError if
         llama.cpp cannot make the context.
@@ -82,9 +81,8 @@ class FusedContext(Sequences):
             raise UnsupportedModelError(
                 f"{config.slots} slots with {len(self.bases)} buckets are {sequences} sequences, but llama.cpp's batch "
                 f"takes {MAX_SEQUENCES}",
-                "use fewer slots or buckets, or --engine contexts",
+                "use fewer slots or buckets, or `engine=contexts`",
             )
-        self._callback = EvalCallback()
         cells = -(-config.context_size // _CELL_STEP) * _CELL_STEP
         self._slot_cells = cells
         parameters = context_parameters(model, base, config, threads, cancel)
@@ -93,21 +91,40 @@ class FusedContext(Sequences):
         parameters.n_outputs_max = sequences
         # Each sequence attends to its own cells only: in a pool it would pass over those of all others.
         parameters.kv_unified = False
-        self._callback.install(parameters)
-        super().__init__(model, parameters, cancel)
-        self.base = base
+        self._token = model.vocabulary_size // 2
+        self.follows: frozenset[int] = frozenset()
+        obstacle = hook_obstacle()
+        turns = any(other != base for other in self.bases)
+        if turns:
+            self.follows, obstacle = _inspect(model, config, base, cancel, obstacle)
+        self._open(model, parameters, base, cancel, obstacle)
         with ExitStack() as stack:
-            stack.push(self._stack.pop_all())
-            self._token = model.vocabulary_size // 2
+            stack.callback(self.close)
+            if turns and not obstacle and (obstacle := self._wrong_turn()):
+                self.close()
+                self._open(model, parameters, base, cancel, obstacle)
+            stack.pop_all()
+        where = f"by callback ({obstacle})" if obstacle else "inside llama.cpp's graph"
+        self.turning_note = f"rows turned {where}" if turns else "nothing to turn"
+
+    def _open(self, model: Model, parameters: Any, base: float, cancel: CancelFlag, obstacle: str) -> None:
+        """Make the context; `obstacle` says why rows cannot be turned inside the graph."""
+        with ExitStack() as stack:
+            # A graph may be reserved for as many rows as make whole sequences.
+            rows = parameters.n_ubatch + parameters.n_seq_max
+            self.devices = stack.enter_context(Devices(rows))
+            tables = Tables(self.devices, base, rows) if self.follows else None
+            way: Turning = ByCallback(base, tables, self.devices) if obstacle else InGraph(base, tables)
+            stack.callback(way.close)
+            self._stack = ExitStack()
+            try:
+                way.make(parameters, lambda: super(FusedContext, self).__init__(model, parameters, cancel))
+            finally:
+                # The context goes first: its graphs hold what the others own.
+                stack.push(self._stack.pop_all())
+            self.base = base
+            self._way, self._tables = way, tables
             self.observation = self._observe()
-            self.follows: frozenset[int] = frozenset()
-            if any(other != base for other in self.bases):
-                self.follows = _follows(model, config, base * _OTHER_BASE, cancel, self.observation)
-                if not self.follows:
-                    raise UnsupportedModelError("no rotation of the model follows the RoPE base", "use --buckets 1")
-            self.devices = stack.enter_context(Devices(self.ubatch_size))
-            self._turning = Turning(self._handle, self._callback, base, self.observation, self.follows, self.devices)
-            stack.callback(self._turning.close)
             self._cells = DeviceCache(self.observation, self.follows, self.devices)
             self._stack = stack.pop_all()
 
@@ -131,25 +148,25 @@ class FusedContext(Sequences):
         At most `ubatch_size` tokens in all columns together. `careful` proves that the keys go where they are
         expected. Raises as `Sequences.decode` does; the caller then truncates.
         """
-        tokens = len(parts[0].tokens)
+        tokens = range(len(parts[0].tokens))
         batch = [
             BatchPart(self.sequence(part.slot, column), part.position, part.tokens, output=logits is not None)
             for part in parts
             for column in columns
         ]
         rows = [None if logits is None else logits[i][j] for i in range(len(parts)) for j in range(len(columns))]
-        layout = Layout(tuple(self.bases[column] for column in columns), len(parts), tokens)
-        handler: Handler = Idle()
-        turns = any(base != self.base for base in layout.bases)
-        if turns or careful:
-            positions = np.array([[part.position + index for index in range(tokens)] for part in parts], np.int32)
-            self._prepare(layout, batch, positions.ravel(), careful=careful)
-            handler = self._turning
-        else:
-            self._turning.forget()
-        self._callback.run(handler, lambda: self.decode(batch, rows))
-        if handler is self._turning:
-            self._turning.finish()
+        turned = self._turned_rows(columns, len(parts) * len(tokens))
+        visit = None
+        if turned or careful:
+            positions = np.array([part.position + index for part in batch for index in tokens], np.int32)
+        if turned and self._tables is not None:
+            # What is computed may still read the tables.
+            llama.llama_synchronize(self._handle)
+            bases = tuple(self.bases[column] for column in columns)
+            self._tables.fill(Layout(bases, len(parts), len(tokens)), positions)
+        if careful:
+            visit = self._cells.check(np.repeat([part.sequence for part in batch], len(tokens)), positions)
+        self._way.run(lambda: self.decode(batch, rows), turned, visit)
 
     def compute_side_by_side(self, parts: Sequence[SlotPart], logits: Sequence[NDArray[np.float32]]) -> None:
         """Compute `parts` of a context with one bucket as one batch; the logits [vocab] after part i go to `logits[i]`.
@@ -168,16 +185,15 @@ class FusedContext(Sequences):
             if missing := longest - len(part.tokens):
                 batch.append(BatchPart(sequence, end, [self._token] * missing, output=False))
                 rows.append(None)
-        self._turning.forget()
-        self._callback.run(Idle(), lambda: self.decode(batch, rows))
+        self._way.run(lambda: self.decode(batch, rows))
         for part in parts:
             self.truncate(self.sequence(part.slot, 0), part.position + len(part.tokens))
 
     def reserve(self, slot: int, column: int, position: int, tokens: Sequence[int]) -> None:
         """Give `tokens` cells without computing them; at most `ubatch_size`. Their keys and values are undefined."""
-        self._turning.forget()
         part = BatchPart(self.sequence(slot, column), position, tokens, output=False)
-        self._callback.run(Skip(), lambda: self.decode([part], [None]))
+        turned = self._turned_rows([column], len(tokens))
+        self._way.run(lambda: self.decode([part], [None]), turned, compute=False)
 
     def share(self, slot: int, source: int, targets: Sequence[int], position: int, tokens: Sequence[int]) -> None:
         """Append to the slot's columns `targets` what column `source` holds of `tokens`, at most `ubatch_size`.
@@ -201,7 +217,7 @@ class FusedContext(Sequences):
             return self._cells.obstacle
         others = [column for column in range(len(self.bases)) if column != source]
         target = max(others, key=lambda column: abs(log(self.bases[column] / self.bases[source])))
-        where = Range(min(_PROBE_POSITION, self._slot_cells - 1), 1, 0)
+        where = Range(min(PROBE_POSITION, self._slot_cells - 1), 1, 0)
         part = SlotPart(0, where.start, (self._token,))
         try:
             self.compute([part], [target], None)
@@ -216,7 +232,7 @@ class FusedContext(Sequences):
             for column in (source, target):
                 self.truncate(self.sequence(0, column), 0)
         for layer, keys in wanted.items():
-            if float(np.abs(found[layer] - keys).max()) > _KEY_TOLERANCE * float(np.abs(keys).max()):
+            if not agree(found[layer], keys):
                 return f"the keys of layer {layer} do not follow the base as RoPE turns them"
         return ""
 
@@ -238,6 +254,7 @@ class FusedContext(Sequences):
         self._cells.write(self.sequence(slot, column), Range(start, len(tokens), start), data)
 
     def _prepare_cells(self, where: Range) -> None:
+        llama.llama_synchronize(self._handle)
         positions = np.arange(where.start, where.start + where.count, dtype=np.int32)
         self.devices.prepare(positions, self._threads)
 
@@ -258,39 +275,72 @@ class FusedContext(Sequences):
             llama.llama_memory_seq_rm(self._memory, new, -1, -1)
             llama.llama_memory_seq_cp(self._memory, old, new, -1, -1)
 
-    def _prepare(
-        self, layout: Layout, batch: Sequence[BatchPart], positions: NDArray[np.int32], *, careful: bool
-    ) -> None:
-        sequences = np.repeat(np.array([part.sequence for part in batch], np.int64), layout.tokens)
-        places = np.concatenate([np.arange(part.position, part.position + layout.tokens) for part in batch])
-        self._turning.prepare(layout, sequences, places.astype(np.int64), careful=careful)
-        self.devices.prepare(positions, self._threads if layout.rows > _ROWS_PER_THREAD else 1)
+    def _turned_rows(self, columns: Sequence[int], tokens: int) -> int:
+        """How many rows a batch of `tokens` tokens in each of `columns` turns: all or none.
+
+        It depends on the sequences alone: llama.cpp computes a graph again for the same ones only.
+        """
+        turns = any(self.bases[column] != self.base for column in columns)
+        return len(columns) * tokens if turns else 0
 
     def _observe(self) -> Observation:
-        """The graph of one token."""
+        """The graph of one token, in a sequence whose rows are not turned."""
         observer = Observer()
-        part = BatchPart(0, 0, (self._token,), output=False)
-        self._callback.run(observer, lambda: self.decode([part], [None]))
-        self.truncate(0, 0)
+        sequence = self.sequence(0, self.bases.index(self.base))
+        part = BatchPart(sequence, 0, (self._token,), output=False)
+        self._way.run(lambda: self.decode([part], [None]), visit=observer.visit)
+        self.truncate(sequence, 0)
         return observer.result()
 
+    def _wrong_turn(self) -> str:
+        """Why the keys that come out are not those of their base; empty if they are, or cannot be read.
 
-def _follows(
-    model: Model, config: EngineConfig, base: float, cancel: CancelFlag, observation: Observation
-) -> frozenset[int]:
-    """Which ROPE operations have another base in a context with another base; some layers keep their own."""
-    callback = EvalCallback()
+        The keys of one token alone, under the context's base and another one, differ by the rotation alone.
+        """
+        source = self.bases.index(self.base)
+        target = max(range(len(self.bases)), key=lambda column: abs(log(self.bases[column] / self.base)))
+        part = SlotPart(0, min(PROBE_POSITION, self._slot_cells - 1), (self._token,))
+        keys = []
+        for column in (source, target):
+            self.compute([part], [column], None)
+            keys.append(self.keys_at(column, 0))
+            self.truncate(self.sequence(0, column), 0)
+        for layer, found in keys[1].items():
+            wanted = self._cells.turned(layer, keys[0][layer], part.position, (self.base, self.bases[target]))
+            if not agree(found, wanted):
+                return f"the keys of layer {layer} came out wrong inside the graph"
+        return ""
+
+
+def _inspect(
+    model: Model, config: ContextConfig, base: float, cancel: CancelFlag, obstacle: str
+) -> tuple[frozenset[int], str]:
+    """Which ROPE operations of the model follow the base, and why they cannot be turned inside the graph.
+
+    `obstacle` is what is known of that already. Some layers keep a base of their own. Raises UnsupportedModelError
+    if no operation follows the base, or one is of another kind than plain RoPE.
+    """
     tiny = replace(config, batch_size=1, ubatch_size=1)
-    parameters = context_parameters(model, base, tiny, 1, cancel)
+    marked = marked_base(base)
+    parameters = context_parameters(model, marked, tiny, 1, cancel)
     parameters.n_ctx = _CELL_STEP
     parameters.n_seq_max = parameters.n_outputs_max = 1
-    callback.install(parameters)
     observer = Observer()
-    with Sequences(model, parameters, cancel) as other:
+    with ExitStack() as stack:
+        way: Turning = ByCallback(base, None, Devices(1)) if obstacle else InGraph(base, None)
+        made: list[Sequences] = []
+        way.make(parameters, lambda: made.append(stack.enter_context(Sequences(model, parameters, cancel))))
+        (other,) = made
+        if not obstacle:
+            stack.enter_context(rope_hook().held())
         part = BatchPart(0, 0, (model.vocabulary_size // 2,), output=False)
-        callback.run(observer, lambda: other.decode([part], [None]))
+        way.run(lambda: other.decode([part], [None]), visit=observer.visit)
         ropes = observer.result().ropes
-    if len(ropes) != len(observation.ropes):
-        raise UnsupportedModelError("the model's graph changes with the RoPE base", "use --engine contexts")
-    pairs = enumerate(zip(observation.ropes, ropes, strict=True))
-    return frozenset(index for index, (ours, theirs) in pairs if ours.base != theirs.base)
+    follows = frozenset(index for index, rope in enumerate(ropes) if rope.base == marked)
+    if not follows:
+        raise UnsupportedModelError("no rotation of the model follows the RoPE base", "use `buckets=1`")
+    if any(ropes[index].first_dimension for index in follows):
+        raise UnsupportedModelError("the model rotates a part of each head only, from its middle on", _HINT)
+    if isinstance(way, InGraph) and way.free_nodes < len(follows) * NODES_PER_ROTATION + _SPARE_NODES:
+        obstacle = f"llama.cpp's graph has room for {way.free_nodes} more nodes only"
+    return follows, obstacle

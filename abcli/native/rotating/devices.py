@@ -15,8 +15,8 @@ from abcli.native.ggml_api import TensorStruct
 from abcli.native.owner import Owner
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 
-# ggml wants tensors at such addresses at most (TENSOR_ALIGNMENT and the backends' own).
-_ALIGNMENT = 256
+# ggml wants tensors at such addresses at most (TENSORALIGNMENT and the backends' own).
+ALIGNMENT = 256
 
 # From one base to another, under the parameters of one kind of RoPE.
 DeltaKey = tuple[RopeParameters, float, float]
@@ -38,6 +38,9 @@ class DeviceGraph(Owner):
             for result in build(context):
                 api.expand(graph, result)
                 self.nodes += 1
+            # What lies between the tensors that have memory already and the results.
+            if buffer := api.allocate(context, backend):
+                stack.callback(api.buffer_free, buffer)
             self._stack = stack.pop_all()
         self._backend = backend
         self._graph = graph
@@ -50,22 +53,22 @@ class DeviceGraph(Owner):
 
 
 class Device(Owner):
-    """A backend for one device, with the positions and angles that rotations there need."""
+    """A device, memory of ours there, and what turning a cache's keys there needs: a backend, positions and angles."""
 
     def __init__(self, handle: int, capacity: int) -> None:
         """`capacity` is the largest number of positions. Raises NativeError if the device has no room."""
         with ExitStack() as stack:
             backend = api.device_init(handle, None)
             if not backend:
-                raise NativeError("ggml cannot open a device a second time", "use --engine contexts")
+                raise NativeError("ggml cannot open a device a second time", "use `engine=contexts`")
             stack.callback(api.backend_free, backend)
             self.is_cpu: bool = api.device_type(handle) == api.BACKEND_DEVICE_TYPE_CPU
             self.backend: int = backend
             self._handle = handle
             self._tensors = stack.enter_context(ExitStack())
+            self._positions = self.memory(4 * capacity)
+            self._lengths: dict[int, int] = {capacity: self.tensor(llama.GGML_TYPE_I32, (capacity,), self._positions)}
             self._capacity = capacity
-            self._positions = self._vector(llama.GGML_TYPE_I32, capacity)
-            self._lengths: dict[int, int] = {capacity: self._positions}
             self._deltas: dict[DeltaKey, int] = {}
             self._stack = stack.pop_all()
 
@@ -76,16 +79,12 @@ class Device(Owner):
 
     def set_positions(self, positions: NDArray[np.int32]) -> None:
         """The positions (int32 [n]) of the rows to be turned next."""
-        api.tensor_set(self._positions, positions.ctypes.data, 0, positions.nbytes)
+        api.tensor_set(self._lengths[self._capacity], positions.ctypes.data, 0, positions.nbytes)
 
     def positions(self, count: int) -> int:
         """A tensor over the first `count` positions."""
         if count not in self._lengths:
-            whole = TensorStruct.from_address(self._positions)
-            context = self._context(1)
-            tensor = api.new_1d(context, llama.GGML_TYPE_I32, count)
-            api.check(api.place(whole.buffer, tensor, whole.data))
-            self._lengths[count] = tensor
+            self._lengths[count] = self.tensor(llama.GGML_TYPE_I32, (count,), self._positions)
         return self._lengths[count]
 
     def inverse_angles(self, key: DeltaKey) -> int:
@@ -96,26 +95,27 @@ class Device(Owner):
             with np.errstate(divide="ignore", over="ignore"):
                 inverse = (1.0 / deltas).astype(np.float32)
             numbers = np.where(np.isfinite(inverse), inverse, np.float32(api.NO_ROTATION)).astype(np.float32)
-            tensor = self._vector(llama.GGML_TYPE_F32, len(numbers))
+            tensor = self.tensor(llama.GGML_TYPE_F32, (len(numbers),), self.memory(numbers.nbytes))
             api.tensor_set(tensor, numbers.ctypes.data, 0, numbers.nbytes)
             self._deltas[key] = tensor
         return self._deltas[key]
 
-    def _context(self, tensors: int) -> int:
-        context = api.init(api.InitParameters(tensors * api.tensor_overhead(), None, True))
+    def memory(self, size: int) -> int:
+        """A buffer of `size` bytes on the device, which lives as long as this. Raises NativeError."""
+        buffer = api.buffer_alloc(api.device_buffer_type(self._handle), size + ALIGNMENT)
+        if not buffer:
+            raise NativeError("the device has no memory for a small table", "use fewer buckets or `engine=contexts`")
+        self._tensors.callback(api.buffer_free, buffer)
+        return int(buffer)
+
+    def tensor(self, type_id: int, shape: tuple[int, ...], buffer: int, offset: int = 0) -> int:
+        """A tensor of up to three dimensions over a buffer of `memory`, from byte `offset` on."""
+        context = api.init(api.InitParameters(api.tensor_overhead(), None, True))
         if not context:
             raise NativeError("ggml has no memory for a tensor", "close other programs")
         self._tensors.callback(api.free, context)
-        return int(context)
-
-    def _vector(self, type_id: int, count: int) -> int:
-        """A vector of 4-byte numbers in memory of its own on the device."""
-        buffer = api.buffer_alloc(api.device_buffer_type(self._handle), 4 * count + _ALIGNMENT)
-        if not buffer:
-            raise NativeError("the device has no memory for a small table", "use fewer buckets or --engine contexts")
-        self._tensors.callback(api.buffer_free, buffer)
-        tensor = api.new_1d(self._context(1), type_id, count)
-        api.check(api.place(buffer, tensor, api.buffer_base(buffer)))
+        tensor = api.new_3d(context, type_id, *shape, *[1] * (3 - len(shape)))
+        api.check(api.place(buffer, tensor, api.buffer_base(buffer) + offset))
         return int(tensor)
 
 
@@ -135,21 +135,26 @@ class Devices(Owner):
         """The device whose memory holds `tensor`. Raises NativeError if that has none."""
         buffer = tensor.buffer
         if not buffer:
-            raise NativeError("llama.cpp computes a rotation that has no memory")
+            raise NativeError("llama.cpp keeps numbers without memory")
         kind = api.buffer_type(buffer)
         if kind not in self._by_buffer:
             # A GPU's pinned host memory names the GPU, but the CPU computes there.
-            handle = (
-                api.device_by_type(api.BACKEND_DEVICE_TYPE_CPU) if api.buffer_is_host(buffer) else api.type_device(kind)
-            )
-            if not handle:
-                raise NativeError("llama.cpp keeps a rotation in memory of an unknown device")
-            if handle not in self._by_handle:
-                device = self._by_handle[handle] = self._stack.enter_context(Device(handle, self._capacity))
-                device.set_threads(self._threads)
-                device.set_positions(self._positions)
-            self._by_buffer[kind] = self._by_handle[handle]
+            self._by_buffer[kind] = self.cpu if api.buffer_is_host(buffer) else self._open(api.type_device(kind))
         return self._by_buffer[kind]
+
+    @property
+    def cpu(self) -> Device:
+        """The device that computes in host memory."""
+        return self._open(api.device_by_type(api.BACKEND_DEVICE_TYPE_CPU))
+
+    def _open(self, handle: int | None) -> Device:
+        if not handle:
+            raise NativeError("llama.cpp keeps numbers in memory of an unknown device")
+        if handle not in self._by_handle:
+            device = self._by_handle[handle] = self._stack.enter_context(Device(handle, self._capacity))
+            device.set_threads(self._threads)
+            device.set_positions(self._positions)
+        return self._by_handle[handle]
 
     @property
     def opened(self) -> list[Device]:

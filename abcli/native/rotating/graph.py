@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 
@@ -57,111 +56,74 @@ class CacheTensor:
 
 @dataclass(frozen=True)
 class Observation:
-    """A graph's ROPE operations in the order of computation, and the cache of each layer.
-
-    `closes[i]` says that what is to be done to the results of operation i and of those before it which are
-    not yet closed must be done right after i.
-    """
+    """A graph's ROPE operations in the order of computation, and the cache of each layer."""
 
     ropes: tuple[RopeNode, ...]
-    closes: tuple[bool, ...]
     keys: Mapping[int, CacheTensor]
     values: Mapping[int, CacheTensor]
 
 
 class Observer:
-    """Takes down the nodes of a graph while llama.cpp computes it; it interrupts nothing."""
+    """Takes down the nodes of a graph before llama.cpp computes it."""
 
     def __init__(self) -> None:
         self._nodes: list[tuple[int, TensorStruct, bytes]] = []
-        self._factors: dict[int, tuple[float, ...]] = {}
 
-    def ask(self, tensor: int) -> bool:
+    def visit(self, tensor: int, _graph: int) -> None:
         """Take down one node."""
-        description = api.op_description(tensor)
         node = TensorStruct.from_buffer_copy(TensorStruct.from_address(tensor))
-        self._nodes.append((tensor, node, description))
-        if description == b"ROPE" and node.src[2] and node.src[2] not in self._factors:
-            self._factors[node.src[2]] = _floats(node.src[2])
-        return False
-
-    def done(self, _tensor: int) -> bool:
-        """Never called, since `ask` wants nothing."""
-        return True
+        self._nodes.append((tensor, node, api.operation(node.op, tensor)))
 
     def result(self) -> Observation:
         """What was seen. Raises UnsupportedModelError for a rotation that is of another kind than plain RoPE."""
-        places = [index for index, (_, _, description) in enumerate(self._nodes) if description == b"ROPE"]
-        ropes = tuple(self._rope(self._nodes[place][1]) for place in places)
+        places = [index for index, (_, _, operation) in enumerate(self._nodes) if operation == b"ROPE"]
+        ropes = tuple(rope_node(self._nodes[place][1]) for place in places)
         pointers = {self._nodes[place][0]: number for number, place in enumerate(places)}
         keys: dict[int, CacheTensor] = {}
         values: dict[int, CacheTensor] = {}
-        for _, node, description in self._nodes:
+        for _, node, operation in self._nodes:
             root = node.view_src
-            if description != b"SET_ROWS" or not root:
+            if operation != b"SET_ROWS" or not root:
                 continue
             name = TensorStruct.from_address(root).name
             if name.startswith(_KEYS):
                 keys[int(name[len(_KEYS) :])] = _cache(root, False, self._source_rope(node.src[0], pointers))
             elif name.startswith(_VALUES):
                 values[int(name[len(_VALUES) :])] = _cache(root, node.ne[0] == 1, None)
-        return Observation(ropes, self._closes(places), keys, values)
-
-    def _rope(self, node: TensorStruct) -> RopeNode:
-        dimensions, mode, original, base, scale, extrapolation, _, fast, slow, first = rope_numbers(node)
-        if mode not in (api.MODE_NORMAL, api.MODE_NEOX):
-            raise UnsupportedModelError(
-                f"the model's positions have several parts (ggml's RoPE mode {mode}), which one batch cannot vary",
-                "use --engine contexts with this model",
-            )
-        factors = self._factors.get(node.src[2]) if node.src[2] else None
-        parameters = RopeParameters(
-            dimensions=dimensions,
-            neox=mode == api.MODE_NEOX,
-            frequency_scale=scale,
-            factors=None if factors is None else factors[: dimensions // 2],
-            extrapolation_factor=extrapolation,
-            beta_fast=fast,
-            beta_slow=slow,
-            original_context=original,
-        )
-        return RopeNode(base, parameters, first, node.ne[0], node.ne[1], node.type)
+        return Observation(ropes, keys, values)
 
     def _source_rope(self, tensor: int, ropes: Mapping[int, int]) -> int | None:
         """The ROPE operation whose result `tensor` is, seen through views; None if something lies between."""
-        nodes = {pointer: (node, description) for pointer, node, description in self._nodes}
+        nodes = {pointer: (node, operation) for pointer, node, operation in self._nodes}
         for _ in range(_MAX_STEPS):
             if tensor in ropes:
                 return ropes[tensor]
-            node, description = nodes.get(tensor, (None, b""))
-            if node is None or description not in _VIEWS:
+            node, operation = nodes.get(tensor, (None, b""))
+            if node is None or operation not in _VIEWS:
                 return None
             tensor = node.src[0]
         return None
 
-    def _closes(self, places: Sequence[int]) -> tuple[bool, ...]:
-        """An operation may wait for the next one if nothing reads its result before, on the same device."""
-        closes = []
-        waiting: list[int] = []
-        for place, following in zip_longest(places, places[1:]):
-            waiting.append(place)
-            close = following is None or not all(self._can_wait(earlier, following) for earlier in waiting)
-            closes.append(close)
-            if close:
-                waiting.clear()
-        return tuple(closes)
 
-    def _can_wait(self, place: int, following: int) -> bool:
-        pointer, node, _ = self._nodes[place]
-        memory = node.view_src or pointer
-        if node.buffer != self._nodes[following][1].buffer:
-            return False
-        for _, other, description in self._nodes[place + 1 : following + 1]:
-            sources = [source for source in other.src if source]
-            roots = {TensorStruct.from_address(source).view_src or source for source in sources}
-            if memory in roots and description not in _VIEWS:
-                return False
-        return True
+def rope_node(node: TensorStruct) -> RopeNode:
+    """What a ROPE operation does. Raises UnsupportedModelError for a rotation of another kind than plain RoPE."""
+    dimensions, mode, original, base, scale, extrapolation, _, fast, slow, first = rope_numbers(node)
+    if mode not in (api.MODE_NORMAL, api.MODE_NEOX):
+        raise UnsupportedModelError(
+            f"the model's positions have several parts (ggml's RoPE mode {mode}), which one batch cannot vary",
+            "use `engine=contexts` with this model",
+        )
+    parameters = RopeParameters(
+        dimensions=dimensions,
+        neox=mode == api.MODE_NEOX,
+        frequency_scale=scale,
+        factors=_floats(node.src[2])[: dimensions // 2] if node.src[2] else None,
+        extrapolation_factor=extrapolation,
+        beta_fast=fast,
+        beta_slow=slow,
+        original_context=original,
+    )
+    return RopeNode(base, parameters, first, node.ne[0], node.ne[1], node.type)
 
 
 def _cache(root: int, transposed: bool, rope: int | None) -> CacheTensor:
@@ -171,7 +133,12 @@ def _cache(root: int, transposed: bool, rope: int | None) -> CacheTensor:
 
 
 def _floats(tensor: int) -> tuple[float, ...]:
-    count = TensorStruct.from_address(tensor).ne[0]
-    numbers = np.empty(count, np.float32)
+    node = TensorStruct.from_address(tensor)
+    if not node.buffer:
+        raise UnsupportedModelError(
+            "the model computes its RoPE factors anew for each text, which one batch cannot vary",
+            "use `engine=contexts` with this model",
+        )
+    numbers = np.empty(node.ne[0], np.float32)
     api.tensor_get(tensor, numbers.ctypes.data_as(ctypes.c_void_p), 0, numbers.nbytes)
     return tuple(float(number) for number in numbers)

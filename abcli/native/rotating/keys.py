@@ -18,6 +18,11 @@ from abcli.native.owner import Owner
 _GRAPH_BYTES = 1 << 18
 GGML_TYPE_BF16 = api.GGML_TYPE_BF16
 TURNABLE_TYPES = frozenset(NUMBER_BYTES)
+# Where probes look at a key: far enough from the beginning that a wrong angle shows.
+PROBE_POSITION = 997
+# Largest error of a key relative to its largest number: a few roundings of f16, or of bf16.
+_TOLERANCE = 4e-3
+_TOLERANCE_BFLOAT16 = 2e-2
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,13 @@ def as_float32(data: NDArray[np.uint8], type_id: int) -> NDArray[np.float32]:
         return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     kind = np.float32 if type_id == llama.GGML_TYPE_F32 else np.float16
     return data.view(kind).astype(np.float32)
+
+
+def agree(found: NDArray[np.float32], wanted: NDArray[np.float32], type_id: int = llama.GGML_TYPE_F16) -> bool:
+    """Whether two keys (float32 [n]) of one layer are equal but for rounding of a cache of `type_id`."""
+    tolerance = _TOLERANCE_BFLOAT16 if type_id == GGML_TYPE_BF16 else _TOLERANCE
+    # Not a number agrees with nothing.
+    return float(np.abs(found - wanted).max()) <= tolerance * float(np.abs(wanted).max())
 
 
 def aligned_bytes(size: int) -> NDArray[np.uint8]:

@@ -1,343 +1,190 @@
-"""llama.cpp's eval callback, and the handler in it that turns the rows of each bucket by its own angles."""
+"""How the rows of one batch come to have several RoPE bases: inside llama.cpp's own graph.
+
+While llama.cpp builds a graph for a batch with rows of other bases, `ggml_rope_ext` is replaced: to the rotation by the
+context's base come a few operations that turn each row on (`abcli.native.rotating.tables`). llama.cpp computes, keeps
+and reuses that graph like any other. `abcli.native.rotating.callback` is the way where the function cannot be replaced.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
-from numpy.typing import NDArray
 
-from abcli.errors import NativeError
+from abcli.errors import AbcliError, NativeError, UnsupportedModelError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
-from abcli.native.rotating.devices import Device, DeviceGraph, Devices
-from abcli.native.rotating.graph import Observation, RopeNode
+from abcli.native.owner import Owner
+from abcli.native.rotating.graph import rope_node
+from abcli.native.rotating.hook import acting, compute_hook, rope_hook
+from abcli.native.rotating.tables import Rotation, Tables, weights_of
 
-# bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data);
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
-_OPERATION_OFFSET = TensorStruct.op.offset
-# Everything that two rotations of equal memory share: type, buffer, shape and strides.
-_SHAPE_BYTES = TensorStruct.op.offset
-_DATA_OFFSET = TensorStruct.data.offset
-# A model has few distinct ones, since layers reuse memory; each length of a prompt's last piece makes new ones.
-_MAX_GRAPHS = 512
+# Multiply, roll, multiply and add, and two views; three tables take seven operations.
+NODES_PER_ROTATION = 7
 
+# GGML_STATUS_FAILED
+_STATUS_FAILED = -1
 
-class Handler(Protocol):
-    """What happens at each node of a graph that llama.cpp computes."""
-
-    def ask(self, tensor: int) -> bool:
-        """Before it is computed: is `done` to be called right after it?"""
-
-    def done(self, tensor: int) -> bool:
-        """After it was computed; False leaves out the rest of the graph."""
+# Gets a node and, where that is not computed yet and has not got its inputs, the graph.
+Visit = Callable[[int, int], None]
 
 
-class Idle:
-    """Wants nothing: the graph is computed in one go."""
+class Turning(Protocol):
+    """A way to turn rows. One context, one thread at a time."""
 
-    def ask(self, _tensor: int) -> bool:
-        """No."""
-        return False
+    def make(self, parameters: Any, make: Callable[[], None]) -> None:
+        """Set what the context needs in `parameters` (`llama_context_params`), and call `make`, which makes it.
 
-    def done(self, _tensor: int) -> bool:
-        """Never called."""
-        return True
+        llama.cpp reserves memory for the graphs of turning rows then. Raises what `make` raises, and NativeError.
+        """
 
-
-class Skip:
-    """Leaves out the graph after its first node: llama.cpp has given the tokens their cells, and no more is wanted."""
-
-    def ask(self, _tensor: int) -> bool:
-        """Yes."""
-        return True
-
-    def done(self, _tensor: int) -> bool:
-        """Stop here."""
-        return False
-
-
-class EvalCallback:
-    """The one callback of a context. An exception in it stops the graph and is kept for the caller of llama.cpp."""
-
-    def __init__(self) -> None:
-        self.handler: Handler = Idle()
-        # Nodes of the graph in work that nobody wants; there are a thousand, so they are not asked about further.
-        self.quiet: Set[int] = frozenset()
-        self._error: BaseException | None = None
-        # llama.cpp keeps the address: it must live as long as the context.
-        self._function = _CALLBACK(self._call)
-
-    def install(self, parameters: Any) -> None:
-        """Set the callback in `llama_context_params`."""
-        kind = dict(llama.llama_context_params._fields_)["cb_eval"]
-        parameters.cb_eval = ctypes.cast(self._function, kind)
-
-    def run(self, handler: Handler, decode: Callable[[], None]) -> None:
-        """Call `decode` with `handler` in place. Raises what the handler raised, an Exception as NativeError."""
-        self.handler, self.quiet, self._error = handler, frozenset(), None
-        try:
-            decode()
-        finally:
-            self.handler, self.quiet = Idle(), frozenset()
-            error, self._error = self._error, None
-            if error is not None and not isinstance(error, Exception):
-                raise error
-        if isinstance(error, NativeError):
-            raise error
-        if error is not None:
-            raise NativeError(f"abcli's callback failed: {type(error).__name__}: {error}", "report it") from error
-
-    def _call(self, tensor: int, ask: bool, _data: int | None) -> bool:
-        if ask and tensor in self.quiet:
-            return False
-        try:
-            return self.handler.ask(tensor) if ask else self.handler.done(tensor)
-        except BaseException as error:
-            # An exception must not leave a C callback.
-            self._error = error
-            self.handler, self.quiet = Skip(), frozenset()
-            return ask
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the rows of a batch lie: for each of `slots` slots, for each base of `bases`, `tokens` tokens.
-
-    Either `slots` or `tokens` is 1.
-    """
-
-    bases: tuple[float, ...]
-    slots: int
-    tokens: int
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of the batch."""
-        return self.slots * len(self.bases) * self.tokens
-
-
-@dataclass
-class _Expected:
-    """What the batch in work must look like; `cells` is int64 [rows], each row's sequence, `positions` likewise."""
-
-    layout: Layout
-    sequences: NDArray[np.int64]
-    positions: NDArray[np.int64]
-
-
-class Turning:
-    """A handler that turns queries and keys right after llama.cpp has rotated them by the context's base.
-
-    The graph and what is to be done in it are learned once and reused as long as llama.cpp reuses the graph.
-    """
-
-    def __init__(
-        self,
-        context: Any,
-        callback: EvalCallback,
-        base: float,
-        observation: Observation,
-        follows: frozenset[int],
-        devices: Devices,
+    def run(
+        self, decode: Callable[[], None], rows: int = 0, visit: Visit | None = None, *, compute: bool = True
     ) -> None:
-        """`callback` is that of `context`, a `llama_context`; `follows` are the ROPE operations that use its base."""
-        self._context = context
-        self._callback = callback
-        self._base = base
-        self._ropes = observation.ropes
-        self._closes = observation.closes
-        self._follows = follows
-        self._devices = devices
-        self._cells = {keys.pointer: keys.cells for keys in observation.keys.values()}
-        self._cache: dict[tuple[object, ...], DeviceGraph] = {}
-        # What is known of the graph that llama.cpp holds, if anything.
-        self._learned: Layout | None = None
-        self._graphs: dict[int, DeviceGraph] = {}
-        self._quiet: set[int] = set()
-        self._reused = -1
-        # The state of one decode.
-        self._expected = _Expected(Layout((), 0, 0), np.zeros(0, np.int64), np.zeros(0, np.int64))
-        self._begun = self._known = self._careful = self._turns = False
-        self._next = self._computed = 0
-        self._members: list[tuple[int, RopeNode]] = []
-        self._operations: dict[int, bytes] = {}
+        """Call `decode`, which computes one batch of `rows` rows that are to be turned, or of rows that are not (0).
 
-    def forget(self) -> None:
-        """llama.cpp computes another graph in between."""
-        self._learned = None
+        `visit` gets every node of the graph before it is computed (see `input_of`); without `compute`, llama.cpp gives
+        the tokens their cells and computes nothing. Raises what `decode` and `visit` raise, and NativeError if turning
+        fails.
+        """
 
     def close(self) -> None:
-        """Free all graphs; a second call does nothing."""
-        self.forget()
-        self._graphs = {}
-        for graph in self._cache.values():
-            graph.close()
-        self._cache = {}
+        """Free what it holds; a second call does nothing."""
 
-    def prepare(
-        self, layout: Layout, sequences: NDArray[np.int64], positions: NDArray[np.int64], *, careful: bool
-    ) -> None:
-        """Expect a batch of this layout; `sequences` and `positions` are those of its rows (int64 [rows]).
 
-        `careful` looks at the whole graph, even at one that is known, and proves that each row goes to the cell of
-        its position.
-        """
-        self._expected = _Expected(layout, sequences, positions)
-        self._careful = careful
-        self._turns = any(base != self._base for base in layout.bases)
-        self._begun = False
-        self._next = self._computed = 0
-        self._members = []
+def marked_base(base: float) -> float:
+    """The base to make a context with, so that its rotations are told from those of layers with a base of their own.
 
-    def finish(self) -> None:
-        """Raise NativeError unless every rotation of the graph was met exactly once."""
-        wanted = len(self._graphs) if self._known else len(self._ropes)
-        met = self._computed if self._known else self._next
-        if not self._begun or met != wanted or self._members:
-            self.forget()
-            raise NativeError(
-                f"llama.cpp computed {met} rotations where {wanted} were expected",
-                "use --engine contexts with this model",
-            )
-        self._learned = self._expected.layout
+    It is the float32 next to `base`, which takes its place before anything is computed.
+    """
+    return float(np.nextafter(np.float32(base), np.float32(np.inf)))
 
-    def ask(self, tensor: int) -> bool:
-        """Is this the last operation of a group?"""
-        if not self._begun:
-            self._begin()
-        if self._known:
-            return tensor in self._graphs
-        wanted = self._learn(tensor)
-        if not wanted:
-            self._quiet.add(tensor)
-        return wanted
 
-    def done(self, tensor: int) -> bool:
-        """Turn the rows of the group."""
-        self._graphs[tensor].compute()
-        self._computed += 1
-        return True
+class Failure:
+    """Keeps what is raised where llama.cpp is the caller, for the caller of llama.cpp."""
 
-    def _begin(self) -> None:
-        """Find out whether llama.cpp computes the graph of the last decode again: it counts when it does."""
-        self._begun = True
-        reused = int(llama.llama_perf_context(self._context).n_reused)
-        layout = self._expected.layout
-        self._known = reused == self._reused + 1 and self._learned == layout and not self._careful
-        self._reused = reused
-        if self._known:
-            self._callback.quiet = self._quiet
-        else:
-            # Only a decode that ends well has learned the whole graph.
-            self._learned = None
-            self._graphs = {}
-            self._quiet = set()
-            if len(self._cache) > _MAX_GRAPHS:
-                self.close()
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
 
-    def _learn(self, tensor: int) -> bool:
-        operation = ctypes.c_int.from_address(tensor + _OPERATION_OFFSET).value
-        name = self._operations.get(operation)
-        if name is None:
-            name = self._operations[operation] = api.op_description(tensor)
-        if name == b"SET_ROWS" and self._careful:
-            self._check_cells(TensorStruct.from_address(tensor))
-        return name == b"ROPE" and self._learn_rope(tensor)
+    def keep(self, error: BaseException) -> None:
+        """The first one counts."""
+        self._error = self._error or error
 
-    def _learn_rope(self, tensor: int) -> bool:
-        index, self._next = self._next, self._next + 1
-        layout = self._expected.layout
-        node = TensorStruct.from_address(tensor)
-        if index >= len(self._ropes) or not _matches(node, self._ropes[index], layout):
-            raise NativeError(
-                f"llama.cpp's rotation {index} is not the one that was seen before",
-                "use --engine contexts with this model",
-            )
-        if self._turns and index in self._follows:
-            self._members.append((tensor, self._ropes[index]))
-        if not self._closes[index] or not self._members:
-            return False
-        self._graphs[tensor] = self._graph(layout)
-        self._members = []
-        return True
-
-    def _graph(self, layout: Layout) -> DeviceGraph:
-        """The graph that turns the members, made if it is new."""
-        key: tuple[object, ...] = (layout,)
-        for tensor, rope in self._members:
-            shape = ctypes.string_at(tensor, _SHAPE_BYTES)
-            key += (rope, shape, ctypes.string_at(tensor + _DATA_OFFSET, ctypes.sizeof(ctypes.c_void_p)))
-        if key not in self._cache:
-            members = list(self._members)
-            device = self._devices.of(TensorStruct.from_address(members[0][0]))
-            bases = sum(base != self._base for base in layout.bases)
-            self._cache[key] = DeviceGraph(
-                device.backend,
-                len(members) * (1 + 2 * bases) + bases + 8,
-                lambda context: self._build(context, device, members, layout),
-            )
-        return self._cache[key]
-
-    def _build(
-        self, context: int, device: Device, members: Sequence[tuple[int, RopeNode]], layout: Layout
-    ) -> list[int]:
-        results = []
-        for tensor, rope in members:
-            node = TensorStruct.from_address(tensor)
-            # A view of llama.cpp's tensor would drag its whole graph into ours: a new tensor lies in its memory.
-            extent = sum((count - 1) * step for count, step in zip(node.ne, node.nb, strict=True)) // node.nb[0] + 1
-            vector = api.new_1d(context, node.type, extent)
-            api.check(api.place(node.buffer, vector, node.data))
-            count = max(layout.tokens, layout.slots)
-            row = node.nb[2]
-            step = row if layout.slots == 1 else row * len(layout.bases)
-            parameters = rope.parameters
-            for index, base in enumerate(layout.bases):
-                if base == self._base:
-                    continue
-                offset = index * layout.tokens * row + rope.first_dimension * node.nb[0]
-                width = rope.width if rope.first_dimension == 0 else parameters.dimensions
-                view = api.view_4d(context, vector, width, rope.heads, count, 1, node.nb[1], step, step * count, offset)
-                api.check(api.view_init(view))
-                turned = api.rope_inplace(
-                    context,
-                    view,
-                    device.positions(count),
-                    device.inverse_angles((parameters, self._base, base)),
-                    parameters.dimensions,
-                    api.MODE_NEOX if parameters.neox else api.MODE_NORMAL,
-                    *(0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0),
-                )
-                api.check(api.view_init(turned))
-                results.append(turned)
-        return results
-
-    def _check_cells(self, node: TensorStruct) -> None:
-        """Prove that each row's key goes to the cell of its position."""
-        cells = self._cells.get(node.view_src or 0)
-        if cells is None:
+    def raise_kept(self) -> None:
+        """Raise what was kept, an Exception that is no error of ours as NativeError."""
+        error, self._error = self._error, None
+        if error is None:
             return
-        indices = TensorStruct.from_address(node.src[1])
-        found = np.empty(indices.ne[0], np.int64)
-        wanted = self._expected.sequences * cells + self._expected.positions
-        if indices.type == api.GGML_TYPE_I64 and len(found) == len(wanted):
-            api.tensor_get(node.src[1], found.ctypes.data, 0, found.nbytes)
-            if np.array_equal(found, wanted):
-                return
-        raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use --engine contexts")
+        if isinstance(error, AbcliError) or not isinstance(error, Exception):
+            raise error
+        raise NativeError(f"abcli's callback failed: {type(error).__name__}: {error}", "report it") from error
 
 
-def _matches(node: TensorStruct, rope: RopeNode, layout: Layout) -> bool:
-    dimensions, mode, _, base, scale, extrapolation, _, _, _, first = api.rope_numbers(node)
-    parameters = rope.parameters
-    return bool(
-        (node.type, node.ne[0], node.ne[1], node.ne[2], node.ne[3])
-        == (rope.type_id, rope.width, rope.heads, layout.rows, 1)
-        and (dimensions, mode == api.MODE_NEOX, first) == (parameters.dimensions, parameters.neox, rope.first_dimension)
-        and (base, scale, extrapolation) == (rope.base, parameters.frequency_scale, parameters.extrapolation_factor)
-    )
+class InGraph(Owner):
+    """Turns rows by operations of the graph itself."""
+
+    def __init__(self, base: float, tables: Tables | None) -> None:
+        """`base` is the context's; without `tables` no row ever turns. Raises PointerError (`hook_obstacle`)."""
+        self._base = base
+        self._marked = marked_base(base)
+        self._tables = tables
+        self._failure = Failure()
+        self._visit: Visit | None = None
+        self._compute = True
+        self._turns = False
+        # How many rows the graph that llama.cpp holds turns; 0 for one that turns none.
+        self._rows = 0
+        self._context = 0
+        # How many more nodes the last graph that was shown has room for.
+        self.free_nodes = 0
+        self._stack = ExitStack()
+        if tables is not None:
+            rope_hook().acquire()
+            self._stack.callback(rope_hook().release)
+
+    def make(self, parameters: Any, make: Callable[[], None]) -> None:
+        """See `Turning.make`."""
+        if self._tables is not None:
+            parameters.rope_freq_base = self._marked
+        self._visit, self._compute, self._turns = None, True, True
+        self._call(make)
+
+    def run(
+        self, decode: Callable[[], None], rows: int = 0, visit: Visit | None = None, *, compute: bool = True
+    ) -> None:
+        """See `Turning.run`."""
+        self._visit, self._compute, self._turns = visit, compute, rows > 0
+        if visit is not None or not compute:
+            with compute_hook().held():
+                self._call(decode)
+        else:
+            self._call(decode)
+        if rows and self._rows != rows:
+            raise NativeError(
+                f"llama.cpp's graph turns {self._rows} rows where {rows} were to be turned", "use `engine=contexts`"
+            )
+
+    def _call(self, function: Callable[[], None]) -> None:
+        with acting(self):
+            try:
+                function()
+            finally:
+                self._failure.raise_kept()
+
+    def rope(self, original: Callable[..., int], arguments: tuple[Any, ...]) -> int:
+        """Rotate by the context's base in place of the marked one, and turn the rows."""
+        base, self._context = arguments[7], arguments[0]
+        if self._tables is None or base != self._marked:
+            return original(*arguments)
+        rotated = original(*arguments[:7], self._base, *arguments[8:])
+        self._rows = 0
+        if not self._turns:
+            return rotated
+        try:
+            return self._turned(arguments[0], rotated, self._tables)
+        except BaseException as error:
+            # Nothing may be raised through llama.cpp; the graph is as good as any that is dropped.
+            self._failure.keep(error)
+            return rotated
+
+    def compute(self, original: Callable[..., int], scheduler: int, graph: int) -> int:
+        """Show the graph, and compute it unless it is left out."""
+        if self._visit is not None:
+            try:
+                for tensor in _nodes(graph):
+                    self._visit(tensor, graph)
+                if self._context:
+                    free = api.memory_size(self._context) - api.used_memory(self._context)
+                    self.free_nodes = free // api.tensor_overhead()
+            except BaseException as error:
+                self._failure.keep(error)
+                return int(_STATUS_FAILED)
+        return original(scheduler, graph) if self._compute else 0
+
+    def _turned(self, context: int, rotated: int, tables: Tables) -> int:
+        node = TensorStruct.from_address(rotated)
+        rope = rope_node(node)
+        if (node.type, node.ne[3], rope.first_dimension) != (llama.GGML_TYPE_F32, 1, 0):
+            raise UnsupportedModelError("the model rotates numbers in a form that one batch cannot vary", "")
+        self._rows = node.ne[2]
+        return tables.turn(context, rotated, Rotation(rope.parameters, rope.width), weights_of(node.src[0]))
+
+
+def input_of(source: int, graph: int) -> int:
+    """Where the numbers lie that a node's `source` gets; `graph` as `Visit` has it.
+
+    llama.cpp fills its inputs in host memory; the scheduler copies them to a device when it computes, to tensors with
+    names of the form "device#input#number" (ggml_backend_sched_split_graph).
+    """
+    parts = bytes(TensorStruct.from_address(source).name).split(b"#")
+    return int((graph and len(parts) == 3 and api.graph_tensor(graph, parts[1])) or source)
+
+
+def _nodes(graph: int) -> list[int]:
+    """The addresses of a graph's nodes in the order of computation."""
+    pointers = (ctypes.c_void_p * api.node_count(graph)).from_address(api.graph_nodes(graph))
+    return [int(pointer) for pointer in pointers if pointer]

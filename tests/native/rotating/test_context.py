@@ -8,37 +8,43 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abcli.config import EngineConfig
+from abcli.config import ContextConfig
 from abcli.errors import NativeError, UnsupportedModelError
 from abcli.native import ggml_api as api
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
+from abcli.native.rotating import context as context_module
 from abcli.native.rotating.context import FusedContext, SlotPart
-from abcli.native.rotating.turning import EvalCallback, Layout
+from abcli.native.rotating.hook import rope_hook
+from abcli.native.rotating.tables import Tables
+from abcli.native.rotating.turning import InGraph
 from abcli.native.state import StateError, parse_state
+from tests.support.models import open_model
 from tests.support.tiny_gguf import write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
 TOKENS = [index * 7 % 250 for index in range(60)]
 
 
-def config(path: Path, **changes: Any) -> EngineConfig:
+def config(**changes: Any) -> ContextConfig:
     exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off"}
-    return EngineConfig(path, BASES, **{"context_size": 256, "threads": 2, **exact, **changes})
+    return ContextConfig(**{"context_size": 256, "threads": 2, **exact, **changes})
 
 
 def fused(model: Model, **changes: Any) -> FusedContext:
-    return FusedContext(model, BASES, config(model.path, **changes), 10_000.0, 2, CancelFlag())
+    return FusedContext(model, BASES, config(**changes), 10_000.0, 2, CancelFlag())
 
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     path = tmp_path_factory.mktemp("models") / "gemma.gguf"
-    with Model(write_tiny_model(path, architecture="gemma3", layers=7, rope_base=10_000.0)) as model:
+    with open_model(write_tiny_model(path, architecture="gemma3", layers=7, rope_base=10_000.0)) as model:
         yield model
 
 
 def logits_of(context: FusedContext, tokens: list[int], **settings: Any) -> np.ndarray:
+    for column in range(3):
+        context.truncate(context.sequence(0, column), 0)
     out = np.empty((1, 3, 320), np.float32)
     context.compute([SlotPart(0, 0, tokens)], range(3), out, **settings)
     return out[0]
@@ -64,10 +70,9 @@ def test_another_layout_of_tensors_is_noticed(monkeypatch: pytest.MonkeyPatch) -
         api.check_tensor_layout.cache_clear()
 
 
-def test_queries_and_keys_of_a_layer_are_turned_together(model: Model) -> None:
+def test_all_rotations_of_a_plain_model_follow_the_base(model: Model) -> None:
     with fused(model) as context:
         assert [rope.base for rope in context.observation.ropes] == [10_000.0] * 4
-        assert context.observation.closes == (False, True, False, True)
         assert context.follows == {0, 1, 2, 3}
         assert {keys.rope for keys in context.observation.keys.values()} <= {0, 1, 2, 3}
 
@@ -132,23 +137,6 @@ def test_a_key_elsewhere_than_at_its_position_is_noticed(model: Model) -> None:
         assert np.isfinite(logits_of(context, TOKENS, careful=True)).all()
 
 
-def test_another_graph_than_the_one_seen_is_refused(model: Model) -> None:
-    with fused(model) as context:
-        ropes = context._turning._ropes
-        context._turning._ropes = ropes[:-1]
-        with pytest.raises(NativeError, match="not the one that was seen"):
-            logits_of(context, TOKENS)
-        context._turning._ropes = (*ropes, ropes[0])
-        for column in range(3):
-            context.truncate(context.sequence(0, column), 0)
-        with pytest.raises(NativeError, match="4 rotations where 5"):
-            logits_of(context, TOKENS)
-        context._turning._ropes = ropes
-        for column in range(3):
-            context.truncate(context.sequence(0, column), 0)
-        logits_of(context, TOKENS)
-
-
 def test_reserved_cells_cost_no_computation(model: Model) -> None:
     with fused(model) as context:
         context.reserve(0, 1, 0, TOKENS)
@@ -156,41 +144,87 @@ def test_reserved_cells_cost_no_computation(model: Model) -> None:
         assert context.length(context.sequence(0, 0)) == 0
 
 
-def test_what_a_handler_raises_comes_out_as_it_should(model: Model) -> None:
-    class Failing:
-        def __init__(self, error: BaseException) -> None:
-            self.error = error
+@pytest.mark.parametrize("obstacle", ["", "for the test"], ids=["in the graph", "by callback"])
+@pytest.mark.parametrize(
+    ("raised", "wanted"),
+    [(ValueError("x"), NativeError), (NativeError("x"), NativeError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_what_is_raised_while_llama_cpp_works_comes_out_as_it_should(
+    model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    obstacle: str,
+    raised: BaseException,
+    wanted: type[BaseException],
+) -> None:
+    monkeypatch.setattr(context_module, "hook_obstacle", lambda: obstacle)
+    with fused(model) as context:
+        first = logits_of(context, TOKENS).copy()
 
-        def ask(self, _tensor: int) -> bool:
-            raise self.error
+        def failing(*_arguments: object) -> int:
+            raise raised
 
-        def done(self, _tensor: int) -> bool:
-            raise AssertionError
+        with monkeypatch.context() as patch:
+            patch.setattr(Tables, "turn", failing)
+            # Another number of rows, so that llama.cpp builds a graph anew.
+            with pytest.raises(wanted):
+                logits_of(context, TOKENS[:7])
+        np.testing.assert_array_equal(logits_of(context, TOKENS), first)
 
-    callback = EvalCallback()
-    for raised, wanted in (
-        (ValueError("x"), NativeError),
-        (NativeError("x"), NativeError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ):
 
-        def decode() -> None:
-            assert callback._call(0, True, None)
-            # The rest of the graph is left out.
-            assert not callback._call(0, False, None)
+def test_a_graph_that_does_not_turn_is_noticed(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fused(model) as context:
+        logits_of(context, TOKENS)
+        rope_hook().release()
+        try:
+            with pytest.raises(NativeError, match="turns 180 rows where 21 were"):
+                logits_of(context, TOKENS[:7])
+        finally:
+            rope_hook().acquire()
 
-        with pytest.raises(wanted):
-            callback.run(Failing(raised), decode)
+
+def test_a_wrong_turn_inside_the_graph_falls_back_to_the_callback(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fused(model) as context:
+        assert context.turning_note == "rows turned inside llama.cpp's graph"
+        right = logits_of(context, TOKENS).copy()
+    turned = InGraph._turned
+    monkeypatch.setattr(InGraph, "_turned", lambda self, *_: turned(self, *_) and _[1])
+    with fused(model) as context:
+        assert "by callback (the keys of layer 0 came out wrong" in context.turning_note
+        np.testing.assert_allclose(logits_of(context, TOKENS), right, atol=1e-4)
+
+
+def test_a_graph_without_room_falls_back_to_the_callback(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_module, "NODES_PER_ROTATION", 10_000)
+    with fused(model) as context:
+        assert "by callback (llama.cpp's graph has room for" in context.turning_note
+    assert not rope_hook().installed
+
+
+def test_one_base_is_plain_llama_cpp(model: Model) -> None:
+    with FusedContext(model, BASES[1:2], config(), 10_000.0, 2, CancelFlag()) as context:
+        assert context.turning_note == "nothing to turn"
+        assert not rope_hook().installed
+
+
+@pytest.mark.parametrize("attention", ["on", "off"])
+def test_rows_of_the_native_base_are_bit_for_bit_those_of_plain_llama_cpp(model: Model, attention: str) -> None:
+    settings = config(flash_attention=attention)
+    found = []
+    for bases in (BASES, (10_000.0,) * 3):
+        with FusedContext(model, bases, settings, 10_000.0, 2, CancelFlag()) as context:
+            found.append(logits_of(context, TOKENS)[1].copy())
+    np.testing.assert_array_equal(*found)
 
 
 def test_the_sequences_of_neighbouring_slots_have_no_gaps(model: Model) -> None:
-    with FusedContext(model, BASES, config(model.path, slots=3), 10_000.0, 2, CancelFlag(), leader=9_000.0) as context:
+    with FusedContext(model, BASES, config(slots=3), 10_000.0, 2, CancelFlag(), leader=9_000.0) as context:
         assert [context.sequence(slot, column) for slot in range(3) for column in range(3)] == list(range(9))
         assert [context.sequence(slot, 3) for slot in range(3)] == [9, 10, 11]
-    assert Layout(BASES, 2, 1).rows == 6
 
 
 def test_a_model_without_rotations_is_refused(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "gpt2.gguf", architecture="gpt2")
-    with Model(path) as model, pytest.raises(UnsupportedModelError, match="no rotation"):
+    with open_model(path) as model, pytest.raises(UnsupportedModelError, match="no rotation"):
         fused(model)

@@ -1,0 +1,336 @@
+"""N buckets that read and continue the tokens of several slots; an engine knows nothing about text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from math import log
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.engine.backend import Backend, Part, Sharing
+from abcli.engine.prompt_cache import Piece, PromptCache
+from abcli.errors import ContextFullError
+from abcli.native.llama import CancelFlag
+from abcli.native.owner import Owner
+from abcli.native.state import StateError
+
+# Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
+MIN_SHARED_TOKENS = 24
+# What is read from the disk must save at least this many tokens, and what is written have cost as many.
+MIN_GAIN = 128
+
+# Called with (tokens done, tokens in all) after each piece of a prompt.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What is to be appended to a slot, of which the first `done` tokens are there."""
+
+    tokens: tuple[int, ...]
+    shared: bool
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.done
+
+
+class Engine(Owner):
+    """N buckets decoding the same tokens in several slots, and reading prompts piece by piece meanwhile.
+
+    Logits are float32 [buckets, vocab] views of a buffer that stays valid until the next step or prefill. After an
+    exception every slot holds what it held before the call, and what was waiting waits; a slot of a recurrent model, or
+    one that was being filled from the prompt cache, may be empty. One thread at a time may use an engine; only
+    `cancel` may be called from any thread or signal handler.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        slots: int,
+        context_size: int,
+        vocabulary_size: int,
+        least_shared: int = MIN_SHARED_TOKENS,
+        cache: PromptCache | None = None,
+    ) -> None:
+        """The backend is the engine's from now on; its slots hold `context_size` tokens each.
+
+        Where it shares, prompts of at least `least_shared` tokens (2 or more) are computed by the leader. `cache` keeps
+        the state of long prompts.
+        """
+        self._backend = backend
+        self._stack = ExitStack()
+        self._stack.callback(backend.close)
+        self._buckets = range(backend.buckets)
+        self._followers = [column for column in range(len(backend.bases)) if column != backend.leader]
+        self._least_shared = least_shared
+        self._cache = cache
+        self._cancellable = False
+        self._tokens: list[list[int]] = [[] for _ in range(slots)]
+        self._waiting: dict[int, _Prompt] = {}
+        self._oldest_first = False
+        self._logits: NDArray[np.float32] = np.empty((slots, backend.buckets, vocabulary_size), np.float32)
+        self.context_size: int = context_size
+        """The number of tokens each slot can hold."""
+
+    @property
+    def bases(self) -> tuple[float, ...]:
+        """The RoPE base of each bucket."""
+        return self._backend.bases[: self._backend.buckets]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of logits per bucket."""
+        return int(self._logits.shape[2])
+
+    @property
+    def slots(self) -> int:
+        """The number of slots, numbered from 0."""
+        return len(self._tokens)
+
+    @property
+    def sharing(self) -> Sharing:
+        """How prompts are computed, and why."""
+        return self._backend.sharing
+
+    @property
+    def least_shared(self) -> int:
+        """The fewest tokens of a prompt that one bucket computes for all; 1 where each computes its own."""
+        return self._least_shared if self.sharing.shared else 1
+
+    def tokens(self, slot: int) -> Sequence[int]:
+        """The tokens `slot` holds, oldest first."""
+        return self._tokens[slot]
+
+    def waiting(self, slot: int) -> int:
+        """How many tokens of the slot's prompt are yet to be computed."""
+        return self._waiting[slot].left if slot in self._waiting else 0
+
+    def begin(self, slot: int, tokens: Sequence[int]) -> int:
+        """Let the steps to come append `tokens` (one or more) to `slot`; how many of them have to be computed.
+
+        The others come from the prompt cache, at once. The step that computes the last one gives the slot's logits.
+        Raises ContextFullError if they don't fit, CancelledError after `cancel`, NativeError.
+        """
+        held = self._tokens[slot]
+        if not tokens or slot in self._waiting:
+            raise ValueError("a prompt needs at least one token, and a slot that waits for no other")
+        self._check_room(len(held) + len(tokens))
+        with self._computing():
+            left = self._restore(slot, tokens)
+        self._waiting[slot] = _Prompt(tuple(left), self.sharing.shared and len(left) >= self._least_shared)
+        return len(left)
+
+    def step(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+        """Append one token to each slot named, and one piece in all to the prompts that wait.
+
+        The logits [buckets, vocab] of each slot named, in the mapping's order, and of each whose prompt is complete
+        now; but for rounding they do not depend on what else is computed. With no slot named, at least one prompt must
+        wait. Raises as `begin` does.
+        """
+        if not (tokens or self._waiting) or any(slot in self._waiting for slot in tokens):
+            raise ValueError("a step needs a slot or a waiting prompt, and no slot is named whose prompt waits")
+        for slot in tokens:
+            self._check_room(len(self._tokens[slot]) + 1)
+        with self._computing():
+            rows = dict(tokens)
+            complete = self._advance(rows)
+            if rows:
+                self._compute([self._part(slot, (token,), output=True) for slot, token in rows.items()], self._buckets)
+            for slot in complete:
+                self._store(slot, len(self._waiting.pop(slot).tokens))
+        return {slot: self._logits[slot] for slot in (*tokens, *complete)}
+
+    def prefill(self, slot: int, tokens: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
+        """Append `tokens` (one or more) to `slot` while no prompt waits; the logits [buckets, vocab] after the last.
+
+        Raises as `begin` does, and what `on_progress` raises.
+        """
+        if self._waiting:
+            raise ValueError("prompts are waiting")
+        with self._computing():
+            total = self.begin(slot, tokens)
+            while True:
+                found = self.step({})
+                if on_progress is not None:
+                    on_progress(total - self.waiting(slot), total)
+                if slot in found:
+                    return found[slot]
+
+    def drop(self, slot: int) -> None:
+        """Compute no more of the slot's prompt; what it holds stays."""
+        self._waiting.pop(slot, None)
+
+    def truncate(self, slot: int, length: int) -> int:
+        """Forget what follows the first `length` tokens, and a prompt that waits; the number of tokens kept.
+
+        A recurrent model cannot forget a part: it then forgets everything and 0 is returned.
+        """
+        self.drop(slot)
+        if length < len(self._tokens[slot]):
+            self._keep(slot, max(0, length))
+        return len(self._tokens[slot])
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target` hold what slot `source` holds; a prompt that waits in `target` is dropped."""
+        if source != target:
+            self.drop(target)
+            self._backend.copy(source, target)
+            self._tokens[target] = list(self._tokens[source])
+
+    def cancel(self) -> None:
+        """Make the running computation raise CancelledError soon; without one, do nothing."""
+        if self._cancellable:
+            self._cancel.set()
+
+    def _advance(self, rows: dict[int, int]) -> list[int]:
+        """Compute a piece of what waits; the slots that are then complete.
+
+        The last token of a shared prompt is left to every bucket: it is put into `rows`.
+        """
+        pieces = self._next_pieces()
+        exact, led, complete = [], [], []
+        for slot, piece in pieces.items():
+            prompt = self._waiting[slot]
+            ends = len(piece) + prompt.shared == prompt.left
+            if ends:
+                complete.append(slot)
+            if prompt.shared:
+                led.append(self._part(slot, piece, output=False))
+            else:
+                exact.append(self._part(slot, piece, output=ends))
+            if ends and prompt.shared:
+                rows[slot] = prompt.tokens[-1]
+            self._waiting[slot] = replace(prompt, done=prompt.done + len(piece))
+        if exact:
+            self._compute(exact, self._buckets)
+        if led:
+            self._lead(led)
+        return complete
+
+    def _next_pieces(self) -> dict[int, Sequence[int]]:
+        """What one step computes of which prompt: a piece of one, and beside it whole ends of others if they fit.
+
+        The oldest prompt and the one with the least left take turns, so that a short one does not wait for a long one
+        to end, nor a long one for ever. Where a prompt is cut depends on nothing but itself.
+        """
+        pieces: dict[int, Sequence[int]] = {}
+        if not self._waiting:
+            return pieces
+        self._oldest_first = not self._oldest_first
+        first = next(iter(self._waiting)) if self._oldest_first else min(self._waiting, key=self.waiting)
+        room = 1.0
+        for slot in dict.fromkeys((first, *self._waiting)):
+            prompt = self._waiting[slot]
+            size = self._backend.piece(1 if prompt.shared else len(self._buckets))
+            end = min(prompt.done + size, len(prompt.tokens) - prompt.shared)
+            if not pieces or (end - prompt.done) / size <= room:
+                pieces[slot] = prompt.tokens[prompt.done : end]
+                room -= (end - prompt.done) / size
+        return pieces
+
+    def _part(self, slot: int, tokens: Sequence[int], *, output: bool) -> Part:
+        return Part(slot, len(self._tokens[slot]), tokens, self._logits[slot] if output else None)
+
+    def _compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+        self._backend.compute(parts, columns)
+        for part in parts:
+            self._tokens[part.slot] += part.tokens
+
+    def _lead(self, parts: Sequence[Part]) -> None:
+        """The leader computes, and the others take it over."""
+        backend = self._backend
+        bases, leader = backend.bases, backend.leader
+        if leader not in self._buckets:
+            # It takes over from the nearest bucket what was decoded without it.
+            nearest = min(self._buckets, key=lambda column: abs(log(bases[column] / bases[leader])))
+            for part in parts:
+                held = backend.length(part.slot, leader)
+                self._share(part.slot, nearest, [leader], held, self._tokens[part.slot][held:])
+        self._compute(parts, [leader])
+        for part in parts:
+            self._share(part.slot, leader, self._followers, part.position, part.tokens)
+
+    def _share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
+        size = self._backend.piece(1)
+        for offset in range(0, len(tokens) if targets else 0, size):
+            self._backend.share(slot, source, targets, start + offset, tokens[offset : offset + size])
+
+    def _check_room(self, needed: int) -> None:
+        if needed > self.context_size:
+            raise ContextFullError(needed, self.context_size)
+
+    def _restore(self, slot: int, tokens: Sequence[int]) -> Sequence[int]:
+        """Take from the disk what it holds of the slot's tokens followed by `tokens`; what is left to compute."""
+        held = len(self._tokens[slot])
+        wanted = [*self._tokens[slot], *tokens]
+        # At least one token is computed: its logits are needed.
+        entry = self._cache.find(wanted[:-1]) if self._cache is not None and len(tokens) > MIN_GAIN else None
+        if self._cache is None or entry is None or entry.common < held + MIN_GAIN:
+            return tokens
+        self._keep(slot, 0)
+        for piece in self._cache.read(entry):
+            # The last piece may go beyond what is wanted; which tokens stand there, only to be forgotten, is all one.
+            if piece.end > self.context_size:
+                break
+            beyond = max(0, piece.end - entry.common)
+            known = wanted[piece.start : piece.end - beyond]
+            try:
+                self._backend.append_cells(slot, piece.start, [*known, *[0] * beyond], piece.data)
+                self._share(slot, self._backend.leader, self._followers, piece.start, [*known, *[0] * beyond])
+            except StateError:
+                self._keep(slot, piece.start)
+                break
+            self._tokens[slot] += known
+            if beyond:
+                self._keep(slot, entry.common)
+        return wanted[len(self._tokens[slot]) :]
+
+    def _store(self, slot: int, computed: int) -> None:
+        """Write the state of a prompt to the disk if it was costly."""
+        if self._cache is None or computed <= MIN_GAIN:
+            return
+        # The leader of a shared prompt may not have the last token.
+        tokens = self._tokens[slot][:-1]
+        size = self._backend.piece(1)
+        ranges = [(start, min(start + size, len(tokens))) for start in range(0, len(tokens), size)]
+        self._cache.write(tokens, (Piece(*at, self._backend.read_cells(slot, *at)) for at in ranges))
+
+    def _keep(self, slot: int, length: int) -> None:
+        """Let a slot hold its first `length` tokens, or nothing where a part cannot be forgotten."""
+        if not self._backend.truncate(slot, length):
+            self._backend.truncate(slot, length := 0)
+        del self._tokens[slot][length:]
+
+    @property
+    def _cancel(self) -> CancelFlag:
+        return self._backend.cancel
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Allow `cancel` while the block runs; if it fails, put back what the slots held and what was waiting."""
+        within, before, waiting = self._cancellable, [len(held) for held in self._tokens], dict(self._waiting)
+        if not within:
+            self._cancel.clear()
+        self._cancellable = True
+        try:
+            yield
+        except BaseException:
+            self._waiting = waiting
+            for slot, length in enumerate(before):
+                held = self._tokens[slot][:length]
+                self._keep(slot, len(held))
+                lost = held[len(self._tokens[slot]) :]
+                if slot in waiting and lost:
+                    prompt = waiting[slot]
+                    waiting[slot] = replace(prompt, tokens=(*lost, *prompt.tokens[prompt.done :]), done=0)
+            raise
+        finally:
+            self._cancellable = within
+            if not within:
+                self._cancel.clear()

@@ -1,0 +1,59 @@
+"""A model that has been looked at: its files, and the adapters that change it, all found fit for llama.cpp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from abcli.config import ModelConfig
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
+from abcli.gguf.header import Header
+from abcli.gguf.lora import Adapter, check_adapters
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """What the files of a model say; `parts` are the headers of the other files of a split one."""
+
+    config: ModelConfig
+    header: Header
+    parts: tuple[Header, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+    """Those of scale 0 are left out."""
+
+    @property
+    def path(self) -> Path:
+        """The model's file, the first one of a split model."""
+        return self.header.path
+
+    @property
+    def name(self) -> str:
+        """What to call the model: its file's name, and those of its adapters."""
+        return " + ".join([self.path.name, *(adapter.label for adapter in self.adapters)])
+
+    @property
+    def files(self) -> tuple[Header, ...]:
+        """The headers of the model's own files."""
+        return (self.header, *self.parts)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors, without the adapters'."""
+        return sum(header.weight_bytes for header in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what the model computes; see `abcli.gguf.fingerprint`. Raises OSError."""
+        return fingerprint(self.files, self.adapters)
+
+
+def check_model(config: ModelConfig) -> CheckedModel:
+    """Check the model of `config` with all its files and adapters.
+
+    Raises ModelFileError for files that are missing, unreadable, foreign, truncated or damaged, UnsupportedModelError
+    for a sound file that is no model which writes text, or an adapter that does not fit.
+    """
+    header, *parts = check_file(config.path)
+    return CheckedModel(config, header, tuple(parts), check_adapters([header, *parts], config.lora))

@@ -1,0 +1,363 @@
+"""A model that answers: from a name and settings to text, opened once for everything that stands above it."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abcli.answer import Answer, Piece, finished_answer
+from abcli.chat.controller import Chat
+from abcli.chat.conversation import Overflow
+from abcli.chat.message_format import Prompt, as_messages
+from abcli.chat.messages import Message
+from abcli.chat.template import ChatTemplate, load_template
+from abcli.config import (
+    DEFAULT_CONTEXT,
+    ContextConfig,
+    FlashAttention,
+    LoraConfig,
+    MergeRule,
+    ModelConfig,
+    Spread,
+    prompt_cache_directory,
+)
+from abcli.engine.engine import Engine, Progress
+from abcli.engine.memory import Prediction
+from abcli.engine.opening import open_engine
+from abcli.errors import PromptError, UsageError
+from abcli.generate import Generator, common_prefix
+from abcli.generate import Piece as RunningPiece
+from abcli.gguf.checked import CheckedModel
+from abcli.grammar.check import check
+from abcli.hub.locate import Fetch, locate_model
+from abcli.native.sampler import SamplerChain
+from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
+from abcli.rope.bases import asked_buckets
+from abcli.sampling import GenerationConfig, SamplingConfig, check_sampling, generation_config
+from abcli.turn import Turn
+
+# The settings of a context that `load` hands on as they are.
+_CONTEXT_SETTINGS = (
+    *("slots", "batch_size", "ubatch_size", "threads", "cache_type_k", "cache_type_v", "prefill", "engine", "force"),
+)
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    buckets: int | None = None,
+    bases: Sequence[float] = (),
+    multipliers: Sequence[float] = (),
+    spread: Spread | None = None,
+    merge: MergeRule | None = None,
+    weights: Sequence[float] = (),
+    profile: str = AUTO_PROFILE,
+    lora: Sequence[str | os.PathLike[str] | LoraConfig] = (),
+    gpu_layers: int = -1,
+    ctx_size: int = DEFAULT_CONTEXT,
+    prefill_base: float | None = None,
+    prompt_cache: bool | str | os.PathLike[str] = False,
+    chat_template: str | None = None,
+    flash_attn: FlashAttention = "auto",
+    fetch: Fetch | None = None,
+    warn: Warn = lambda _line: None,
+    **context: Any,
+) -> LLM:
+    """A loaded model: `model` is a path, a name as `abcli models` knows them, or None for the default model.
+
+    `buckets`, `bases`, `multipliers`, `spread`, `merge` and `weights` say which buckets; without any, the model's
+    profile does (`profile`: "auto", "none" or a name), else six. The other settings have the names, meanings and
+    defaults of the command line's flags: in `context` may be slots, batch_size, ubatch_size, threads, cache_type_k,
+    cache_type_v, prefill, engine and force. `fetch` gets the name of a model of the hub that is not here and returns
+    its path; without, that is an error. `warn` gets a line for what goes wrong without harm.
+
+    Raises UsageError, ModelFileError, UnsupportedModelError, ProfileError, OutOfMemoryError, NativeError, and what
+    `fetch` raises.
+    """
+    for name in context:
+        if name not in _CONTEXT_SETTINGS:
+            known = ", ".join(_CONTEXT_SETTINGS)
+            raise UsageError(f"there is no setting `{name}`", f"beside load's own: {known}", setting=name)
+    cache = prompt_cache_directory() if prompt_cache is True else Path(prompt_cache) if prompt_cache else None
+    given = any(value is not None for value in (buckets, spread, merge)) or any((bases, multipliers, weights))
+    asked = asked_buckets(buckets, bases, multipliers, spread, merge, weights) if given else None
+    return LLM(
+        prepare(
+            ModelConfig(
+                locate_model(None if model is None else os.fspath(model), fetch),
+                gpu_layers,
+                tuple(one if isinstance(one, LoraConfig) else LoraConfig(Path(one)) for one in lora),
+            ),
+            ContextConfig(context_size=ctx_size, flash_attention=flash_attn, prompt_cache=cache, **context),
+            asked,
+            prefill_base=prefill_base,
+            profile=profile,
+            warn=warn,
+        ),
+        chat_template=chat_template,
+        warn=warn,
+    )
+
+
+class LLM:
+    """A loaded model that answers, with its buckets.
+
+    Any thread may use it: while one computes, the others wait. `cancel` may be called from any thread or signal handler
+    at any time. Close it, or use it as a context manager: everything native is freed then.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        chat_template: str | None = None,
+        template_source: str | None = None,
+        warn: Warn = lambda _line: None,
+        say: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """Load the model. The chat template is the model's own, `chat_template` (a known name or a file), or a source.
+
+        `warn` gets a line for what goes wrong without harm, `say` one for what takes its time.
+
+        Raises ModelFileError, UnsupportedModelError, OutOfMemoryError and NativeError.
+        """
+        self.buckets = prepared.buckets
+        self.profile = prepared.profile
+        self._chat_template = chat_template
+        self._template_source = template_source
+        self._turn = Turn()
+        self._warn = warn
+        self._remarks: set[str] = set()
+        with ExitStack() as stack:
+            opened = stack.enter_context(open_engine(prepared.model, prepared.context, prepared.buckets, warn, say))
+            self.engine: Engine = opened.engine
+            """The engine that decodes; for what stands right above it, such as batches."""
+            self._native = opened.model
+            self.memory: Prediction = opened.memory
+            self.load_seconds = opened.load_seconds
+            self.engine_choice = opened.engine_choice
+            make_sampler = partial(SamplerChain, opened.model, context_size=opened.engine.context_size)
+            buckets = prepared.buckets
+            self.generator = stack.enter_context(
+                Generator(opened.engine, opened.model, make_sampler, buckets.merge, buckets.weights)
+            )
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything; a computation of another thread is cancelled first. A second call does nothing."""
+        self.cancel()
+        with self._turn.last():
+            self._stack.close()
+
+    def cancel(self) -> None:
+        """Make what is computed now raise CancelledError soon; without anything, do nothing."""
+        if self._turn.taken:
+            self.generator.cancel()
+
+    @property
+    def model(self) -> CheckedModel:
+        """What the model's files say."""
+        return self._native.checked
+
+    @property
+    def description(self) -> str:
+        """The model in llama.cpp's words."""
+        return self._native.description
+
+    @property
+    def bases(self) -> tuple[float, ...]:
+        """The RoPE base of each bucket."""
+        return self.engine.bases
+
+    @property
+    def context_size(self) -> int:
+        """The number of tokens that prompt and answer may have together."""
+        return self.engine.context_size
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of tokens the model knows."""
+        return self.engine.vocabulary_size
+
+    @property
+    def shares_prefill(self) -> bool:
+        """Whether long prompts are computed once for all buckets."""
+        return self.engine.sharing.shared
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template. Raises TemplateError if there is none, or if it cannot be read or compiled."""
+        if self._template_source is not None:
+            return ChatTemplate(self._template_source, self._native, self._warn)
+        return load_template(self._native, self._chat_template, self._warn)
+
+    def generate(
+        self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
+    ) -> Answer:
+        """The answer to a prompt or a conversation; see `generation_config` for the settings.
+
+        With `raw` the text is continued as it is, without a chat template. `on_progress` gets (tokens done, tokens in
+        all) while the prompt is computed. Raises PromptError, TemplateError, UsageError, GrammarError,
+        ContextFullError, CancelledError and NativeError.
+        """
+        answer: Answer | None = None
+        for piece in self.stream(prompt, raw=raw, on_progress=on_progress, **settings):
+            answer = piece.answer
+        assert answer is not None  # noqa: S101 - the last piece has it
+        return answer
+
+    def stream(
+        self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
+    ) -> Iterator[Piece]:
+        """The answer piece by piece, as `generate`; the last piece has the whole. Closing it early is allowed."""
+        tokens, config = self.prompt_tokens(prompt, raw=raw), generation_config(**settings)
+        for piece in self.decode(tokens, config, on_progress):
+            finished = piece.answer.finish_reason is not None
+            yield Piece(piece.text, finished_answer(piece.answer) if finished else None)
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        raw: bool = False,
+        on_done: Callable[[int], object] | None = None,
+        **settings: Any,
+    ) -> list[Answer]:
+        """The answers to many prompts, in their order, decoded together in as many slots as the model was loaded with.
+
+        `on_done` is called with the number of answers after each. Raises as `generate` does, for the first prompt that
+        fails; the others are given up then.
+        """
+        config = generation_config(**settings)
+        self.check(config.sampling)
+        waiting = deque((place, self.prompt_tokens(prompt, raw=raw)) for place, prompt in enumerate(prompts))
+        found: dict[int, Answer] = {}
+        places: dict[int, int] = {}
+        with self._turn.take():
+            try:
+                while waiting or places:
+                    free = [slot for slot in range(self.engine.slots) if slot not in places]
+                    while waiting and free:
+                        place, tokens = waiting.popleft()
+                        slot = self._nearest(tokens, free)
+                        free.remove(slot)
+                        places[slot] = place
+                        self.generator.start(slot, tokens, config)
+                    for piece in self.generator.step():
+                        if piece.answer.error is not None:
+                            raise piece.answer.error
+                        if piece.answer.finish_reason is not None:
+                            found[places.pop(piece.answer.slot)] = finished_answer(piece.answer)
+                            if on_done is not None:
+                                on_done(len(found))
+            finally:
+                for slot in places:
+                    self.generator.drop(slot)
+        return [found[place] for place in sorted(found)]
+
+    def chat(
+        self,
+        system: str | None = None,
+        messages: Sequence[Message | Mapping[str, Any]] = (),
+        *,
+        overflow: Overflow = "error",
+        **settings: Any,
+    ) -> Chat:
+        """A conversation that keeps what was said; its `send` answers a message.
+
+        With `overflow="shift"` the oldest turns are left out when the context is full. Raises TemplateError if the
+        model has no chat template, PromptError and UsageError.
+        """
+        chat = Chat(self, self.template, self.piece, generation_config(**settings), self.check, overflow=overflow)
+        chat.conversation.replace(as_messages(messages) if messages else [])
+        if system is not None:
+            chat.conversation.system = system
+        return chat
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """The tokens of `text`; control tokens in it are text unless `parse_special`. Raises PromptError."""
+        with self._turn.text():
+            return self._native.tokenize(text, add_special=add_special, parse_special=parse_special)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for; nothing for control tokens."""
+        if not 0 <= token < self.vocabulary_size:
+            raise PromptError(f"token {token} is not in the vocabulary", f"it ends at {self.vocabulary_size - 1}")
+        with self._turn.text():
+            return self._native.piece(token)
+
+    def prompt_tokens(self, prompt: Prompt, *, raw: bool = False, parse_special: bool = False) -> list[int]:
+        """The tokens of a prompt or conversation as the model reads them. Raises PromptError and TemplateError."""
+        if raw:
+            if not isinstance(prompt, str):
+                raise UsageError("messages cannot be continued raw", "give a text", setting="raw")
+            return self.tokenize(prompt, parse_special=parse_special)
+        messages = as_messages(prompt)
+        with self._turn.text():
+            return self.template.tokens(messages)
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """The logits (float32 [buckets, vocabulary]) after `tokens`, of which there must be one or more.
+
+        Raises ContextFullError, CancelledError and NativeError.
+        """
+        if not tokens or not all(0 <= token < self.vocabulary_size for token in tokens):
+            raise PromptError(
+                "the tokens are none, or not all in the vocabulary",
+                f"it has the tokens 0 to {self.vocabulary_size - 1}",
+            )
+        with self._turn.take():
+            slot = self._nearest(tokens, range(self.engine.slots))
+            kept = self.engine.truncate(slot, min(common_prefix(self.engine.tokens(slot), tokens), len(tokens) - 1))
+            return self.engine.prefill(slot, tokens[kept:]).copy()
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Raise UsageError for sampler settings that this model cannot have, GrammarError for a schema or grammar.
+
+        What is not enforced of a schema is a warning, once.
+        """
+        check_sampling(sampling, self.vocabulary_size)
+        for remark in check(sampling):
+            if remark not in self._remarks:
+                self._remarks.add(remark)
+                self._warn(remark)
+
+    def decode(
+        self,
+        tokens: Sequence[int],
+        config: GenerationConfig,
+        on_progress: Progress | None = None,
+        slot: int | None = None,
+    ) -> Iterator[RunningPiece]:
+        """The pieces of the answer to `tokens`, as it grows, in `slot`, or the one that holds most of them."""
+        self.check(config.sampling)
+        with self._turn.take():
+            if slot is None:
+                slot = self._nearest(tokens, range(self.engine.slots))
+            yield from self.generator.stream(slot, tokens, config, on_progress)
+
+    def held(self, slot: int) -> Sequence[int]:
+        """The tokens that the engine's slot holds."""
+        return self.engine.tokens(slot)
+
+    def _nearest(self, tokens: Sequence[int], slots: Sequence[int]) -> int:
+        """The slot that holds most of the beginning of `tokens`; of those that hold none of it, an empty one."""
+        held = {slot: self.engine.tokens(slot) for slot in slots}
+        return max(slots, key=lambda slot: (common_prefix(held[slot], tokens), -len(held[slot]), -slot))

@@ -1,0 +1,32 @@
+"""What commands want to know of this machine and of llama.cpp on it, without a model that is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from abcli.engine.memory import Prediction, Room, free_room, predict
+from abcli.engine.prompt_cache import EntrySummary, clear, entries
+from abcli.engine.workers import available_cores
+from abcli.native.crash_probe import ensure_loadable
+from abcli.native.llama import Device, devices, echo_log, version
+
+__all__ = [
+    "Device",
+    "EntrySummary",
+    "Prediction",
+    "Room",
+    "available_cores",
+    "clear",
+    "devices",
+    "ensure_loadable",
+    "entries",
+    "free_room",
+    "log_to",
+    "predict",
+    "version",
+]
+
+
+def log_to(write: Callable[[str], object] | None) -> None:
+    """Pass every piece of llama.cpp's log to `write` from now on; None stops it."""
+    echo_log(write)

@@ -1,0 +1,149 @@
+"""Functions of ggml that libllama calls, replaced by ours while somebody here needs that.
+
+libllama calls functions of other libraries through pointers in its own data. Such a pointer is replaced when the first
+user comes and put back when the last one goes. In between the replacement acts for the thread that asked for it only
+(`acting`); every other user of llama.cpp in the process gets the original function.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Protocol
+
+import llama_cpp.llama_cpp as llama
+
+from abcli.native import ggml_api as api
+from abcli.native.rotating.image import Pointer, PointerError, address_of
+
+_pointer, _int, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+# struct ggml_tensor * ggml_rope_ext(ctx, a, b, c, n_dims, mode, n_ctx_orig, freq_base, freq_scale, ext_factor,
+#     attn_factor, beta_fast, beta_slow);
+_ROPE = ctypes.CFUNCTYPE(_pointer, *[_pointer] * 4, *[_int] * 3, *[_float] * 6)
+# enum ggml_status ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph);
+_COMPUTE = ctypes.CFUNCTYPE(_int, _pointer, _pointer)
+
+
+class Actor(Protocol):
+    """Whoever acts in place of ggml's functions on its thread. What it raises must not leave the methods."""
+
+    def rope(self, original: Callable[..., int], arguments: tuple[Any, ...]) -> int:
+        """In place of `ggml_rope_ext`."""
+
+    def compute(self, original: Callable[..., int], scheduler: int, graph: int) -> int:
+        """In place of `ggml_backend_sched_graph_compute_async`."""
+
+
+_threads = threading.local()
+
+
+@contextmanager
+def acting(actor: Actor) -> Iterator[None]:
+    """Let `actor` act in place of the functions, where they are replaced, for what this thread calls in the block."""
+    previous = getattr(_threads, "actor", None)
+    _threads.actor = actor
+    try:
+        yield
+    finally:
+        _threads.actor = previous
+
+
+class Hook:
+    """One function of ggml and the pointer through which libllama calls it."""
+
+    def __init__(self, function: Any, prototype: Any, replacement: Callable[..., int]) -> None:
+        """`replacement` gets the original function and its arguments. Raises PointerError."""
+        self._pointer = Pointer(llama._lib.llama_decode, function)
+        original = prototype(self._pointer.function)
+        # Never freed: a thread may be on its way into it when the pointer is put back.
+        self._callback = prototype(lambda *arguments: replacement(original, *arguments))
+        self._address = address_of(self._callback)
+        self._users = 0
+        self._lock = threading.Lock()
+        atexit.register(self._restore)
+        if hasattr(os, "register_at_fork"):
+            # A thread that held it is not there in the child.
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    @property
+    def installed(self) -> bool:
+        """Whether libllama calls the replacement."""
+        return self._pointer.read() == self._address
+
+    def acquire(self) -> None:
+        """Replace the function, unless that is done. Raises PointerError if the system forbids it."""
+        with self._lock:
+            if self._users == 0:
+                self._pointer.write(self._address)
+            self._users += 1
+
+    def release(self) -> None:
+        """The caller of `acquire` needs it no more."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._restore()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the function replaced for the block."""
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def _restore(self) -> None:
+        if self.installed:
+            self._pointer.write(self._pointer.function)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+
+@cache
+def rope_hook() -> Hook:
+    """The hook of `ggml_rope_ext`. Raises PointerError where it cannot be had."""
+
+    def replacement(original: Callable[..., int], *arguments: Any) -> int:
+        actor: Actor | None = getattr(_threads, "actor", None)
+        return original(*arguments) if actor is None else actor.rope(original, arguments)
+
+    return Hook(api.rope, _ROPE, replacement)
+
+
+@cache
+def compute_hook() -> Hook:
+    """The hook of `ggml_backend_sched_graph_compute_async`. Raises PointerError where it cannot be had."""
+
+    def replacement(original: Callable[..., int], scheduler: int, graph: int) -> int:
+        actor: Actor | None = getattr(_threads, "actor", None)
+        return original(scheduler, graph) if actor is None else actor.compute(original, scheduler, graph)
+
+    return Hook(api.scheduler_compute, _COMPUTE, replacement)
+
+
+@cache
+def _obstacle() -> str:
+    try:
+        for hook in (rope_hook(), compute_hook()):
+            with hook.held():
+                pass
+    except PointerError as error:
+        return str(error)
+    return ""
+
+
+_first_use = threading.Lock()
+
+
+def hook_obstacle() -> str:
+    """Why libllama's calls cannot be replaced in this process; empty if they can. To be asked before they are."""
+    # Two hooks of one function, made at once by two threads, would not know of each other.
+    with _first_use:
+        return _obstacle()
