@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from abcli.gguf.cursor import ArrayValue
@@ -40,25 +41,55 @@ ROTATIONS: dict[str, Rotation] = {name: kind for kind, names in _KINDS for name 
 # Architectures which are taken for M-RoPE only where the file has sections.
 _MAYBE_SECTIONS = ("bailingmoe3", "glm4", "glm4moe", "hunyuan_vl")
 
-# Of how many layers the last one (in smallthinker the first one) sees everything, where the file has no pattern
-# (load_swa_pattern in src/models/*.cpp).
-_WINDOW_PERIODS = {
-    "afmoe": 4,
-    "cohere2": 4,
-    "exaone4": 4,
-    "gemma2": 2,
-    "gemma3": 6,
-    "gemma3n": 5,
-    "gpt-oss": 2,
-    "olmo2": 4,
-    "plamo3": 8,
-    "smallthinker": 4,
+
+@dataclass(frozen=True)
+class _Windows:
+    """Which layers of an architecture see a window if its file has no pattern (load_arch_hparams, src/models/*.cpp).
+
+    Of `period` layers one sees everything: the last, or the first with `full_first`; 0: none does; None: the file has
+    to say it. `tokens` is the window of a file without one, and of every file that has one if it is `fixed`.
+    """
+
+    period: int | None
+    full_first: bool = False
+    tokens: int = 0
+    fixed: bool = False
+
+
+# Those of the others have no effect, whatever their files say.
+_WINDOWS: dict[str, _Windows] = {
+    "afmoe": _Windows(4),
+    "cohere2": _Windows(4),
+    "cohere2moe": _Windows(4, full_first=True),
+    "deepseek4": _Windows(0),
+    "dots3note": _Windows(None),
+    "exaone-moe": _Windows(4),
+    "exaone4": _Windows(4, tokens=4096),
+    "gemma2": _Windows(2, tokens=4096),
+    "gemma3": _Windows(6),
+    "gemma3n": _Windows(5),
+    "gemma4": _Windows(None),
+    "gpt-oss": _Windows(2),
+    "granite_swa": _Windows(None),
+    "laguna": _Windows(4, full_first=True),
+    "lfm2": _Windows(0),
+    "llama4": _Windows(4, tokens=8192, fixed=True),
+    "maple": _Windows(None),
+    "mellum": _Windows(4),
+    "mimo2": _Windows(None),
+    "muse-glimmer": _Windows(4),
+    "olmo2": _Windows(4),
+    "plamo3": _Windows(8),
+    "smallthinker": _Windows(4, full_first=True, tokens=4096, fixed=True),
+    "spark2_5": _Windows(None),
+    "step35": _Windows(None),
 }
-# The base of layers with a window, where the file has none.
-WINDOW_BASES = {"gemma3": 10000.0, "gemma3n": 10000.0}
-_FULL_LAYER_FIRST = ("smallthinker",)
-# Files of these carry a window that llama.cpp does not use.
-_IGNORED_WINDOW = ("phi3",)
+# Without a key for it their files have no window.
+_OPTIONAL = ("smallthinker",)
+# exaone4 has windows only in its model of this many layers.
+_EXAONE4_LAYERS = 64
+# The base of layers with a window, where the file has none (rope_freq_base_train_swa).
+WINDOW_BASES = dict.fromkeys(("gemma3", "gemma3n", "gemma4", "mimo2", "plamo3", "step35"), 10000.0)
 
 
 def rotation(header: Header) -> Rotation:
@@ -74,20 +105,44 @@ def rotation(header: Header) -> Rotation:
     return kind
 
 
+def window_tokens(header: Header) -> int:
+    """How many of the last tokens a layer with a window sees; 0 for a model without such layers."""
+    name = header.architecture
+    said = header.integer("attention.sliding_window", -1)
+    rule = _WINDOWS.get(name)
+    if rule is None:
+        # Of an architecture that nobody here knows nothing can be ruled out.
+        return 0 if name in ROTATIONS else max(0, said)
+    if name == "exaone4" and len(header.heads) != _EXAONE4_LAYERS:
+        return 0
+    if said < 0:
+        return rule.tokens if name not in _OPTIONAL else 0
+    return rule.tokens if said and rule.fixed else said
+
+
 def window_layers(header: Header) -> tuple[bool, ...] | None:
-    """Which layers see only the last `attention.sliding_window` tokens; None where the file leaves it open.
+    """Which layers see only the last `window_tokens`; None where that cannot be told.
 
     No item is true for a model without a window.
     """
     layers = len(header.heads)
-    if header.integer("attention.sliding_window") <= 0 or header.architecture in _IGNORED_WINDOW:
+    if window_tokens(header) == 0:
         return (False,) * layers
+    rule = _WINDOWS.get(header.architecture, _Windows(None))
+    if header.architecture == "lfm2":
+        return tuple(heads > 0 for heads in header.kv_heads)
     pattern = header.get("attention.sliding_window_pattern")
-    if isinstance(pattern, ArrayValue) and pattern.element_type != "string":
+    if isinstance(pattern, ArrayValue) and pattern.element_type != "string" and rule.period != 0:
         flags = [bool(value) for value in pattern.numbers()[:layers]]
         return tuple(flags + [False] * (layers - len(flags)))
-    period = header.integer("attention.sliding_window_pattern", _WINDOW_PERIODS.get(header.architecture, 0))
-    if period <= 0:
+    period = rule.period
+    if period:
+        period = header.integer("attention.sliding_window_pattern", period)
+    if period is None or period < 0:
         return None
-    full = 0 if header.architecture in _FULL_LAYER_FIRST else period - 1
-    return tuple(layer % period != full for layer in range(layers))
+    if period == 0:
+        return (True,) * layers
+    full = 0 if rule.full_first else period - 1
+    # The layers that predict further tokens see everything.
+    own = layers - header.integer("nextn_predict_layers")
+    return tuple(layer < own and layer % period != full for layer in range(layers))

@@ -68,17 +68,19 @@ FOREIGN_ARCHITECTURES = {
     "gemma-embedding": "an encoder for embeddings",
     "llama-embed": "an encoder for embeddings",
     "t5encoder": "an encoder",
-    "t5": "an encoder-decoder model",
-    "dream": "a diffusion model, which does not write token by token",
-    "llada": "a diffusion model, which does not write token by token",
-    "llada-moe": "a diffusion model, which does not write token by token",
-    "rnd1": "a diffusion model, which does not write token by token",
     "eagle3": "a draft model for speculative decoding",
     "dflash": "a draft model for speculative decoding",
     "gemma4-assistant": "a draft model for speculative decoding",
     "wavtokenizer-dec": "a decoder for audio",
     "qwen3tts": "a speech model",
     "pockettts": "a speech model",
+}
+# Architectures whose models write text, but in another way than abcli can: what they are, and why not.
+OTHER_WRITERS = {
+    "t5": "an encoder-decoder model, whose encoder has to read the prompt first",
+    **dict.fromkeys(
+        ("dream", "llada", "llada-moe", "rnd1"), "a diffusion model, which does not write token by token but all over"
+    ),
 }
 # llama.cpp maps the file and asserts that what it maps starts at a multiple of this (TENSOR_ALIGNMENT).
 NATIVE_ALIGNMENT = 32
@@ -231,6 +233,11 @@ def check_kind_of_model(header: Header) -> None:
     if kind is None and not (isinstance(architecture, str) and ARCHITECTURE_NAME.fullmatch(architecture)):
         raise ModelFileError(
             f"{header.path} does not say which architecture it has (general.architecture)", FETCH_AGAIN
+        )
+    if kind is None and (other := OTHER_WRITERS.get(header.architecture)):
+        raise UnsupportedModelError(
+            f"{header.path} is {other}; abcli only decodes token by token",
+            "llama.cpp's own programs run it; take a model of another architecture here",
         )
     kind = kind or FOREIGN_ARCHITECTURES.get(header.architecture)
     # 1..4 are ways to pool the states of all tokens into one embedding (llama.h, llama_pooling_type).

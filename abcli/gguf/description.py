@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from abcli.gguf.architectures import WINDOW_BASES, Rotation, rotation, window_layers
+from abcli.gguf.architectures import WINDOW_BASES, Rotation, rotation, window_layers, window_tokens
 from abcli.gguf.cursor import ArrayValue
 from abcli.gguf.header import Header, TensorInfo
 from abcli.gguf.lora import Adapter
@@ -290,7 +290,7 @@ def _window(header: Header) -> Window | None:
     if layers is not None and not any(layers):
         return None
     numbers = None if layers is None else tuple(number for number, windowed in enumerate(layers) if windowed)
-    return Window(header.integer("attention.sliding_window"), numbers)
+    return Window(window_tokens(header), numbers)
 
 
 def _tokenizer(header: Header) -> Tokenizer:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from abcli.errors import GrammarError
-from abcli.grammar.gbnf_rules import TERMINAL, Rules, check_rules
+from abcli.grammar.gbnf_rules import TERMINAL, Rules, check_rules, left_recursive_rule
 
 MAX_BYTES = 1 << 20
 MAX_NESTING = 1000
@@ -75,6 +75,12 @@ def check(text: str) -> None:
     if size > MAX_BYTES:
         raise GrammarError(f"the grammar has {size:,} bytes", f"at most {MAX_BYTES:,} are allowed")
     check_rules(_Parser().parse(text))
+
+
+def reason_to_refuse(text: str) -> str | None:
+    """Why llama.cpp refuses a grammar that `check` has passed; None where that is not known."""
+    name = left_recursive_rule(_Parser().parse(text))
+    return f"the rule {name!r} begins with itself (left recursion)" if name is not None else None
 
 
 class _Parser:

@@ -96,6 +96,15 @@ def check_rules(rules: Rules) -> None:
     _check_expansions(rules, alternatives, empty, edges, starts, components, order)
 
 
+def left_recursive_rule(rules: Rules) -> str | None:
+    """The name of a rule that may begin with itself, also where that does not grow; None if there is none."""
+    alternatives = rules.defined()
+    edges, _starts = _leading_edges(alternatives, _may_be_empty(alternatives))
+    components, _order = _components([[target for target, _ in out] for out in edges])
+    found = (rule for rule, out in enumerate(edges) if any(components[target] == components[rule] for target, _ in out))
+    return next((rules.name(rule) for rule in found), None)
+
+
 def _may_be_empty(rules: list[list[list[int]]]) -> list[bool]:
     """Which rules match the empty text; linear in the size of the rules."""
     empty = [False] * len(rules)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from abcli.errors import AbcliError, GrammarError, NativeError
 from abcli.grammar import gbnf
 from abcli.grammar.constraint import Constraint, constraint_of
+from abcli.grammar.gbnf import reason_to_refuse
 from abcli.grammar.guidance import Matcher
 from abcli.native.llama import clear_log, log_tail
 from abcli.native.model import Model
@@ -237,9 +238,9 @@ class _Grammar:
             #                                                   const char * grammar_root)
             self._handle = _own(stack, llama.llama_sampler_init_grammar, model.vocabulary, text.encode(), b"root")
         except NativeError:
-            raise GrammarError(
-                f"llama.cpp refuses the grammar: {log_tail() or 'no reason given'}", "simplify the grammar"
-            ) from None
+            # llama.cpp's own words name no rule, but a number.
+            reason = reason_to_refuse(text) or log_tail() or "no reason given"
+            raise GrammarError(f"llama.cpp refuses the grammar: {reason}", "simplify the grammar") from None
 
     def allows(self, token: int) -> bool:
         """Whether the token may come next."""

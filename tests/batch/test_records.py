@@ -175,6 +175,11 @@ def test_rows_know_their_lines_and_their_faults() -> None:
         assert part in message
 
 
+def test_one_field_is_one() -> None:
+    ((_line, message),) = values(iter(TableReader(lines("a,b\nx"))))
+    assert message == "the row has 1 field, but the header 2"
+
+
 def test_large_cells_are_read() -> None:
     (record,) = TableReader(lines("a,b\n" + "x" * 300_000 + ",1\n"))
     assert isinstance(record.value, Mapping)

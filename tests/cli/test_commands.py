@@ -28,6 +28,15 @@ def test_a_command_says_in_its_help_what_the_list_says(abcli: Command, name: str
     assert name == "batch" or COMMANDS[name].help in words(own.text)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_speaks_to_people(abcli: Command, name: str) -> None:
+    text = words(abcli(name, "--help").text)
+    # Names of Python's types, and words that the parser puts between parentheses.
+    assert "list[" not in text
+    assert "[default: (" not in text
+    assert "None" not in text
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["no-such-command"], ["models", "known"]])
 def test_what_needs_no_model_loads_no_library_of_models(arguments: list[str]) -> None:
     program = (

@@ -281,7 +281,7 @@ def test_help_names_what_there_is(abcli: Command, help_texts: dict[str, str]) ->
         for flag in ("--buckets", "--bases", "--multipliers", "--spread", "--merge", "--profile", "--stats", "--help"):
             assert flag in text
         # Square brackets are also rich's markup, in which a default can disappear.
-        for default in ("(6)", "(symmetric)", "(confidence)", "(auto)", "(on a terminal)", "0.95"):
+        for default in ("6", "symmetric", "confidence", "auto", "on a terminal", "0.95"):
             assert f"[default: {default}]" in text
     for flag in ("--session", "--no-save", "--overflow"):
         assert flag in help_texts["chat"]

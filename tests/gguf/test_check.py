@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from abcli.errors import AbcliError, ModelFileError, UnsupportedModelError
 from abcli.gguf.check import check_file, split_paths
 from abcli.gguf.header import read_header
+from abcli.gguf.verification import Verification
 from tests.support.models import checked_model
 from tests.support.tiny_gguf import sentence_piece_vocabulary, write_tiny_mamba, write_tiny_model
 
@@ -232,10 +233,23 @@ def test_sound_files_that_write_no_text(tmp_path: Path, case: str) -> None:
     assert words in refused(path, UnsupportedModelError)
 
 
-@pytest.mark.parametrize("architecture", ["clip", "bert", "t5", "dream"])
+@pytest.mark.parametrize("architecture", ["clip", "bert", "t5encoder"])
 def test_architectures_that_write_no_text(tmp_path: Path, architecture: str) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", metadata={"general.architecture": architecture})
     assert "not a model that writes text" in refused(path, UnsupportedModelError)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"), [("t5", "encoder"), *[(name, "diffusion") for name in ("dream", "llada-moe", "rnd1")]]
+)
+def test_models_that_write_in_another_way_are_refused_with_the_reason(
+    tmp_path: Path, architecture: str, reason: str
+) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", metadata={"general.architecture": architecture})
+    message = refused(path, UnsupportedModelError)
+    assert reason in message
+    assert "token by token" in message
+    assert "not a model that writes text" not in message
 
 
 @pytest.mark.parametrize("name", [None, "two\nlines", "a b", "(unknown)", "a" * 65])
@@ -252,6 +266,8 @@ def test_a_file_without_weights(tmp_path: Path) -> None:
     data[8:16] = bytes(8)
     path.write_bytes(data[: data.index(first) - 8])
     assert "no weights" in refused(path, UnsupportedModelError)
+    found = {check.name: check.status for check in Verification(path).structure()}
+    assert (found["tensor types"], found["embeddings"]) == ("failed", "failed")
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,10 +21,11 @@ from abcli.config import ContextConfig
 from abcli.engine.memory import Room, predict
 from abcli.errors import AbcliError, ModelFileError
 from abcli.gguf import architectures, weights
-from abcli.gguf.architectures import ROTATIONS, window_layers
-from abcli.gguf.check import check_file
+from abcli.gguf.architectures import ROTATIONS, window_layers, window_tokens
+from abcli.gguf.check import FOREIGN_ARCHITECTURES, OTHER_WRITERS, check_file
+from abcli.gguf.cursor import ArrayValue
 from abcli.gguf.description import inspect
-from abcli.gguf.header import TENSOR_TYPES
+from abcli.gguf.header import TENSOR_TYPES, Header
 from abcli.gguf.verification import Verification, file_sha256
 from abcli.gguf.weights import scan_weights
 from scripts.fuzz_headers import mutate, seed_of
@@ -105,8 +109,110 @@ def test_windows_come_from_the_file_or_the_architecture(tmp_path: Path) -> None:
     assert window_layers(period) == (True, False, True, False)
     listed = write_tiny_model(tmp_path / "c.gguf", architecture="gemma3", layers=3, metadata={key: [False, True, True]})
     assert window_layers(check_file(listed)[0]) == (False, True, True)
-    unknown = write_tiny_model(tmp_path / "d.gguf", metadata={"llama.attention.sliding_window": 64})
-    assert window_layers(check_file(unknown)[0]) is None
+    # llama.cpp does not ask a file of this architecture for a window.
+    without = write_tiny_model(tmp_path / "d.gguf", metadata={"llama.attention.sliding_window": 64})
+    assert window_layers(check_file(without)[0]) == (False,) * 2
+
+
+def header_of(architecture: str, layers: int, window: int | None, **values: Any) -> Header:
+    """A header of an architecture, with and without the key of a window."""
+    keys = {"block_count": layers, "attention.head_count": 4, **values}
+    if window is not None:
+        keys["attention.sliding_window"] = window
+    metadata = {"general.architecture": architecture, **{f"{architecture}.{key}": keys[key] for key in keys}}
+    return Header(Path("m.gguf"), 0, 3, metadata, {}, (), 32, 0)
+
+
+ARRAY = ArrayValue("i32", 3, np.array([1, 0, 1], np.int32).tobytes())
+FULL_LAST, FULL_FIRST = "1110111011", "0111011101"
+# What load_arch_hparams in llama.cpp's src/models/*.cpp makes of 10 layers: the window, and the layers that have it.
+WINDOWS = {
+    "afmoe": (64, 64, FULL_LAST),
+    "cohere2": (64, 64, FULL_LAST),
+    "cohere2moe": (64, 64, FULL_FIRST),
+    "deepseek4": (64, 64, "1" * 10),
+    "exaone-moe": (64, 64, FULL_LAST),
+    "exaone4": (64, 0, "0" * 10),
+    "gemma2": (None, 4096, "10" * 5),
+    "gemma3": (64, 64, "1111101111"),
+    "gemma3n": (64, 64, "1111011110"),
+    "gemma4": (64, 64, None),
+    "gpt-oss": (64, 64, "10" * 5),
+    "laguna": (64, 64, FULL_FIRST),
+    "lfm2": (64, 64, "1" * 10),
+    "lfm2moe": (64, 0, "0" * 10),
+    "llama": (64, 0, "0" * 10),
+    "llama4": (None, 8192, FULL_LAST),
+    "mellum": (64, 64, FULL_LAST),
+    "muse-glimmer": (64, 64, FULL_LAST),
+    "olmo2": (64, 64, FULL_LAST),
+    "phi3": (64, 0, "0" * 10),
+    "plamo3": (64, 64, "1111111011"),
+    "smallthinker": (64, 4096, FULL_FIRST),
+    "nobody-knows": (64, 64, None),
+}
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_windows_are_those_of_llama_cpps_loaders(architecture: str) -> None:
+    said, tokens, layers = WINDOWS[architecture]
+    header = header_of(architecture, 10, said)
+    assert window_tokens(header) == tokens
+    found = window_layers(header)
+    assert (found if found is None else "".join(str(int(windowed)) for windowed in found)) == layers
+    if architecture not in ("lfm2", "deepseek4"):
+        # What the file says of its layers wins, where a window is read at all.
+        pattern = header_of(architecture, 3, said, **{"attention.sliding_window_pattern": ARRAY})
+        assert window_layers(pattern) == ((True, False, True) if tokens else (False,) * 3)
+    assert not any(window_layers(header_of(architecture, 10, 0)) or ())
+
+
+def test_windows_that_depend_on_more_than_the_architecture() -> None:
+    exaone = window_layers(header_of("exaone4", 64, None))
+    assert exaone == (True, True, True, False) * 16
+    assert window_tokens(header_of("exaone4", 64, None)) == 4096
+    assert window_tokens(header_of("llama4", 8, 64)) == 8192
+    assert window_tokens(header_of("smallthinker", 8, None)) == 0
+    # A layer without keys is recurrent.
+    lfm2 = header_of(
+        "lfm2", 3, 64, **{"attention.head_count_kv": replace(ARRAY, data=np.array([0, 2, 0], np.int32).tobytes())}
+    )
+    assert window_layers(lfm2) == (False, True, False)
+    # The last layer predicts the token after the next.
+    assert window_layers(header_of("exaone-moe", 3, 64, nextn_predict_layers=1)) == (True, True, False)
+
+
+# llama.cpp's classes of models that are called otherwise than the architecture in the file.
+CLASSES = {
+    "deepseek2-ocr": "deepseek2ocr",
+    "glm4moe": "glm4_moe",
+    "gpt-oss": "openai_moe",
+    "granitehybrid": "granite_hybrid",
+    "granitemoe": "granite_moe",
+    "graniteswitch": "granite_switch",
+    "pangu-embedded": "pangu_embed",
+}
+# They share the class of another architecture, or are no models of llama.cpp's at all.
+WITHOUT_CLASS = {"gptj", "controlvector", "imatrix"}
+
+
+NO_MODELS = {"base", "params", "quantize_params"}
+
+
+def test_every_architecture_of_llama_cpp_is_known_here() -> None:
+    """A new one has to be looked up in src/models/*.cpp: its rotation, its windows, or why it is none of ours."""
+    libraries = [
+        path for path in Path(llama_cpp.__file__).parent.rglob("libllama.*") if path.suffix in (".so", ".dylib")
+    ]
+    if not libraries:
+        pytest.skip("other compilers spell the names of types in another way")
+    # The names of types in the library, as the compiler spells them: their length, then the name.
+    found = re.findall(rb"(\d+)(llama_model_(\w+))\0", libraries[0].read_bytes())
+    classes = {name.decode() for length, whole, name in found if int(length) == len(whole)} - NO_MODELS
+    assert len(classes) > 100
+    ours = {*ROTATIONS, *FOREIGN_ARCHITECTURES, *OTHER_WRITERS} - WITHOUT_CLASS
+    assert {CLASSES.get(name, name.replace("-", "_").replace(".", "_")) for name in ours} == classes
+    assert set(architectures._WINDOWS) <= set(ROTATIONS)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])

@@ -91,6 +91,16 @@ def test_grammar_llama_cpp_alone_refuses(model):
         SamplerChain(model, replace(PLAIN, grammar='root ::= ("x"?)?*'))
 
 
+@pytest.mark.parametrize(
+    ("text", "name"), [('root ::= root | "x"', "root"), ('root ::= "y" a\na ::= b | "x"\nb ::= a', "a")]
+)
+def test_left_recursion_is_told_by_the_name_of_a_rule(model, text, name):
+    with pytest.raises(GrammarError) as caught:
+        SamplerChain(model, SamplingConfig(grammar=text))
+    assert f"the rule {name!r} begins with itself" in caught.value.message
+    assert "index" not in caught.value.message
+
+
 SCHEMA = {
     "type": "object",
     "properties": {

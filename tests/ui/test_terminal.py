@@ -172,6 +172,11 @@ def test_the_statistics_line() -> None:
     assert statistics_line(statistics, 71, 4096, 6) == f"{expected} | 6 buckets agree on 75%"
 
 
+def test_one_is_one() -> None:
+    line = statistics_line(Statistics(prompt_tokens=1, completion_tokens=1), 2, 64, 1)
+    assert line == "prompt 1 token | answer 1 token | context 2/64"
+
+
 def test_the_statistics_of_nothing() -> None:
     statistics = Statistics(prompt_tokens=3)
     assert statistics_line(statistics, 3, 64, 2) == (

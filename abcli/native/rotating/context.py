@@ -28,8 +28,8 @@ from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.graph import Observation, Observer
 from abcli.native.rotating.hook import hook_obstacle, rope_hook
 from abcli.native.rotating.keys import PROBE_POSITION, agree
-from abcli.native.rotating.tables import Layout, Tables
-from abcli.native.rotating.turning import NODES_PER_ROTATION, InGraph, Turning, marked_base
+from abcli.native.rotating.tables import NODES_PER_ROTATION, Layout, Tables
+from abcli.native.rotating.turning import InGraph, Turning, marked_base
 
 # llama.cpp's LLAMA_MAX_SEQ.
 MAX_SEQUENCES = 256
