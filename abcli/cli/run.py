@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from abcli.chat.files import decode_prompt, read_text_file
-from abcli.chat.messages import Message, Prompt
+from abcli.chat.message_format import Prompt
+from abcli.chat.messages import Message
 from abcli.cli._flags import flag
 from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
 from abcli.cli._setup import opened, prepared
