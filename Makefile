@@ -73,6 +73,8 @@ chat: ## chat with the default model, or with MODEL=FILE
 test: model ## run the tests
 	@$(VENV_PYTHON) -c 'import ray' 2>/dev/null || $(PIP_INSTALL) -c constraints.txt -e '.[ray]' || \
 	  echo "Ray cannot be installed here: the tests of abcli batch --ray will be skipped" >&2
+	@$(VENV_PYTHON) scripts/fetch_public_templates.py || \
+	  echo "the tests that read the public chat templates will be skipped" >&2
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
 check: lint format-check types layers ## lint, formatting, types and the order of the layers

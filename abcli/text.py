@@ -1,9 +1,12 @@
-"""Words that several rooms put together."""
+"""Words that several rooms put together, and how they say how far they are."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
+# Called with (what is done, how much of it, of how much).
+StageProgress = Callable[[str, int, int], None]
 _GIB = 1 << 30
 _ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|([nrt'\"\\]))")
 _CHARACTERS = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from abcli.errors import AbcliError
-from abcli.evals.report import Report, read_report
+from abcli.evals.report import EvaluationReport, read_report
 from abcli.evals.statistics import Estimate, LengthSummary, Summary
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     return 0
 
 
-def table(report: Report, found: LengthSummary, name: str) -> Iterator[str]:
+def table(report: EvaluationReport, found: LengthSummary, name: str) -> Iterator[str]:
     """The heading and the rows of one length."""
     yield f"### {report.model.name}: {report.task}, {found.length:,} tokens"
     yield ""

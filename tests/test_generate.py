@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from abcli.errors import CancelledError, ContextFullError, PromptError, UsageError
 from abcli.generate import Generator, TextStream, common_prefix
@@ -32,15 +34,36 @@ def test_an_answer_streams_and_stops_at_the_end_token() -> None:
     assert GreedySampler.opened == 0
 
 
+def test_what_is_complete_ends_without_another_step() -> None:
+    class UpToDot(GreedySampler):
+        def sample(self, logits: NDArray[np.float32]) -> int:
+            token = super().sample(logits)
+            self.finished = token == ord(".")
+            return token
+
+    engine = FakeEngine(reciting(b"So. And", len(PROMPT)))
+    with Generator(engine, ByteTokenizer(), UpToDot) as generator:
+        pieces = list(generator.stream(0, PROMPT, GenerationConfig(ignore_eos=True, max_tokens=3)))
+    assert (pieces[-1].answer.text, pieces[-1].answer.finish_reason) == ("So.", "stop")
+    assert len(pieces) == 3
+
+
 def test_characters_split_over_tokens_come_out_whole() -> None:
     text, _, pieces = answer_text(FakeEngine(reciting("né€🙂".encode(), len(PROMPT))))
     assert text == "né€🙂"
     assert "�" not in "".join(pieces)
 
 
-def test_a_broken_character_at_the_end_is_replaced() -> None:
-    text, _, _ = answer_text(FakeEngine(reciting(b"ab\xe2\x82", len(PROMPT))))
-    assert text == "ab�"
+def test_a_character_without_its_end_is_left_out() -> None:
+    text, _, pieces = answer_text(FakeEngine(reciting(b"ab\xe2\x82", len(PROMPT))))
+    assert (text, "".join(pieces)) == ("ab", "ab")
+    cut = GenerationConfig(max_tokens=6)
+    assert answer_text(FakeEngine(reciting("🙂🙂".encode(), len(PROMPT))), cut)[0] == "🙂"
+
+
+def test_bytes_that_are_no_text_are_replaced() -> None:
+    text, _, _ = answer_text(FakeEngine(reciting(b"a\xffb\xe2c", len(PROMPT))))
+    assert text == "a�b�c"
 
 
 def test_max_tokens_ends_with_length() -> None:

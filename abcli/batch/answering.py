@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from abcli.batch.cluster.driver import ClusterRun
 from abcli.batch.cluster.ray_pool import RayPool
 from abcli.batch.jobs import BadLine, Job, Result
-from abcli.batch.progress import Progress, write_results
+from abcli.batch.progress import RunProgress, write_results
 from abcli.batch.scheduler import Scheduler, StopSwitch, Totals
 from abcli.batch.slots import reuse_rule
 from abcli.batch.writing import Output
@@ -41,7 +41,7 @@ class Run:
 
     items: Iterator[Job | BadLine]
     output: Output
-    progress: Progress
+    progress: RunProgress
     totals: Totals
     fail_fast: bool
     watch: Watch

@@ -13,7 +13,7 @@ from abcli.batch.writing import Output
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run is. `total` is the number of jobs and bad lines it has to do, None if that is not known."""
 
     total: int | None
@@ -64,7 +64,7 @@ def shard_size(total: int | None, shard: tuple[int, int] | None) -> int | None:
 
 
 def left_to_do(
-    items: Iterable[Job | BadLine], is_done: Callable[[Job | BadLine], bool], progress: Progress
+    items: Iterable[Job | BadLine], is_done: Callable[[Job | BadLine], bool], progress: RunProgress
 ) -> Iterator[Job | BadLine]:
     """What of `items` has no result yet; the others are counted in `progress`."""
     for item in items:
@@ -78,7 +78,7 @@ def left_to_do(
 def write_results(
     results: Iterable[Result],
     output: Output,
-    progress: Progress,
+    progress: RunProgress,
     *,
     fail_fast: bool = False,
 ) -> bool:
@@ -108,7 +108,7 @@ class Stopwatch:
         return perf_counter() - self._begin
 
 
-def summarise(progress: Progress, totals: Totals, seconds: float, *, finished: bool) -> Summary:
+def summarise(progress: RunProgress, totals: Totals, seconds: float, *, finished: bool) -> Summary:
     """The summary of a run that took `seconds`."""
     return Summary(
         finished=finished,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from abcli.batch.cluster.pool import WorkerSetup
 from abcli.batch.jobs import BadLine, Job
-from abcli.batch.progress import Progress, left_to_do
+from abcli.batch.progress import RunProgress, left_to_do
 from abcli.batch.reading import (
     InputFormat,
     JobReader,
@@ -94,7 +94,7 @@ class Task:
             reader = stack.enter_context(self._read(output.seed))
         return output, reader
 
-    def left(self, reader: JobReader, output: Output, progress: Progress) -> Iterator[Job | BadLine]:
+    def left(self, reader: JobReader, output: Output, progress: RunProgress) -> Iterator[Job | BadLine]:
         """What of the input is this shard's and not done."""
         own: Iterable[Job | BadLine] = (item for item in reader if in_shard(item.index, self.parts.shard))
         return left_to_do(own, output.is_done, progress)

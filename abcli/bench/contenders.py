@@ -41,6 +41,10 @@ class Player(Protocol):
         """How it reads prompts, and why, in a few words."""
 
     @property
+    def turning_note(self) -> str:
+        """How rows of one batch come to have several bases; empty where they need not."""
+
+    @property
     def shares(self) -> bool:
         """Whether one bucket reads for all."""
 
@@ -69,6 +73,11 @@ class EnginePlayer:
     def prompt_note(self) -> str:
         """See `Player.prompt_note`."""
         return str(self._engine.sharing)
+
+    @property
+    def turning_note(self) -> str:
+        """See `Player.turning_note`."""
+        return self._engine.turning
 
     @property
     def shares(self) -> bool:
@@ -100,6 +109,7 @@ class RawPlayer(Owner):
     """One `llama_decode` per token for a batch of sequences under one base, without any callback."""
 
     prompt_note = "exact prefill"
+    turning_note = ""
     shares = False
 
     def __init__(self, model: Model, config: ContextConfig, count: int, text: Text) -> None:

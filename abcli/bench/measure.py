@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
@@ -14,10 +14,7 @@ from abcli.bench.resident import Memory
 from abcli.bench.rounds import Clock, Rounds, Turn, take_turns
 from abcli.bench.workshop import AutoChoice, Workshop
 from abcli.errors import AbcliError, OutOfMemoryError
-from abcli.text import counted
-
-# Called with (what is measured, turns done, turns in all) before the first turn and after each.
-Progress = Callable[[str, int, int], None]
+from abcli.text import StageProgress, counted
 
 # Enough to load what is needed for many tokens at once, where the whole prompt would take long.
 _WARM_TOKENS = 32
@@ -28,11 +25,12 @@ class Findings:
     """All that has been found out so far; an interruption leaves it sound.
 
     `rounds` are seconds per token, by number of buckets and phase. `left_out` says why a contender has no numbers,
-    `prompt_notes` how an engine reads prompts.
+    `prompt_notes` how an engine reads prompts, `turning_notes` how its rows come to have several bases.
     """
 
     rounds: dict[tuple[int, Phase], Rounds[Contender]] = field(default_factory=dict)
     prompt_notes: dict[Contender, str] = field(default_factory=dict)
+    turning_notes: dict[Contender, str] = field(default_factory=dict)
     left_out: dict[Contender, str] = field(default_factory=dict)
     memory: dict[Contender, Memory] = field(default_factory=dict)
     choices: dict[int, AutoChoice] = field(default_factory=dict)
@@ -49,7 +47,7 @@ def benchmark(
     settings: BenchSettings,
     workshop: Workshop,
     findings: Findings,
-    progress: Progress,
+    progress: StageProgress,
     clock: Clock = perf_counter,
 ) -> None:
     """Measure what `settings` ask for into `findings`.
@@ -69,7 +67,7 @@ def benchmark(
 
 class _Bench:
     def __init__(
-        self, settings: BenchSettings, workshop: Workshop, findings: Findings, progress: Progress, clock: Clock
+        self, settings: BenchSettings, workshop: Workshop, findings: Findings, progress: StageProgress, clock: Clock
     ) -> None:
         self._settings = settings
         self._workshop = workshop
@@ -141,6 +139,7 @@ class _Bench:
                 continue
             if name.kind != "raw":
                 findings.prompt_notes.setdefault(name, players[name].prompt_note)
+                findings.turning_notes.setdefault(name, players[name].turning_note)
         return players if buckets == 1 or set(players) != {ONE_BUCKET} else {}
 
     def _leave_out(self, names: Iterable[Contender], reason: str) -> None:

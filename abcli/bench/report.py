@@ -58,6 +58,7 @@ class Row:
     exact: Timing | None
     memory: Memory | None
     prompt_note: str
+    turning_note: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Circumstances:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """All of a benchmark; `complete` is false if it was interrupted or failed."""
 
     settings: BenchSettings
@@ -92,7 +93,7 @@ def make_report(
     circumstances: Circumstances,
     findings: Findings,
     bases: Callable[[int], tuple[float, ...]],
-) -> Report:
+) -> BenchReport:
     """The rows of all contenders that have numbers, in the order of the settings; `bases` are those of N buckets."""
     rows = []
     for contender in settings.contenders:
@@ -104,10 +105,11 @@ def make_report(
                     bases=() if contender.kind == "raw" else bases(contender.buckets),
                     memory=findings.memory.get(contender),
                     prompt_note=findings.prompt_notes.get(contender, ""),
+                    turning_note=findings.turning_notes.get(contender, ""),
                     **timings,
                 )
             )
-    return Report(
+    return BenchReport(
         settings,
         circumstances,
         tuple(rows),
@@ -118,7 +120,7 @@ def make_report(
     )
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: BenchReport) -> dict[str, Any]:
     """The object that `--json` prints; see docs/bench.md."""
     settings, where = report.settings, report.circumstances
     config = where.config
@@ -182,6 +184,7 @@ def _row(row: Row) -> dict[str, Any]:
         "prompt_shared": _timing_json(row.shared),
         "prompt_exact": _timing_json(row.exact),
         "prompt_note": row.prompt_note or None,
+        "turning_note": row.turning_note or None,
         "memory": memory,
     }
 

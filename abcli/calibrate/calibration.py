@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,12 @@ from abcli.evals.statistics import NATIVE, nearest_depth
 from abcli.evals.traces import Trace
 from abcli.profiles.profile import Profile
 from abcli.rope.bases import choose_bases, symmetric_multipliers
+from abcli.text import StageProgress
 
 # Multiples of the native base: the default spread, and far ends for the rule `pool` to turn against.
 GRID = (0.25, *symmetric_multipliers(DEFAULT_BUCKETS), 4.0)
 PREFILL_MULTIPLIERS = (2**-0.5, 2**0.5)
 CALIBRATED = "calibrated"
-
-# (what is being done, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class _Asked:
 
 
 def calibrate(
-    settings: CalibrationSettings, subject: Subject, on_progress: Progress = lambda _what, _done, _all: None
+    settings: CalibrationSettings, subject: Subject, on_progress: StageProgress = lambda _what, _done, _all: None
 ) -> Calibration:
     """Choose bases, merge rule and prefill base for the model of `subject`; traces that are stored are not recomputed.
 
@@ -252,7 +250,7 @@ def _try_prefills(
     questions: Questions,
     bases: Sequence[float],
     chosen: Configuration,
-    on_progress: Progress,
+    on_progress: StageProgress,
 ) -> tuple[tuple[PrefillTrial, ...], Configuration]:
     """The trials of other prefill bases, and `chosen` with the best of them if one is clearly better.
 

@@ -20,15 +20,15 @@ from abcli.atomic import write_atomically
 from abcli.batch.answering import Run
 from abcli.batch.cluster.ray_pool import RayPool
 from abcli.batch.merging import merge_outputs
-from abcli.batch.progress import Progress, Stopwatch, Summary, shard_size, summarise
+from abcli.batch.progress import RunProgress, Stopwatch, Summary, shard_size, summarise
 from abcli.batch.reading import can_be_read_again
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.batch.slots import plan_slots
 from abcli.batch.task import Task
-from abcli.cli.batch_options import ClusterOptions, InputOptions, OutputOptions
-from abcli.cli.flags import with_options
-from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
-from abcli.cli.setup import opened, prepared
+from abcli.cli._batch_options import ClusterOptions, InputOptions, OutputOptions
+from abcli.cli._flags import with_options
+from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
+from abcli.cli._setup import opened, prepared
 from abcli.errors import BatchError, CancelledError, UsageError
 from abcli.grammar.check import check
 from abcli.ui.batch import batch_progress, summary_text
@@ -84,7 +84,7 @@ def batch(
             ordered=output_options.ordered,
             restart=output_options.restart,
         )
-        progress = Progress(lines)
+        progress = RunProgress(lines)
         if output.resumed:
             terminal.note(f"continuing {destination}, which has {len(output.done):,} results")
         items = task.left(reader, output, progress)
@@ -140,7 +140,7 @@ def _split_words(words: list[str]) -> tuple[str | None, str]:
 
 @contextmanager
 def _watch(
-    terminal: Terminal, progress: Progress, totals: Totals, bar: bool, switch: StopSwitch
+    terminal: Terminal, progress: RunProgress, totals: Totals, bar: bool, switch: StopSwitch
 ) -> Iterator[Callable[[], None]]:
     """A bar, and Ctrl-C as the switch, while a batch runs."""
     with on_interrupt(switch.press), batch_progress(terminal, progress, totals, switch, bar=bar) as show:

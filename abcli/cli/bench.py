@@ -11,17 +11,18 @@ import typer
 from rich.console import Console
 
 from abcli.bench.load import OtherLoad
-from abcli.bench.measure import Findings, Progress, benchmark
+from abcli.bench.measure import Findings, benchmark
 from abcli.bench.plan import BenchSettings, EngineKind, PromptPhase
-from abcli.bench.report import Circumstances, Report, as_json, make_report
+from abcli.bench.report import BenchReport, Circumstances, as_json, make_report
 from abcli.bench.workshop import ModelWorkshop, open_workshop
-from abcli.cli.figures import FigureOptions
-from abcli.cli.flags import flag
-from abcli.cli.options import ModelOptions
+from abcli.cli._figures import FigureOptions
+from abcli.cli._flags import flag
+from abcli.cli._options import ModelOptions
 from abcli.config import DEFAULT_CONTEXT, MAX_BUCKETS, MAX_CONTEXT, ContextConfig, EngineChoice, PrefillMode
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.gguf.checked import CheckedModel, check_model
 from abcli.machine import available_cores, devices, log_to, version
+from abcli.text import StageProgress
 from abcli.ui.bench import plan_text, show_bench, speed_figure
 from abcli.ui.plots import speed_image
 from abcli.ui.progress import stage_progress
@@ -166,10 +167,10 @@ def parse_counts(text: str) -> tuple[int, ...]:
 
 def _measure(
     terminal: Terminal, model: CheckedModel, config: ContextConfig, settings: BenchSettings, *, remeasure: bool
-) -> tuple[Report | None, AbcliError | None]:
+) -> tuple[BenchReport | None, AbcliError | None]:
     """What was measured, and what ended the measurement before its end, if anything."""
     findings = Findings()
-    report: Report | None = None
+    report: BenchReport | None = None
     failure: AbcliError | None = None
     with open_workshop(model, config, settings) as workshop:
         if remeasure:
@@ -197,7 +198,7 @@ class _Stop:
         self._pressed = True
         raise KeyboardInterrupt
 
-    def checked(self, progress: Progress) -> Progress:
+    def checked(self, progress: StageProgress) -> StageProgress:
         def checked(what: str, done: int, total: int) -> None:
             if self._pressed:
                 raise KeyboardInterrupt

@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from abcli.cli.flags import flag
-from abcli.cli.options import ModelOptions
-from abcli.cli.questions import (
+from abcli.cli._flags import flag
+from abcli.cli._options import ModelOptions
+from abcli.cli._questions import (
     MAX_NUMBER,
     ResultOptions,
     check_data,
@@ -28,7 +28,7 @@ from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.report import (
     MAX_DEPTHS,
-    Report,
+    EvaluationReport,
     make_report,
     read_report,
 )
@@ -156,7 +156,7 @@ def _evaluate(
     questions: QuestionOptions,
     results: ResultOptions,
     options: ModelOptions,
-) -> Report:
+) -> EvaluationReport:
     model, config = checked_model(
         model_word,
         options,

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from abcli.cli.flags import flag
-from abcli.cli.lora import LoraFlag, parse_loras
-from abcli.cli.model_name import ModelNameOptions
+from abcli.cli._flags import flag
+from abcli.cli._lora import LoraFlag, parse_loras
+from abcli.cli._model_name import ModelNameOptions
 from abcli.config import (
     DEFAULT_BUCKETS,
     DEFAULT_CONTEXT,
@@ -37,7 +37,7 @@ from abcli.hub.locate import locate_model
 from abcli.machine import Prediction, Room, free_room, predict
 from abcli.rope.bases import resolve_buckets
 from abcli.ui.inspection import adapter_text, cost_text, inspection_text
-from abcli.ui.terminal import Terminal
+from abcli.ui.terminal import Terminal, in_flags
 
 _CONTEXT = ContextConfig()
 # A slot needs a sequence of its own and all share a spare one; llama.cpp has 256 (LLAMA_MAX_SEQ).
@@ -156,7 +156,7 @@ def _report(
             "fits": prediction.fits(room),
             "longest_context": prediction.longest_context(room),
             "most_buckets": prediction.most_buckets(room),
-            "advice": prediction.advice(room) or None,
+            "advice": in_flags(prediction.advice(room)) or None,
         },
     }
 

@@ -53,6 +53,8 @@ class Backend(Protocol):
     buckets: int
     leader: int
     sharing: Sharing
+    turning: str
+    """How rows of one batch come to have several bases, and why so; empty where they need not."""
     cancel: CancelFlag
     cell_format: tuple[str, str]
     """What bytes of cells depend on beside model, base and cache types: the rotation's scaling, and their layout."""

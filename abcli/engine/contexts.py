@@ -37,6 +37,7 @@ class ContextsBackend(Owner):
         self.plan: WorkerPlan = plan_workers(self.buckets, self._cores)
         cells = config.context_size * config.slots
         self._rope = rope_parameters(model.checked.header, neox=model.rotation == "halves", context_size=cells)
+        self.turning = ""
         self.cell_format = (repr(self._rope), version())
         with ExitStack() as stack:
 

@@ -99,6 +99,11 @@ class Engine(Owner):
         return self._backend.sharing
 
     @property
+    def turning(self) -> str:
+        """How rows of one batch come to have several bases; empty where they need not."""
+        return self._backend.turning
+
+    @property
     def least_shared(self) -> int:
         """The fewest tokens of a prompt that one bucket computes for all; 1 where each computes its own."""
         return self._least_shared if self.sharing.shared else 1

@@ -51,6 +51,7 @@ class FusedBackend(Owner):
 
             self._run(make)
             self.bases = self._context.bases
+            self.turning = self._context.turning_note
             scaling = repr([rope.parameters for rope in self._context.observation.ropes])
             self.cell_format = (scaling, f"{version()}, all layers in one cache")
             self._piece = min(self._context.batch_size, self._context.ubatch_size)
@@ -148,32 +149,22 @@ def check_servable(model: Model, config: ContextConfig, buckets: int) -> None:
     raise UnsupportedModelError(f"{model.path} ({model.architecture}) {reason}", _HINT)
 
 
-def _sharing_obstacle(model: Model, config: ContextConfig, buckets: int) -> Sharing | None:
-    """Why prompts must be computed in every bucket as far as is known beforehand; None if nothing is known."""
-    if config.prefill == "exact" or buckets == 1:
-        return Sharing(False)
-    if model.checked.header.integer(_EXPERTS_KEY):
-        # A graph that is left out leaves the choice of experts undefined, which llama.cpp reads to copy weights.
-        return Sharing(False, "the model has experts, and one batch cannot leave them out")
-    return None
-
-
 def _open(
     model: Model, config: ContextConfig, buckets: Buckets, cancel: CancelFlag
 ) -> tuple[int, FusedContext, Sharing]:
     """The leader's column, the context, and how prompts are computed."""
     bases, base, threads = buckets.bases, buckets.prefill_base, config.threads or available_cores()
-    sharing = _sharing_obstacle(model, config, len(bases))
+    exact = config.prefill == "exact" or len(bases) == 1
     extra = None
     if base not in bases:
-        base, extra = (bases[0], None) if sharing is not None else (base, base)
+        base, extra = (bases[0], None) if exact else (base, base)
     context = FusedContext(model, bases, config, base, threads, cancel, extra)
     leader = len(bases) if extra is not None else bases.index(base)
-    if sharing is not None:
-        return leader, context, sharing
+    if exact:
+        return leader, context, Sharing(False)
     with ExitStack() as stack:
         stack.push(context)
-        obstacle = context.prove_sharing(leader)
+        obstacle = _experts_obstacle(model, context) or context.prove_sharing(leader)
         if not obstacle or extra is None:
             stack.pop_all()
     if not obstacle:
@@ -181,6 +172,14 @@ def _open(
     if extra is not None:
         leader, context = 0, FusedContext(model, bases, config, bases[0], threads, cancel)
     return leader, context, Sharing(False, obstacle)
+
+
+def _experts_obstacle(model: Model, context: FusedContext) -> str:
+    """Why the choice of experts keeps a prompt from being shared; empty if it does not."""
+    if model.checked.header.integer(_EXPERTS_KEY) and not context.leaves_out_whole_graphs:
+        # What was not computed leaves the choice undefined, and llama.cpp reads it to copy weights.
+        return "the model has experts, and a graph cannot be left out as a whole"
+    return ""
 
 
 def _alike(parts: Sequence[Part], limit: int, slot_cells: int) -> Iterator[list[Part]]:

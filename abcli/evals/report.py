@@ -66,7 +66,7 @@ class RecordedQuestion:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """What was asked, of whom, and the score of every configuration on every question."""
 
     task: str
@@ -101,9 +101,9 @@ def make_report(
     data: Sequence[DataFile],
     *,
     contexts: bool = False,
-) -> Report:
+) -> EvaluationReport:
     """The report of an evaluation of `model` with these settings and data, with all contexts if `contexts`."""
-    return Report(
+    return EvaluationReport(
         task=settings.task,
         lengths=settings.lengths,
         depths=settings.depths,
@@ -158,7 +158,7 @@ def data_file(flag: str, path: Path) -> DataFile:
     return DataFile(flag, path.resolve().name, digest.hexdigest())
 
 
-def encode_report(report: Report, summaries: Sequence[LengthSummary]) -> bytes:
+def encode_report(report: EvaluationReport, summaries: Sequence[LengthSummary]) -> bytes:
     """`report` as JSON in UTF-8, with its `summaries` for whoever reads it with other tools."""
     questions = [
         {
@@ -190,12 +190,12 @@ def encode_report(report: Report, summaries: Sequence[LengthSummary]) -> bytes:
     return (json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
 
 
-def write_report(path: Path, report: Report, summaries: Sequence[LengthSummary]) -> None:
+def write_report(path: Path, report: EvaluationReport, summaries: Sequence[LengthSummary]) -> None:
     """Write `report` so that it is there whole or not at all. Raises OSError."""
     write_atomically(path, encode_report(report, summaries))
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Path) -> EvaluationReport:
     """The report in the file `path`, without its summaries. Raises EvaluationDataError."""
     try:
         with path.open("rb") as file:
@@ -206,7 +206,7 @@ def read_report(path: Path) -> Report:
     return decode_report(data, str(path))
 
 
-def decode_report(data: bytes, origin: str) -> Report:
+def decode_report(data: bytes, origin: str) -> EvaluationReport:
     """The report in `data`, without its summaries. Raises EvaluationDataError, which begins with `origin`."""
     try:
         return _decode(data)
@@ -214,7 +214,7 @@ def decode_report(data: bytes, origin: str) -> Report:
         raise EvaluationDataError(f"{origin} {error}", _HINT) from None
 
 
-def _decode(data: bytes) -> Report:
+def _decode(data: bytes) -> EvaluationReport:
     if len(data) > MAX_BYTES:
         raise _DamageError(f"is larger than {MAX_BYTES:,} bytes")
     try:
@@ -236,7 +236,7 @@ def _decode(data: bytes) -> Report:
     if not items:
         raise _DamageError("is damaged: it has no questions")
     contexts = _object(values, "contexts")
-    return Report(
+    return EvaluationReport(
         task=_text(values, "task"),
         lengths=tuple(_whole({"lengths": item}, "lengths", 1) for item in _list(values, "lengths")),
         depths=_whole(values, "depths", 1, MAX_DEPTHS),

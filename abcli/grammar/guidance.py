@@ -36,6 +36,8 @@ KEPT = 64
 WHITE_SPACE = r"\x20{1,2}|\x0D?\x0A[\x20\x09]{0,40}"
 # Without u: \u0061 would name the property "a" and not be taken for it.
 _ESCAPES = 'nrbtf"\\'
+# Bytes that have to be a token each, or what a grammar wants next could not be written.
+_NEEDED = range(0x20, 0x7F)
 _LOCATING_SECONDS = 0.5
 _stack_lock = threading.Lock()
 _Result = TypeVar("_Result")
@@ -244,9 +246,12 @@ class Matchers:
     def __init__(self, vocabulary: Vocabulary, name: str) -> None:
         """`name` is the model's, for messages. Raises UnsupportedModelError for a vocabulary that cannot be used."""
         guidance = _llguidance()
-        if not vocabulary.ends:
+        present = set(vocabulary.tokens)
+        missing = next((chr(byte) for byte in _NEEDED if bytes([byte]) not in present), None)
+        if missing is not None or not vocabulary.ends:
+            what = "that ends an answer" if missing is None else f"for {missing!r}"
             raise UnsupportedModelError(
-                f"{name} cannot give structured answers: its vocabulary has no token that ends an answer",
+                f"{name} cannot give structured answers: its vocabulary has no token {what}",
                 "use another file of the model",
             )
         try:

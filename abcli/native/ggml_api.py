@@ -91,12 +91,8 @@ copy = ggml_function("ggml_cpy", _pointer, _pointer, _pointer, _pointer)
 multiply = ggml_function("ggml_mul", _pointer, _pointer, _pointer, _pointer)
 # struct ggml_tensor * ggml_add(ctx, a, b);
 add = ggml_function("ggml_add", _pointer, _pointer, _pointer, _pointer)
-# struct ggml_tensor * ggml_roll(ctx, a, int shift0, int shift1, int shift2, int shift3);
-roll = ggml_function("ggml_roll", _pointer, _pointer, _pointer, *[_int] * 4)
 # struct ggml_tensor * ggml_reshape_3d(ctx, a, ne0, ne1, ne2);
 reshape_3d = ggml_function("ggml_reshape_3d", _pointer, _pointer, _pointer, *[_int64] * 3)
-# struct ggml_tensor * ggml_reshape_4d(ctx, a, ne0, ne1, ne2, ne3);
-reshape_4d = ggml_function("ggml_reshape_4d", _pointer, _pointer, _pointer, *[_int64] * 4)
 # size_t ggml_used_mem(const struct ggml_context * ctx);
 used_memory = ggml_function("ggml_used_mem", _size, _pointer)
 # size_t ggml_get_mem_size(const struct ggml_context * ctx);

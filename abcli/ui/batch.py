@@ -9,7 +9,7 @@ from time import perf_counter
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from abcli.batch.progress import Progress, Summary
+from abcli.batch.progress import RunProgress, Summary
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.text import counted
 from abcli.ui.progress import TimeLeft, time_text
@@ -24,7 +24,7 @@ Clock = Callable[[], float]
 @contextmanager
 def batch_progress(
     terminal: Terminal,
-    progress: Progress,
+    progress: RunProgress,
     totals: Totals,
     switch: StopSwitch,
     *,
@@ -76,7 +76,7 @@ def batch_progress(
         yield update
 
 
-def progress_text(progress: Progress, tokens: int, seconds: float, seconds_left: float | None) -> str:
+def progress_text(progress: RunProgress, tokens: int, seconds: float, seconds_left: float | None) -> str:
     """E.g. "120 of 1,000 lines, 85.3 tokens/s, 2 errors, about 12 min left"."""
     total = f" of {progress.total:,}" if progress.total is not None else ""
     of_one = (progress.done if progress.total is None else progress.total) == 1

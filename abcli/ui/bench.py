@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from abcli.bench.plan import ONE_BUCKET, BenchSettings, Contender, Phase
-from abcli.bench.report import Report, Row, Timing
+from abcli.bench.report import BenchReport, Row, Timing
 from abcli.bench.resident import Memory
 from abcli.bench.rounds import Spread
 from abcli.bench.workshop import AutoChoice
@@ -38,7 +38,7 @@ def plan_text(settings: BenchSettings, threads: int) -> str:
     return f"measuring {', '.join(parts)}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def show_bench(console: Console, report: Report) -> None:
+def show_bench(console: Console, report: BenchReport) -> None:
     """Print the tables, what "auto" takes, what is left out, and how far the numbers can be trusted."""
     settings, where = report.settings, report.circumstances
     devices = _listed(f"{name} ({text})" if text else name for name, text in where.devices)
@@ -108,7 +108,7 @@ def memory_text(memory: Memory | None) -> str:
     return f"{gibibytes(memory.resident)}{device}"
 
 
-def remarks(report: Report) -> Iterator[str]:
+def remarks(report: BenchReport) -> Iterator[str]:
     """What the tables do not say, a line each."""
     yield from _memory_lines(report)
     for buckets, choice in report.choices:
@@ -119,6 +119,8 @@ def remarks(report: Report) -> Iterator[str]:
     for row in report.rows:
         if row.contender.buckets > 1 and row.prompt_note.startswith("exact prefill: "):
             yield f"{row.contender.name}: {one_line(row.prompt_note)}"
+    for note in dict.fromkeys(row.turning_note for row in report.rows if row.turning_note):
+        yield f"fused: {one_line(note)}"
     if uneven := max(_uneven(report), default=None):
         yield (
             f"the rounds differ much, by up to {uneven[0]:.0%} ({uneven[1]}): something else ran, or the machine slows "
@@ -134,7 +136,7 @@ def remarks(report: Report) -> Iterator[str]:
         yield "not complete: what is shown was measured before it ended"
 
 
-def speed_figure(report: Report) -> SpeedPlot:
+def speed_figure(report: BenchReport) -> SpeedPlot:
     """What a figure file shows: speeds, and times relative to one bucket, by the number of buckets."""
     panels: list[SpeedPanel] = []
     tokens = report.settings.prompt_tokens
@@ -171,7 +173,7 @@ def _plotted(row: Row, phase: Phase) -> Timing | None:
     return row.exact
 
 
-def _memory_lines(report: Report) -> Iterator[str]:
+def _memory_lines(report: BenchReport) -> Iterator[str]:
     memories = [row.memory for row in report.rows if row.memory is not None]
     if not memories:
         return
@@ -190,7 +192,7 @@ def _choice_line(buckets: int, choice: AutoChoice) -> str:
     return f"{counted(buckets, 'bucket')}: --engine auto takes {choice.engine} ({one_line(choice.reason)}{remembered})"
 
 
-def _doubt(report: Report, buckets: int, choice: AutoChoice) -> Iterator[str]:
+def _doubt(report: BenchReport, buckets: int, choice: AutoChoice) -> Iterator[str]:
     """A remark if a remembered choice contradicts what was measured now."""
     times: dict[str, float] = {
         row.contender.kind: Spread.of(row.decode.seconds).median
@@ -216,7 +218,7 @@ def _left_out_lines(left_out: Sequence[tuple[Contender, str]]) -> Iterator[str]:
         yield f"left out: {who}: {one_line(reason)}"
 
 
-def _uneven(report: Report) -> Iterator[tuple[float, str]]:
+def _uneven(report: BenchReport) -> Iterator[tuple[float, str]]:
     """The width of the middle half as a share of the median where it is large, and whose it is."""
     for row in report.rows:
         timings: dict[str, Timing | None] = {

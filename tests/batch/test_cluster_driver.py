@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abcli.batch.cluster.driver import MOST_FAILURES, ClusterRun
-from abcli.batch.cluster.pool import Died, Event, Joined, Refused, Report
+from abcli.batch.cluster.pool import Died, Event, Joined, Refused, WorkerReport
 from abcli.batch.jobs import BadLine, Job, Result
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.chat.messages import Message
@@ -83,7 +83,7 @@ class FakePool:
         totals.completion_tokens += 3 * len(done)
         totals.answered += len(done)
         copy = Totals(completion_tokens=totals.completion_tokens, answered=totals.answered)
-        self.events.append(Report(worker, [result(item) for item in done], copy, ended=stop and not has))
+        self.events.append(WorkerReport(worker, [result(item) for item in done], copy, ended=stop and not has))
 
     def wait(self, seconds: float) -> Sequence[Event]:
         # One worker has at most one event: it is asked again only after the last answer.

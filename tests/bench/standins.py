@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from abcli.bench.measure import Findings
 from abcli.bench.plan import BenchSettings, Contender, EngineKind, PromptPhase
-from abcli.bench.report import Circumstances, Report, make_report
+from abcli.bench.report import BenchReport, Circumstances, make_report
 from abcli.bench.resident import Memory
 from abcli.bench.workshop import AutoChoice
 from abcli.config import ContextConfig
@@ -41,6 +41,7 @@ class FakePlayer:
         self._settings = workshop.settings
         self.shares = prompts == "shared" and contender.kind != "raw" and contender.buckets > 1
         self.shares = self.shares and contender not in workshop.not_sharing
+        self.turning_note = "rows are turned somehow" if contender.kind == "fused" and contender.buckets > 1 else ""
         self.prompt_note = "shared prefill" if self.shares else "exact prefill: there is a reason"
         self.held = 0
 
@@ -119,7 +120,7 @@ class FakeWorkshop:
         return AutoChoice("fused", "it is faster") if len(seconds) == 2 else None
 
 
-def report_of(findings: Findings, settings: BenchSettings = SETTINGS) -> Report:
+def report_of(findings: Findings, settings: BenchSettings = SETTINGS) -> BenchReport:
     """The report of what was found, on some machine."""
     where = Circumstances(
         "model.gguf", "llama 1M", "0123", "llama.cpp", (("CPU", "a processor"),), 2, -1, ContextConfig()

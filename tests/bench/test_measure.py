@@ -9,12 +9,12 @@ import pytest
 
 from abcli.bench.measure import Findings, benchmark
 from abcli.bench.plan import ONE_BUCKET, BenchSettings, Contender
-from abcli.bench.report import Report, Row, as_json
+from abcli.bench.report import BenchReport, Row, as_json
 from abcli.errors import NativeError, OutOfMemoryError, UnsupportedModelError
 from tests.bench.standins import SETTINGS, FakeWorkshop, report_of, seconds_per_token
 
 
-def run(workshop: FakeWorkshop, settings: BenchSettings = SETTINGS) -> Report:
+def run(workshop: FakeWorkshop, settings: BenchSettings = SETTINGS) -> BenchReport:
     """The report of a benchmark that may end early."""
     findings = Findings()
     try:
@@ -25,7 +25,7 @@ def run(workshop: FakeWorkshop, settings: BenchSettings = SETTINGS) -> Report:
     return report_of(findings, settings)
 
 
-def row(report: Report, buckets: int, kind: Any) -> Row:
+def row(report: BenchReport, buckets: int, kind: Any) -> Row:
     """The row of a contender."""
     return next(row for row in report.rows if row.contender == Contender(buckets, kind))
 
@@ -69,6 +69,7 @@ def test_prompts_are_shared_and_exact_in_fewer_rounds() -> None:
             assert found.shared.ratio.median == pytest.approx(1)
             assert found.exact.ratio.median == pytest.approx(buckets)
             assert found.prompt_note == "shared prefill"
+            assert found.turning_note == ("rows are turned somehow" if kind == "fused" else "")
         raw = row(report, buckets, "raw")
         assert raw.shared is None
         assert raw.exact is not None
@@ -210,7 +211,17 @@ def test_the_object_is_as_documented() -> None:
     ]
     last = found["rows"][-1]
     assert set(last) == {
-        *("buckets", "engine", "bases", "decode", "prompt_shared", "prompt_exact", "prompt_note", "memory")
+        *(
+            "buckets",
+            "engine",
+            "bases",
+            "decode",
+            "prompt_shared",
+            "prompt_exact",
+            "prompt_note",
+            "turning_note",
+            "memory",
+        )
     }
     assert (last["buckets"], last["engine"]) == (3, "fused")
     assert last["decode"] == {

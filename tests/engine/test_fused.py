@@ -27,7 +27,7 @@ from abcli.native.sampler import SamplerChain
 from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.engines import computed, contexts_engine, fused_engine, stepped
 from tests.support.models import open_model, set_up
-from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
+from tests.support.tiny_gguf import write_tiny_experts, write_tiny_mamba, write_tiny_model
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
 TOKENS = [index * 7 % 250 for index in range(300)]
@@ -96,7 +96,7 @@ def lengths(engine: Engine, slot: int = 0) -> set[int]:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     obstacle = "" if request.param == "in the graph" else "for the test"
     monkeypatch.setattr(context_module, "hook_obstacle", lambda: obstacle)
-    return "inside llama.cpp's graph" if not obstacle else "by callback (for the test)"
+    return "inside llama.cpp's graph" if not obstacle else "by callback: for the test"
 
 
 @pytest.mark.parametrize("attention", ["on", "off"])
@@ -108,7 +108,7 @@ def test_each_bucket_computes_what_a_context_of_its_own_computes(
     # On a CPU flash attention works with queries in half precision.
     tolerance = 1e-5 if attention == "on" else 1e-7
     with contexts_engine(model, *settings) as reference, fused_engine(model, *settings) as engine:
-        assert engine._backend._context.turning_note == f"rows turned {way}"
+        assert engine._backend._context.turning_note == f"rows are turned {way}"
         assert engine.sharing == reference.sharing
         for start, end, stop in ((0, 130, 140), (140, 200, 210)):
             assert_equal(engine.prefill(0, TOKENS[start:end]), reference.prefill(0, TOKENS[start:end]), tolerance)
@@ -142,6 +142,23 @@ def test_quantised_caches_are_computed_exactly_and_say_so(tmp_path: Path) -> Non
             found = divergence(reference.prefill(0, TOKENS[:100]), engine.prefill(0, TOKENS[:100]))
             assert found.max() < 1e-2
             assert divergence(stepped(reference, {0: 5})[0], stepped(engine, {0: 5})[0]).max() < 1e-2
+
+
+def test_prompts_of_models_with_experts_are_shared_where_graphs_are_left_out_as_a_whole(
+    tmp_path: Path, way: str
+) -> None:
+    settings = config(prefill="auto")
+    with (
+        open_model(write_tiny_experts(tmp_path / "model.gguf")) as model,
+        contexts_engine(model, *settings) as reference,
+        fused_engine(model, *settings) as engine,
+    ):
+        assert engine.sharing.shared == way.startswith("inside")
+        if engine.sharing.shared:
+            assert_equal(engine.prefill(0, TOKENS[:100]), reference.prefill(0, TOKENS[:100]))
+            assert_equal(stepped(engine, {0: 3}), stepped(reference, {0: 3}))
+        else:
+            assert "has experts" in engine.sharing.reason
 
 
 def test_greedy_texts_are_the_same(tiny: Model) -> None:

@@ -88,6 +88,7 @@ with Model(check_model(ModelConfig(path, layers))) as model:
             found += [divergence(both[0][slot], both[1][slot]) for slot in (0, 1)]
             result[prefill] = {"note": str(engine.sharing), "divergence": max(found)}
             opened = engine._backend._context.devices.opened
+            result["turning"] = engine.turning
             result["kinds"] = sorted("cpu" if device.is_cpu else "other" for device in opened)
     result["sound"] = verify_fused(model, replace(config, slots=1), buckets.bases).sound
 print(json.dumps(result))
@@ -126,6 +127,7 @@ def test_fused_equals_contexts_on_another_device(
     result = json.loads(answer.stdout.splitlines()[-1])
     assert any(name.startswith("RPC") for name in result["devices"])
     assert result["kinds"] == kinds
+    assert result["turning"] == "rows are turned inside llama.cpp's graph"
     assert result["sound"]
     for prefill in ("exact", "shared"):
         assert result[prefill]["note"].startswith(prefill)

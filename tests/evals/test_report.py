@@ -16,8 +16,8 @@ from abcli.errors import EvaluationDataError
 from abcli.evals.configurations import Configuration
 from abcli.evals.questions import Question
 from abcli.evals.report import (
+    EvaluationReport,
     RecordedModel,
-    Report,
     data_file,
     decode_report,
     encode_report,
@@ -47,10 +47,10 @@ def question(number: int, length: int = 1024) -> Question:
     )
 
 
-def made_up(scores: dict[str, tuple[Score, ...]] | None = None, **changes: Any) -> Report:
+def made_up(scores: dict[str, tuple[Score, ...]] | None = None, **changes: Any) -> EvaluationReport:
     """A report of two configurations on eight questions at each of two lengths."""
     questions = tuple(record(question(number, length)) for length in (512, 1024) for number in range(8))
-    report = Report(
+    report = EvaluationReport(
         task="kv",
         lengths=(512, 1024),
         depths=5,
@@ -70,7 +70,7 @@ def made_up(scores: dict[str, tuple[Score, ...]] | None = None, **changes: Any) 
     return replace(report, **changes)
 
 
-def written(report: Report, path: Path) -> Path:
+def written(report: EvaluationReport, path: Path) -> Path:
     write_report(path, report, report.summaries())
     return path
 

@@ -43,6 +43,7 @@ class FakeBackend:
         self.buckets = len(bases)
         self.bases = (*bases, *([] if leader is None else [leader]))
         self.leader = 0 if leader is None else self.buckets
+        self.turning = ""
         self.sharing = Sharing(shared, "as asked for" if shared else "")
         self.cancel = CancelFlag()
         self.cell_format = ("none", "lists")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 
-from abcli.batch.progress import Progress, Summary, shard_size, summarise
+from abcli.batch.progress import RunProgress, Summary, shard_size, summarise
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.ui.batch import batch_progress, progress_text, summary_text
 from abcli.ui.terminal import Terminal
@@ -20,7 +20,7 @@ class Clock:
 
 def test_one_line_a_minute_where_nobody_watches() -> None:
     clock, errors = Clock(), io.StringIO()
-    progress, totals = Progress(400), Totals()
+    progress, totals = RunProgress(400), Totals()
     switch = StopSwitch(lambda: None)
     with batch_progress(Terminal(io.StringIO(), errors), progress, totals, switch, bar=True, clock=clock) as show:
         for _ in range(150):
@@ -37,7 +37,7 @@ def test_one_line_a_minute_where_nobody_watches() -> None:
 def test_the_stop_is_told_once() -> None:
     errors = io.StringIO()
     switch = StopSwitch(lambda: None)
-    with batch_progress(Terminal(io.StringIO(), errors), Progress(None), Totals(), switch, bar=False) as show:
+    with batch_progress(Terminal(io.StringIO(), errors), RunProgress(None), Totals(), switch, bar=False) as show:
         show()
         switch.press()
         show()
@@ -46,14 +46,14 @@ def test_the_stop_is_told_once() -> None:
 
 
 def test_what_is_not_known_is_not_said() -> None:
-    assert progress_text(Progress(None, written=3), 0, 0.0, None) == "3 lines, 0 errors"
-    assert progress_text(Progress(4, skipped=1, written=2, errors=1), 30, 2.0, 90.0) == (
+    assert progress_text(RunProgress(None, written=3), 0, 0.0, None) == "3 lines, 0 errors"
+    assert progress_text(RunProgress(4, skipped=1, written=2, errors=1), 30, 2.0, 90.0) == (
         "3 of 4 lines, 15.0 tokens/s, 1 error, about 1 min left"
     )
 
 
 def summary(**changes: int) -> Summary:
-    progress = Progress(12, written=10, errors=2)
+    progress = RunProgress(12, written=10, errors=2)
     totals = Totals(prompt_tokens=2000, completion_tokens=400)
     for name, value in changes.items():
         setattr(progress if hasattr(progress, name) else totals, name, value)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from abcli.bench.measure import Findings, benchmark
 from abcli.bench.plan import BenchSettings, Contender
-from abcli.bench.report import Report, Row, Timing
+from abcli.bench.report import BenchReport, Row, Timing
 from abcli.bench.resident import Memory
 from abcli.bench.workshop import AutoChoice
 from abcli.ui.bench import memory_text, plan_text, remarks, show_bench, speed_figure
@@ -21,7 +21,7 @@ from tests.bench.standins import SETTINGS, FakeWorkshop, report_of
 Image = pytest.importorskip("PIL.Image")
 
 
-def report(settings: BenchSettings = SETTINGS, workshop: FakeWorkshop | None = None) -> Report:
+def report(settings: BenchSettings = SETTINGS, workshop: FakeWorkshop | None = None) -> BenchReport:
     """What contenders that take a known time give."""
     findings = Findings()
     workshop = workshop or FakeWorkshop(settings)
@@ -29,7 +29,7 @@ def report(settings: BenchSettings = SETTINGS, workshop: FakeWorkshop | None = N
     return report_of(findings, settings)
 
 
-def shown(found: Report, width: int = 80) -> list[str]:
+def shown(found: BenchReport, width: int = 80) -> list[str]:
     """What is printed, line by line."""
     stream = io.StringIO()
     show_bench(Console(file=stream, width=width, highlight=False, emoji=False), found)
@@ -89,15 +89,15 @@ def timing(*seconds: float) -> Timing:
     return Timing(seconds, seconds, seconds)
 
 
-def with_rows(*found: Row, choice: AutoChoice | None = None) -> Report:
+def with_rows(*found: Row, choice: AutoChoice | None = None) -> BenchReport:
     """A report of these rows."""
     empty = report_of(Findings(complete=True))
     return replace(empty, rows=found, choices=() if choice is None else ((2, choice),))
 
 
-def row(kind: str, *seconds: float) -> Row:
+def row(kind: str, *seconds: float, note: str = "") -> Row:
     """A row of two buckets that decoded in these times."""
-    return Row(Contender(2, kind), (), timing(*seconds), None, None, None, "")  # type: ignore[arg-type]
+    return Row(Contender(2, kind), (), timing(*seconds), None, None, None, "", note)  # type: ignore[arg-type]
 
 
 def test_rounds_that_differ_are_remarked_on() -> None:
@@ -105,6 +105,11 @@ def test_rounds_that_differ_are_remarked_on() -> None:
     (line,) = remarks(with_rows(row("contexts", 1.0, 1.2, 1.1, 1.15), row("fused", 1.0, 2.0, 1.5, 1.0)))
     assert line.startswith("the rounds differ much, by up to ")
     assert "(fused, 2 buckets, decoding)" in line
+
+
+def test_how_rows_are_turned_is_said_once() -> None:
+    rows = (row("fused", 1.0, note="rows are turned by callback: a reason"), row("contexts", 1.0))
+    assert list(remarks(with_rows(*rows, rows[0]))) == ["fused: rows are turned by callback: a reason"]
 
 
 def test_other_programs_that_ran_meanwhile_are_remarked_on() -> None:

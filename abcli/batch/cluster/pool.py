@@ -44,7 +44,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Report:
+class WorkerReport:
     """What a worker has done since its last one."""
 
     worker: int
@@ -71,7 +71,7 @@ class Refused:
     error: AbcliError
 
 
-Event: TypeAlias = Joined | Report | Died | Refused
+Event: TypeAlias = Joined | WorkerReport | Died | Refused
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Pool(Protocol):
         """Begin to make a worker, in the place of one that died; Joined, Died or Refused follows."""
 
     def exchange(self, worker: int, jobs: Sequence[Job], *, stop: bool) -> None:
-        """Give a worker jobs, and ask for what it has done; Report or Died follows, after a moment at the latest.
+        """Give a worker jobs, and ask for what it has done; WorkerReport or Died follows, after a moment at the latest.
 
         With `stop` it finishes what it has begun, and drops the rest.
         """

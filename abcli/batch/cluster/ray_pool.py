@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from abcli.batch.cluster.placement import Node, Place, place_workers
-from abcli.batch.cluster.pool import Died, Done, Event, Joined, Opened, Refusal, Refused, Report, WorkerSetup
+from abcli.batch.cluster.pool import Died, Done, Event, Joined, Opened, Refusal, Refused, WorkerReport, WorkerSetup
 from abcli.batch.cluster.worker import Worker
 from abcli.batch.jobs import Job
 from abcli.batch.sidecar import describe_versions, find_differences
@@ -136,7 +136,7 @@ class RayPool:
         return Joined(worker, answer.slots, f"on {host}: {answer.plan}", answer.warnings)
 
     def _done(self, worker: int, answer: Done) -> Iterator[Event]:
-        yield Report(worker, answer.results, answer.totals, answer.ended)
+        yield WorkerReport(worker, answer.results, answer.totals, answer.ended)
         if answer.failure:
             self._end(worker)
             yield Died(worker, answer.failure)

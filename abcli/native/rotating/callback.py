@@ -19,8 +19,8 @@ from abcli.native.ggml_api import TensorStruct
 from abcli.native.owner import Owner
 from abcli.native.rotating.devices import DeviceGraph, Devices
 from abcli.native.rotating.graph import rope_node
-from abcli.native.rotating.tables import Rotation, Tables
-from abcli.native.rotating.turning import NODES_PER_ROTATION, Failure, Visit, marked_base
+from abcli.native.rotating.tables import NODES_PER_ROTATION, Rotation, Tables
+from abcli.native.rotating.turning import Failure, Visit, marked_base
 
 # bool (*ggml_backend_sched_eval_callback)(struct ggml_tensor * t, bool ask, void * user_data);
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -77,16 +77,21 @@ class DeviceCache:
         """The number of layers whose keys follow the base."""
         return sum(self._rope(keys) is not None for keys in self._keys.values())
 
-    def give(self, source: int, target: int, where: Range, old: float, new: float) -> None:
-        """Copy a range from sequence `source`, under base `old`, to `target`, its keys turned to base `new`.
+    def give(self, source: int, base: float, targets: Mapping[int, float], where: Range) -> None:
+        """Copy a range from sequence `source`, under `base`, to each of `targets`, its keys turned to their base.
 
-        Both sequences hold the range in the same cells; the devices' positions are set. Raises NativeError.
+        All of them hold the range in the same cells; the devices' positions are set. One graph does it on each device.
+        Raises NativeError.
         """
 
         def build(context: int, device: Device, layers: Sequence[int]) -> list[int]:
-            return self._copies(context, device, layers, (source, target), where, (old, new))
+            return [
+                result
+                for target, new in targets.items()
+                for result in self._copies(context, device, layers, (source, target), where, (base, new))
+            ]
 
-        self._on_each_device(build)
+        self._on_each_device(build, _TENSORS_PER_LAYER * len(targets))
 
     def turned(
         self, layer: int, key: NDArray[np.float32], position: int, bases: tuple[float, float]
@@ -177,7 +182,8 @@ class DeviceCache:
         """The rotation that keys of this layer take part in, None if they do not follow the base."""
         return self._ropes[keys.rope] if keys.rope in self._follows and keys.rope is not None else None
 
-    def _on_each_device(self, build: Callable[[int, Device, Sequence[int]], list[int]]) -> None:
+    def _on_each_device(self, build: Callable[[int, Device, Sequence[int]], list[int]], tensors: int) -> None:
+        """Compute what `build` makes of the layers of each device, at most `tensors` tensors for each layer."""
         layers: dict[int, tuple[Device, list[int]]] = {}
         for layer, keys in self._keys.items():
             device = self._devices.of(TensorStruct.from_address(keys.pointer))
@@ -186,7 +192,7 @@ class DeviceCache:
             for device, chosen in layers.values():
                 graph = DeviceGraph(
                     device.backend,
-                    _TENSORS_PER_LAYER * len(chosen) + 8,
+                    tensors * len(chosen) + 8,
                     lambda context, device=device, chosen=chosen: build(context, device, chosen),  # type: ignore[misc]
                 )
                 stack.enter_context(graph).compute()

@@ -28,8 +28,8 @@ from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.graph import Observation, Observer
 from abcli.native.rotating.hook import hook_obstacle, rope_hook
 from abcli.native.rotating.keys import PROBE_POSITION, agree
-from abcli.native.rotating.tables import Layout, Tables
-from abcli.native.rotating.turning import NODES_PER_ROTATION, InGraph, Turning, marked_base
+from abcli.native.rotating.tables import NODES_PER_ROTATION, Layout, Tables
+from abcli.native.rotating.turning import InGraph, Turning, marked_base
 
 # llama.cpp's LLAMA_MAX_SEQ.
 MAX_SEQUENCES = 256
@@ -104,8 +104,10 @@ class FusedContext(Sequences):
                 self.close()
                 self._open(model, parameters, base, cancel, obstacle)
             stack.pop_all()
-        where = f"by callback ({obstacle})" if obstacle else "inside llama.cpp's graph"
-        self.turning_note = f"rows turned {where}" if turns else "nothing to turn"
+        # Whether what only needs cells computes nothing at all, or the first node of a graph.
+        self.leaves_out_whole_graphs = not obstacle
+        where = f"by callback: {obstacle}" if obstacle else "inside llama.cpp's graph"
+        self.turning_note = f"rows are turned {where}" if turns else ""
 
     def _open(self, model: Model, parameters: Any, base: float, cancel: CancelFlag, obstacle: str) -> None:
         """Make the context; `obstacle` says why rows cannot be turned inside the graph."""
@@ -160,8 +162,7 @@ class FusedContext(Sequences):
         if turned or careful:
             positions = np.array([part.position + index for part in batch for index in tokens], np.int32)
         if turned and self._tables is not None:
-            # What is computed may still read the tables.
-            llama.llama_synchronize(self._handle)
+            self._synchronize()
             bases = tuple(self.bases[column] for column in columns)
             self._tables.fill(Layout(bases, len(parts), len(tokens)), positions)
         if careful:
@@ -203,9 +204,7 @@ class FusedContext(Sequences):
         for target in targets:
             self.reserve(slot, target, position, tokens)
         where = Range(position, len(tokens), position)
-        self._prepare_cells(where)
-        for target in targets:
-            self._give(slot, source, target, where)
+        self._give(slot, source, targets, where)
 
     def prove_sharing(self, source: int) -> str:
         """Why `share` from column `source` would not give llama.cpp's own keys; empty if it does.
@@ -225,8 +224,7 @@ class FusedContext(Sequences):
             self.truncate(self.sequence(0, target), 0)
             self.compute([part], [source], None)
             self.reserve(0, target, where.start, part.tokens)
-            self._prepare_cells(where)
-            self._give(0, source, target, where)
+            self._give(0, source, [target], where)
             found = self.keys_at(target, 0)
         finally:
             for column in (source, target):
@@ -243,6 +241,7 @@ class FusedContext(Sequences):
 
     def read_cells(self, slot: int, column: int, start: int, end: int) -> NDArray[np.uint8]:
         """The keys and values of the tokens start to end as bytes for `write_cells`, in the form of a state."""
+        self._synchronize()
         return self._cells.read(self.sequence(slot, column), Range(start, end - start, start))
 
     def write_cells(self, slot: int, column: int, start: int, tokens: Sequence[int], data: NDArray[np.uint8]) -> None:
@@ -253,17 +252,16 @@ class FusedContext(Sequences):
         self.reserve(slot, column, start, tokens)
         self._cells.write(self.sequence(slot, column), Range(start, len(tokens), start), data)
 
-    def _prepare_cells(self, where: Range) -> None:
-        llama.llama_synchronize(self._handle)
+    def _give(self, slot: int, source: int, targets: Sequence[int], where: Range) -> None:
+        self._synchronize()
         positions = np.arange(where.start, where.start + where.count, dtype=np.int32)
         self.devices.prepare(positions, self._threads)
-
-    def _give(self, slot: int, source: int, target: int, where: Range) -> None:
-        old, new = self.sequence(slot, source), self.sequence(slot, target)
-        self._cells.give(old, new, where, self.bases[source], self.bases[target])
+        bases = {self.sequence(slot, target): self.bases[target] for target in targets}
+        self._cells.give(self.sequence(slot, source), self.bases[source], bases, where)
 
     def keys_at(self, column: int, cell: int) -> dict[int, NDArray[np.float32]]:
         """The keys (float32 [numbers]) of one cell of slot 0 in each layer whose keys are f32 or f16."""
+        self._synchronize()
         return {
             layer: self._cells.key_row(self.sequence(0, column), layer, cell) for layer in self._cells.readable_layers
         }
@@ -282,6 +280,10 @@ class FusedContext(Sequences):
         """
         turns = any(self.bases[column] != self.base for column in columns)
         return len(columns) * tokens if turns else 0
+
+    def _synchronize(self) -> None:
+        """Wait for what a device still computes: it may read the tables of angles and write cells."""
+        llama.llama_synchronize(self._handle)
 
     def _observe(self) -> Observation:
         """The graph of one token, in a sequence whose rows are not turned."""

@@ -1,13 +1,12 @@
 """Cosines and sines of the angles by which each row of a batch is turned on, where llama.cpp computes the rows.
 
-A row that RoPE has turned by its context's base b0 becomes that of base b by turning pair i on by
-p * (theta_i(b) - theta_i(b0)): with C and S the cosines and sines of that angle, x' = C * x + S * swap(x), where swap
-exchanges the two numbers of each pair and S has a minus sign at the first of them.
+A row x that RoPE has turned by its context's base b0 becomes that of base b by turning pair i on by
+p * (theta_i(b) - theta_i(b0)): x' = cos * x + sin * quarter(x), where quarter turns every pair by 90 degrees. ggml's
+own rotation does that, by the same angle for all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import llama_cpp.llama_cpp as llama
@@ -20,6 +19,8 @@ from abcli.native.ggml_api import TensorStruct
 from abcli.native.rotating.devices import ALIGNMENT, Device, Devices
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 
+# A rotation, two products, a sum and two views.
+NODES_PER_ROTATION = 6
 # More steps than this lie nowhere between a rotation and the weights that its numbers come from.
 _MAX_STEPS = 16
 
@@ -45,13 +46,8 @@ class Rotation:
     parameters: RopeParameters
     width: int
 
-    @property
-    def parts(self) -> int:
-        """How many tables it takes: two, or three where no one `roll` exchanges the numbers of all pairs."""
-        return 3 if self.parameters.neox and self.width % self.parameters.dimensions else 2
-
     def fill(self, out: NDArray[np.float32], angles: NDArray[np.float64]) -> None:
-        """Write the tables of `angles` [rows, pairs] to `out` [parts, rows, width], which held 1 and 0 at first."""
+        """Write cosines and sines of `angles` [rows, pairs] to `out` [2, rows, width], which held 1 and 0 at first."""
         dimensions = self.parameters.dimensions
         half = dimensions // 2
         first, second = (
@@ -59,32 +55,24 @@ class Rotation:
             if self.parameters.neox
             else (slice(0, dimensions, 2), slice(1, dimensions, 2))
         )
-        out[0][:, first] = out[0][:, second] = np.cos(angles)
-        out[1][:, second] = sines = np.sin(angles)
-        np.negative(sines, out[-1][:, first], casting="same_kind")
+        for table, numbers in zip(out, (np.cos(angles), np.sin(angles)), strict=True):
+            table[:, first] = table[:, second] = numbers
 
-    def turn(self, context: int, rows: int, tables: Sequence[int]) -> int:
-        """The tensor f32 [width, heads, rows] `rows`, turned by `tables` f32 [width, 1, rows]."""
-        result = api.multiply(context, rows, tables[0])
-        for swapped, table in zip(self._swapped(context, rows), tables[1:], strict=True):
-            result = api.add(context, result, api.multiply(context, swapped, table))
-        return int(result)
+    def turn(self, context: int, rows: int, cosines: int, sines: int, one: int) -> int:
+        """The tensor f32 [width, heads, rows] `rows`, turned by the tables f32 [width, 1, rows].
 
-    def _swapped(self, context: int, rows: int) -> list[int]:
-        """`rows` with the numbers of each pair exchanged; with three tables second to first, and first to second."""
+        `one` is a tensor i32 [1] that holds 1. It takes `NODES_PER_ROTATION` nodes.
+        """
         _, heads, count, _ = TensorStruct.from_address(rows).ne
-        dimensions = self.parameters.dimensions
-        half = dimensions // 2
-        if self.parts == 3:
-            return [api.roll(context, rows, shift, 0, 0, 0) for shift in (half, self.width - half)]
-        if not self.parameters.neox:
-            shape, shifts = (2, self.width // 2, heads, count), (1, 0, 0, 0)
-        elif dimensions == self.width:
-            return [api.roll(context, rows, half, 0, 0, 0)]
-        else:
-            shape, shifts = (half, 2, self.width // dimensions, heads * count), (0, 1, 0, 0)
-        swapped = api.roll(context, api.reshape_4d(context, rows, *shape), *shifts)
-        return [api.reshape_3d(context, swapped, self.width, heads, count)]
+        mode = api.MODE_NEOX if self.parameters.neox else api.MODE_NORMAL
+        # All rows stand at one position here: its cosines are computed once.
+        flat = api.reshape_3d(context, rows, self.width, heads * count, 1)
+        quarter = api.rope(
+            context, flat, one, None, self.parameters.dimensions, mode, 0, 1.0, np.pi / 2, 0.0, 1.0, 0.0, 0.0
+        )
+        quarter = api.reshape_3d(context, quarter, self.width, heads, count)
+        along = api.multiply(context, rows, cosines)
+        return int(api.add(context, along, api.multiply(context, quarter, sines)))
 
 
 class _Table:
@@ -93,37 +81,39 @@ class _Table:
     def __init__(self, device: Device, rotation: Rotation, capacity: int) -> None:
         self.rotation = rotation
         self._device = device
-        size = rotation.parts * self._step(capacity)
+        size = 2 * self._step(capacity)
         self._buffer = device.memory(size)
         self._whole = device.tensor(llama.GGML_TYPE_F32, (size // 4, 1, 1), self._buffer)
-        self._tensors: dict[int, tuple[int, ...]] = {}
+        self._tensors: dict[int, tuple[int, int]] = {}
         # What is uploaded, and the numbers of the tables in it; for `_rows` rows.
         self._rows = 0
         self._host: NDArray[np.float32] = np.empty(0, np.float32)
         self._numbers: NDArray[np.float32] = np.empty(0, np.float32)
 
-    def tensors(self, rows: int) -> tuple[int, ...]:
-        """Tensors f32 [width, 1, rows] over the tables of so many rows."""
+    def tensors(self, rows: int) -> tuple[int, int]:
+        """Tensors f32 [width, 1, rows] over the cosines and the sines of so many rows."""
         if rows not in self._tensors:
             shape = (self.rotation.width, 1, rows)
-            offsets = [part * self._step(rows) for part in range(self.rotation.parts)]
-            made = [self._device.tensor(llama.GGML_TYPE_F32, shape, self._buffer, offset) for offset in offsets]
-            self._tensors[rows] = tuple(made)
+            cosines, sines = (
+                self._device.tensor(llama.GGML_TYPE_F32, shape, self._buffer, offset)
+                for offset in (0, self._step(rows))
+            )
+            self._tensors[rows] = cosines, sines
         return self._tensors[rows]
 
     def upload(self, angles: NDArray[np.float64]) -> None:
         """Fill the tables with what belongs to `angles` [rows, pairs]."""
-        rows, width, parts = len(angles), self.rotation.width, self.rotation.parts
+        rows, width = len(angles), self.rotation.width
         if rows != self._rows:
             self._rows = rows
-            self._host = np.zeros((parts, self._step(rows) // 4), np.float32)
-            self._numbers = self._host[:, : rows * width].reshape(parts, rows, width)
+            self._host = np.zeros((2, self._step(rows) // 4), np.float32)
+            self._numbers = self._host[:, : rows * width].reshape(2, rows, width)
             self._numbers[0] = 1.0
         self.rotation.fill(self._numbers, angles)
         api.tensor_set(self._whole, self._host.ctypes.data, 0, self._host.nbytes)
 
     def _step(self, rows: int) -> int:
-        """The bytes from one of the tables to the next."""
+        """The bytes from the cosines to the sines."""
         return -(-rows * 4 * self.rotation.width // ALIGNMENT) * ALIGNMENT
 
 
@@ -154,7 +144,7 @@ class Tables:
         if table is None:
             table = self._tables[device, rotation] = _Table(device, rotation, self._capacity)
             table.upload(self._angles(rotation))
-        return rotation.turn(context, rows, table.tensors(count))
+        return rotation.turn(context, rows, *table.tensors(count), device.one)
 
     def fill(self, layout: Layout, positions: NDArray[np.int32]) -> None:
         """Say what the rows of the next batch are; `positions` int32 [rows] is where they stand."""

@@ -23,9 +23,6 @@ from abcli.native.rotating.graph import rope_node
 from abcli.native.rotating.hook import acting, compute_hook, rope_hook
 from abcli.native.rotating.tables import Rotation, Tables, weights_of
 
-# Multiply, roll, multiply and add, and two views; three tables take seven operations.
-NODES_PER_ROTATION = 7
-
 # GGML_STATUS_FAILED
 _STATUS_FAILED = -1
 

@@ -186,25 +186,25 @@ def test_a_wrong_turn_inside_the_graph_falls_back_to_the_callback(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with fused(model) as context:
-        assert context.turning_note == "rows turned inside llama.cpp's graph"
+        assert context.turning_note == "rows are turned inside llama.cpp's graph"
         right = logits_of(context, TOKENS).copy()
     turned = InGraph._turned
     monkeypatch.setattr(InGraph, "_turned", lambda self, *_: turned(self, *_) and _[1])
     with fused(model) as context:
-        assert "by callback (the keys of layer 0 came out wrong" in context.turning_note
+        assert "by callback: the keys of layer 0 came out wrong" in context.turning_note
         np.testing.assert_allclose(logits_of(context, TOKENS), right, atol=1e-4)
 
 
 def test_a_graph_without_room_falls_back_to_the_callback(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context_module, "NODES_PER_ROTATION", 10_000)
     with fused(model) as context:
-        assert "by callback (llama.cpp's graph has room for" in context.turning_note
+        assert "by callback: llama.cpp's graph has room for" in context.turning_note
     assert not rope_hook().installed
 
 
 def test_one_base_is_plain_llama_cpp(model: Model) -> None:
     with FusedContext(model, BASES[1:2], config(), 10_000.0, 2, CancelFlag()) as context:
-        assert context.turning_note == "nothing to turn"
+        assert context.turning_note == ""
         assert not rope_hook().installed
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from abcli.cli.options import ModelOptions, ProfiledBucketOptions
+from abcli.cli._options import ModelOptions, ProfiledBucketOptions
 from abcli.llm import LLM
 from abcli.machine import log_to
 from abcli.prepare import AUTO_PROFILE, Prepared, prepare
@@ -59,7 +59,8 @@ def opened(terminal: Terminal, found: Prepared, options: ModelOptions) -> Iterat
         if options.verbose:
             bases = ", ".join(f"{base:g}" for base in llm.bases)
             terminal.note(f"{llm.description}; bases {bases}; merge {llm.buckets.merge}; {llm.engine.sharing}")
-            terminal.note(f"engine {llm.engine_choice.kind}: {llm.engine_choice.reason}")
+            turning = f"; {llm.engine.turning}" if llm.engine.turning else ""
+            terminal.note(f"engine {llm.engine_choice.kind}: {llm.engine_choice.reason}{turning}")
         if found.context.prefill == "shared" and len(llm.bases) > 1 and not llm.shares_prefill:
             terminal.warn(f"--prefill shared is not possible: {llm.engine.sharing}")
         yield llm

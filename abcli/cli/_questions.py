@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar
 from rich.console import Console
 
 from abcli.chat.known_templates import KNOWN_TEMPLATES
-from abcli.cli.figures import check_destination
-from abcli.cli.flags import flag
-from abcli.cli.options import ModelOptions
+from abcli.cli._figures import check_destination
+from abcli.cli._flags import flag
+from abcli.cli._options import ModelOptions
 from abcli.config import DEFAULT_CONTEXT, ContextConfig
 from abcli.errors import UsageError
 from abcli.evals.model_under_test import Subject
-from abcli.evals.report import DataFile, RecordedModel, Report, data_file, encode_report, write_report
+from abcli.evals.report import DataFile, EvaluationReport, RecordedModel, data_file, encode_report, write_report
 from abcli.evals.runner import NEEDS_DATA, EvaluationSettings
 from abcli.evals.statistics import LengthSummary
 from abcli.gguf.checked import CheckedModel, check_model
@@ -119,7 +119,7 @@ def data_files(settings: EvaluationSettings, chat_template: str | None) -> list[
     return data
 
 
-def deliver(terminal: Terminal, report: Report, options: ResultOptions) -> None:
+def deliver(terminal: Terminal, report: EvaluationReport, options: ResultOptions) -> None:
     """Write the report and the figures that are asked for, then show the result on standard output."""
     with terminal.working("resampling"):
         summaries = report.summaries()
@@ -136,7 +136,7 @@ def deliver(terminal: Terminal, report: Report, options: ResultOptions) -> None:
     _show(terminal, report, summaries, plot=terminal.output_is_terminal if options.plot is None else options.plot)
 
 
-def _show(terminal: Terminal, report: Report, summaries: Sequence[LengthSummary], *, plot: bool) -> None:
+def _show(terminal: Terminal, report: EvaluationReport, summaries: Sequence[LengthSummary], *, plot: bool) -> None:
     settings: dict[str, Any] = {} if terminal.output_is_terminal else {"width": _PLAIN_WIDTH}
     console = Console(file=terminal.output, highlight=False, emoji=False, **settings)
     unicode = (terminal.output.encoding or "").lower().startswith("utf")
