@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ACCEL ?=
 MODEL ?=
-BUCKETS ?= 6
+BUCKETS ?=
 ARGS ?=
 
 VENV := .venv
@@ -33,7 +33,7 @@ help: ## show this list
 	@echo "variables:"
 	@echo "  PYTHON=python3.12    the Python to make the environment with (3.10 or newer)"
 	@echo "  ACCEL=cuda,rpc       cpu, blas, cuda, hip, metal, rpc, sycl, vulkan; kept until another is given"
-	@echo "  MODEL=FILE BUCKETS=6 for make chat"
+	@echo "  MODEL=FILE BUCKETS=6 for make chat, else as abcli chat takes them"
 	@echo "  ARGS='...'           handed on by chat, test and bench"
 
 setup: $(STAMP) ## make .venv with everything in it; the first time builds llama.cpp (minutes)
@@ -67,12 +67,14 @@ else
 chat: $(STAMP)
 endif
 chat: ## chat with the default model, or with MODEL=FILE
-	@$(VENV)/bin/abcli chat $(if $(MODEL),"$(MODEL)") --buckets $(BUCKETS) $(ARGS)
+	@$(VENV_PYTHON) scripts/at_the_terminal.py $(VENV)/bin/abcli chat $(if $(MODEL),"$(MODEL)") $(if $(BUCKETS),--buckets $(BUCKETS)) $(ARGS)
 
 # Ray is large and not to be had everywhere; where it is missing the tests that need it are skipped, and say so.
 test: model ## run the tests
 	@$(VENV_PYTHON) -c 'import ray' 2>/dev/null || $(PIP_INSTALL) -c constraints.txt -e '.[ray]' || \
 	  echo "Ray cannot be installed here: the tests of abcli batch --ray will be skipped" >&2
+	@$(VENV_PYTHON) scripts/fetch_public_templates.py || \
+	  echo "the tests that read the public chat templates will be skipped" >&2
 	@$(VENV_PYTHON) -m pytest $(ARGS)
 
 check: lint format-check types layers ## lint, formatting, types and the order of the layers

@@ -101,7 +101,10 @@ class Piece:
 
 
 class TextStream:
-    """Bytes in, text out: decodes UTF-8 across tokens and holds back what may become a stop string."""
+    """Bytes in, text out: decodes UTF-8 across tokens and holds back what may become a stop string.
+
+    A character of which the end never comes is left out; bytes that cannot be UTF-8 become U+FFFD.
+    """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         """`stop` lists the strings that end the text; they are not part of it."""
@@ -116,7 +119,7 @@ class TextStream:
         """The text that is certain after `data`; with `final`, all of it. Empty once `stopped`."""
         if self.stopped:
             return ""
-        self._held += self._decode(data, final)
+        self._held += self._decode(data)
         found = [index for index in (self._held.find(text) for text in self._stop) if index >= 0]
         if found:
             self.stopped = True

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from abcli.answer import Answer, Piece, finished_answer
 from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
-from abcli.chat.messages import Message, Prompt, as_messages
+from abcli.chat.message_format import Prompt, as_messages
+from abcli.chat.messages import Message
 from abcli.chat.template import ChatTemplate, load_template
 from abcli.config import (
     DEFAULT_CONTEXT,
@@ -204,8 +205,8 @@ class LLM:
     def template(self) -> ChatTemplate:
         """The chat template. Raises TemplateError if there is none, or if it cannot be read or compiled."""
         if self._template_source is not None:
-            return ChatTemplate(self._template_source, self._native)
-        return load_template(self._native, self._chat_template)
+            return ChatTemplate(self._template_source, self._native, self._warn)
+        return load_template(self._native, self._chat_template, self._warn)
 
     def generate(
         self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +16,8 @@ from abcli.errors import NativeError, UsageError
 
 # One block of the exponentials of all buckets; with the logits it comes from it fits a 512 KiB L2 cache.
 _BLOCK_BYTES = 224 * 1024
+# Fewer numbers than this are done by one thread before another has woken up.
+_NUMBERS_PER_THREAD = 100_000
 # Below this share of a block's largest probability float32 sums lose digits: redo these in log space.
 _SMALLEST_SHARE = np.float32(1e-30)
 # exp() of this is 0 in float32; keeps 0 * -inf out of the entropy.
@@ -49,20 +54,26 @@ class Merger:
     """Merges steps of one shape, `[buckets, vocabulary]`, with buffers that are allocated once.
 
     The exponentials are computed block by block with the block's own maximum as offset (pass 1); once the
-    whole row is known they are scaled and combined (pass 2). Not for use by two threads at a time.
+    whole row is known they are scaled and combined (pass 2). Blocks are independent: several threads compute
+    the same numbers as one. Not for use by two callers at a time.
     """
 
-    def __init__(self, buckets: int, vocabulary: int) -> None:
-        """Allocate the buffers: 4 bytes for each of buckets x vocabulary, and a little more."""
+    def __init__(self, buckets: int, vocabulary: int, threads: int = 1) -> None:
+        """Allocate the buffers: 4 bytes for each of buckets x vocabulary, and a little more.
+
+        At most `threads` threads compute, and fewer where a share would be too small to be worth one.
+        """
         if buckets < 1 or vocabulary < 1:
             raise UsageError(f"cannot merge {buckets} buckets of {vocabulary} tokens", "both must be positive")
         self.shape = (buckets, vocabulary)
         width = min(vocabulary, max(1024, _BLOCK_BYTES // (4 * buckets) // 16 * 16))
         self._blocks = [slice(low, min(low + width, vocabulary)) for low in range(0, vocabulary, width)]
+        self._threads = max(1, min(threads, buckets * vocabulary // _NUMBERS_PER_THREAD, len(self._blocks)))
         # A block is contiguous: rows a power of two apart would fight for the same cache lines.
         self._exponentials = [np.empty((buckets, b.stop - b.start), np.float32) for b in self._blocks]
-        self._differences = np.empty((buckets, width), np.float32)
-        self._lowest = np.empty(width, np.float32)
+        # Room for what a thread computes in between.
+        self._differences = np.empty((self._threads, buckets, width), np.float32)
+        self._lowest = np.empty((self._threads, width), np.float32)
         self._log_probabilities = np.empty(vocabulary, np.float32)
         self._logits = np.empty(vocabulary, np.float32)
         # Per bucket and block: offset of the exponentials, their sum, and sum(exponential * difference).
@@ -90,7 +101,7 @@ class Merger:
                 f"cannot merge {logits.dtype} logits of shape {logits.shape}",
                 f"float32 logits of shape {self.shape} are needed",
             )
-        with np.errstate(all="ignore"):  # log(0) and exp(-large) are wanted here
+        with np.errstate(all="ignore"):
             self._exponentiate(logits, with_moments=rule == "entropy")
             peaks, normalizers = self._normalize()
             weights = self._weigh(rule, peaks, normalizers)
@@ -98,19 +109,38 @@ class Merger:
                 weights = np.array(pool_weights, np.float64)
             return self._finish(logits, rule, weights, normalizers)
 
+    def _each_block(self, work: Callable[[int, int], None]) -> None:
+        """Call `work(block, thread)` for every block."""
+
+        def share(thread: int) -> None:
+            with np.errstate(all="ignore"):  # log(0) and exp(-large) are wanted; each thread has a state of its own
+                for block in range(thread, len(self._blocks), self._threads):
+                    work(block, thread)
+
+        futures = [_pool().submit(share, thread) for thread in range(1, self._threads)]
+        try:
+            share(0)
+        finally:
+            # Nobody may use the buffers before all have ended, whatever was raised here.
+            wait(futures)
+        for future in futures:
+            future.result()
+
     def _exponentiate(self, logits: NDArray[np.float32], *, with_moments: bool) -> None:
-        for index, block in enumerate(self._blocks):
-            values, exponentials = logits[:, block], self._exponentials[index]
+        def work(index: int, thread: int) -> None:
+            values, exponentials = logits[:, self._blocks[index]], self._exponentials[index]
             peaks = values.max(axis=1)  # hands a NaN on
             self._offsets[:, index] = peaks
             np.subtract(values, np.where(peaks == -np.inf, 0, peaks)[:, None], out=exponentials)
             if with_moments:
-                differences = self._differences[:, : exponentials.shape[1]]
+                differences = self._differences[thread, :, : exponentials.shape[1]]
                 np.maximum(exponentials, _NEGLIGIBLE, out=differences)
             np.exp(exponentials, out=exponentials)
             self._sums[:, index] = exponentials.sum(axis=1)
             if with_moments:
                 self._moments[:, index] = np.einsum("jx,jx->j", exponentials, differences)
+
+        self._each_block(work)
 
     def _normalize(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Largest logit and logsumexp of each bucket, from the blocks."""
@@ -186,21 +216,36 @@ class Merger:
         ceilings = log_scales.max(axis=0)
         scales = np.exp(log_scales - ceilings).astype(np.float32)
         factors = weights.astype(np.float32)
-        agreement = 0.0
-        for index, block in enumerate(self._blocks):
+        agreements = np.empty(len(self._blocks))
+
+        def work(index: int, thread: int) -> None:
+            block = self._blocks[index]
             shares = self._exponentials[index]
             np.multiply(shares, scales[:, index, None], out=shares)
-            lowest = np.minimum.reduce(shares, axis=0, out=self._lowest[: shares.shape[1]])
-            agreement += float(lowest.sum()) * float(np.exp(ceilings[index]))
+            lowest = np.minimum.reduce(shares, axis=0, out=self._lowest[thread, : shares.shape[1]])
+            agreements[index] = float(lowest.sum()) * float(np.exp(ceilings[index]))
             if not mix:
-                continue
+                return
             mixture = np.matmul(factors, shares, out=self._log_probabilities[block])
             tiny = np.flatnonzero(mixture < _SMALLEST_SHARE) if mixture.min() < _SMALLEST_SHARE else ()
             np.log(mixture, out=mixture)
             np.add(mixture, np.float32(ceilings[index]), out=mixture)
             if len(tiny):
                 mixture[tiny] = _mix_in_log_space(logits[:, block][:, tiny], weights, normalizers)
-        return min(agreement, 1.0)
+
+        self._each_block(work)
+        return min(float(agreements.sum()), 1.0)
+
+
+@cache
+def _pool() -> Executor:
+    """Threads for the shares of all mergers; they live as long as the process."""
+    return ThreadPoolExecutor(thread_name_prefix="abcli-merge")
+
+
+if hasattr(os, "register_at_fork"):
+    # A child has none of its parent's threads.
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def merge_kept(

@@ -54,9 +54,16 @@ def test_characters_split_over_tokens_come_out_whole() -> None:
     assert "�" not in "".join(pieces)
 
 
-def test_a_broken_character_at_the_end_is_replaced() -> None:
-    text, _, _ = answer_text(FakeEngine(reciting(b"ab\xe2\x82", len(PROMPT))))
-    assert text == "ab�"
+def test_a_character_without_its_end_is_left_out() -> None:
+    text, _, pieces = answer_text(FakeEngine(reciting(b"ab\xe2\x82", len(PROMPT))))
+    assert (text, "".join(pieces)) == ("ab", "ab")
+    cut = GenerationConfig(max_tokens=6)
+    assert answer_text(FakeEngine(reciting("🙂🙂".encode(), len(PROMPT))), cut)[0] == "🙂"
+
+
+def test_bytes_that_are_no_text_are_replaced() -> None:
+    text, _, _ = answer_text(FakeEngine(reciting(b"a\xffb\xe2c", len(PROMPT))))
+    assert text == "a�b�c"
 
 
 def test_max_tokens_ends_with_length() -> None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from abcli.chat.messages import ROLES, Message, Role
+from abcli.chat.message_format import given, read_messages, read_text, shown
+from abcli.chat.messages import Message
 from abcli.errors import AbcliError, PromptError
 from abcli.grammar.constraint import KINDS
 from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig, check_sampling
@@ -60,7 +61,7 @@ def find_identifier(record: Mapping[str, Any], name: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise PromptError(f"{name} is {_shown(value)}", "make it a text or a whole number")
+        raise PromptError(f"{name} is {shown(value)}", "make it a text or a whole number")
     return _text(value, name) if isinstance(value, str) else str(value)
 
 
@@ -92,7 +93,7 @@ def openai_request(record: Mapping[str, Any], generation: GenerationConfig, voca
     for name, neutral in _NEUTRAL.items():
         # For Python, not for JSON, 1 is true.
         if name in body and (body[name] != neutral or type(body[name]) is not type(neutral)):
-            raise PromptError(f"{name} is {_shown(body[name])}, which is not possible here", f"leave {name} out")
+            raise PromptError(f"{name} is {shown(body[name])}, which is not possible here", f"leave {name} out")
     extra = {"model": _text(body["model"], "model")} if "model" in body else {}
     settings = {key: value for key, value in body.items() if key not in ("model", "messages", *_IGNORED, *_NEUTRAL)}
     limits = [settings.pop(name) for name in ("max_tokens", "max_completion_tokens") if name in settings]
@@ -115,12 +116,12 @@ def _openai_body(record: Mapping[str, Any]) -> dict[str, Any]:
         raise PromptError("the request has no custom_id", _NO_REQUEST)
     for name, only in (("method", "POST"), ("url", OPENAI_URL)):
         if record.get(name, only) != only:
-            raise PromptError(f"{name} is {_shown(record[name])}", f"only {only} is possible")
-    _refuse_unknown(_given(record), ("custom_id", "method", "url", "body"), _NO_REQUEST)
+            raise PromptError(f"{name} is {shown(record[name])}", f"only {only} is possible")
+    _refuse_unknown(given(record), ("custom_id", "method", "url", "body"), _NO_REQUEST)
     body = record.get("body")
     if not isinstance(body, dict) or body.get("messages") is None:
         raise PromptError(f"the request has no {'messages' if isinstance(body, dict) else 'body'}", _NO_REQUEST)
-    return _given(body)
+    return given(body)
 
 
 def with_shared_text(messages: Sequence[Message], context: str, system: str | None) -> tuple[Message, ...]:
@@ -144,7 +145,7 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
     """`base` with the line's settings, checked as those of the command line are."""
     sampling: dict[str, Any] = {}
     answer: dict[str, Any] = {}
-    for name, value in _given(settings).items():
+    for name, value in given(settings).items():
         if name == "ignore_eos":
             answer[name] = _simple(value, name, bool)
         elif name == "stop":
@@ -186,35 +187,12 @@ def _check(sampling: SamplingConfig, vocabulary_size: int) -> None:
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise PromptError(f"messages is {_shown(value)}", _NO_PROMPT)
-    return tuple(_message(item, number) for number, item in enumerate(value, 1))
-
-
-def _message(value: Any, number: int) -> Message:
-    if not isinstance(value, dict):
-        raise PromptError(f"message {number} is {_shown(value)}", 'write {"role": "user", "content": "..."}')
-    # The system's messages are called the developer's by newer models.
-    spelled = "system" if value.get("role") == "developer" else value.get("role")
-    role: Role | None = next((role for role in ROLES if role == spelled), None)
-    if role is None:
-        raise PromptError(
-            f"message {number} has the role {_shown(value.get('role'))}", f"use one of {', '.join(ROLES)}"
-        )
-    _refuse_unknown(
-        _given(value), ("role", "content", "refusal", "name"), f"message {number} may have role and content"
-    )
-    content = value.get("content")
-    if isinstance(content, list):
-        content = "\n".join(_part(part, number) for part in content)
-    return Message(role, _text(content, f"the content of message {number}"))
-
-
-def _part(value: Any, number: int) -> str:
-    if not isinstance(value, dict) or value.get("type") != "text":
-        kind = value.get("type") if isinstance(value, dict) else value
-        raise PromptError(f"message {number} has a part of type {_shown(kind)}", "only text can be read")
-    return _text(value.get("text"), f"a part of message {number}")
+    messages = []
+    for number, message in enumerate(read_messages(value), 1):
+        others = message.reasoning_content + message.name + "".join(call.name for call in message.tool_calls)
+        _text(others, f"message {number}")
+        messages.append(replace(message, content=_text(message.content, f"the content of message {number}")))
+    return tuple(messages)
 
 
 def _response_schema(value: Any) -> Any:
@@ -226,7 +204,7 @@ def _response_schema(value: Any) -> Any:
     outer = value.get("json_schema") if kind == "json_schema" else None
     if not isinstance(outer, dict) or not isinstance(outer.get("schema"), dict):
         raise PromptError(
-            f"response_format is {_shown(value)}", 'use {"type": "json_schema", "json_schema": {"schema": {...}}}'
+            f"response_format is {shown(value)}", 'use {"type": "json_schema", "json_schema": {"schema": {...}}}'
         )
     return outer["schema"]
 
@@ -239,7 +217,7 @@ def _simple(value: Any, name: str, kind: type) -> Any:
         return float(value) if abs(value) < 2**63 else math.inf
     if type(value) is not kind:
         wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
-        raise PromptError(f"{name} is {_shown(value)}", f"make it {wanted}")
+        raise PromptError(f"{name} is {shown(value)}", f"make it {wanted}")
     return value
 
 
@@ -250,7 +228,7 @@ def _native_seed(seed: int) -> int:
 
 def _limit(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < -1:
-        raise PromptError(f"max_tokens is {_shown(value)}", "choose 0 or more, or -1 for no limit")
+        raise PromptError(f"max_tokens is {shown(value)}", "choose 0 or more, or -1 for no limit")
     return value
 
 
@@ -264,7 +242,7 @@ def _stop(value: Any) -> tuple[str, ...]:
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     """OpenAI's and llama.cpp's {"token": bias}, in which false forbids a token."""
     if not isinstance(value, dict) or not all(token.isascii() and token.isdecimal() for token in value):
-        raise PromptError(f"logit_bias is {_shown(value)}", 'write it like {"15043": -1.5}')
+        raise PromptError(f"logit_bias is {shown(value)}", 'write it like {"15043": -1.5}')
     return tuple(
         (int(token[:10]), -math.inf if bias is False else _simple(bias, f"the bias of token {token[:10]}", float))
         for token, bias in value.items()
@@ -273,22 +251,16 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise PromptError(f"{name} is {_shown(value)}", "make it a list of texts")
+        raise PromptError(f"{name} is {shown(value)}", "make it a list of texts")
     return tuple(_text(item, name) for item in value)
 
 
 def _text(value: Any, name: str) -> str:
-    """A text that a tokenizer can read: JSON can spell halves of characters. A byte order mark is dropped."""
-    if not isinstance(value, str):
-        raise PromptError(f"{name} is {_shown(value)}", "make it a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise PromptError(f"{name} has half a character, {half}, at {error.start:,}", "remove it") from None
-    if "\0" in value:
-        raise PromptError(f"{name} has a NUL character at {value.index(chr(0)):,}", "remove it")
-    return value.removeprefix("\ufeff")
+    """A text that a tokenizer can read. A byte order mark is dropped."""
+    text = read_text(value, name)
+    if "\0" in text:
+        raise PromptError(f"{name} has a NUL character at {text.index(chr(0)):,}", "remove it")
+    return text.removeprefix("\ufeff")
 
 
 def _checked_prompt(text: str) -> str:
@@ -297,18 +269,7 @@ def _checked_prompt(text: str) -> str:
     return text
 
 
-def _given(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Without those that are null: clients write null for what they leave out."""
-    return {key: value for key, value in record.items() if value is not None}
-
-
 def _refuse_unknown(record: Mapping[str, Any], known: Sequence[str], hint: str) -> None:
     unknown = [name for name in record if name not in known]
     if unknown:
-        raise PromptError(f"the field {_shown(unknown[0])} is not known", hint)
-
-
-def _shown(value: Any, limit: int = 80) -> str:
-    """A value as JSON, shortened."""
-    text = "missing" if value is None else json.dumps(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+        raise PromptError(f"the field {shown(unknown[0])} is not known", hint)

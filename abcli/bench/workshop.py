@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -114,7 +115,7 @@ class ModelWorkshop:
             return Speeds(1 / seconds["fused"], 1 / seconds["contexts"])
 
         config = replace(self._context(Contender(buckets, "fused")), engine="auto")
-        found = choose(self.model, config, self._buckets(buckets), measure=measured)
+        found = choose(self.model, config, self._buckets(buckets), measure=measured, seconds=math.inf)
         decided = buckets == 1 or refused or asked
         return AutoChoice(found.kind, found.reason, remembered=not decided)
 

@@ -9,18 +9,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Marks:
-    """Two characters that occur in none of the texts concerned.
+    """Four characters that occur in none of the texts concerned.
 
     `inside`, put behind the first character of "<|im_end|>", leaves nothing that reads as that token; `edge`
-    stands where a message begins. Taking them out gives the old text.
+    stands where a message begins, `inner_edge` where its thought or the name of a call does. Taking them out gives the
+    old text. `anchor` is for `WindowedRendering`.
     """
 
     inside: str
     edge: str
+    inner_edge: str
+    anchor: str
 
     def remove(self, text: str) -> str:
         """`text` without marks."""
-        return text.replace(self.inside, "").replace(self.edge, "")
+        return text.replace(self.inside, "").replace(self.edge, "").replace(self.inner_edge, "")
 
 
 class ControlText:
@@ -59,14 +62,15 @@ class ControlText:
             end = start + 1
         return "".join([*pieces, text[end:]])
 
-    def break_everywhere(self, text: str, marks: Marks) -> str:
-        """`text` broken up so that no part of it can be a part of a control token, whatever stands around it."""
-        if self._first is None:
-            return text
-        broken = self._first.sub(lambda first: first.group() + marks.inside, text)
+    def break_everywhere(self, text: str, marks: Marks, edge: str) -> str:
+        """`text` broken up so that no part of it can be a part of a control token, whatever stands around it.
+
+        `edge` is the one of the marks that stands where the text begins.
+        """
+        broken = self._first.sub(lambda first: first.group() + marks.inside, text) if self._first else text
         # Behind leading white space, which templates like to strip.
         body = broken.lstrip()
-        return broken[: len(broken) - len(body)] + marks.edge + body if body else broken
+        return broken[: len(broken) - len(body)] + edge + body if body else broken
 
     def _occurrences(self, text: str, mark: str) -> Iterator[tuple[int, str]]:
         """(position, token text) from left to right, without overlaps."""
@@ -94,5 +98,5 @@ def unused_marks(text: str) -> Marks | None:
     # Noncharacters, then the private-use areas: no tokenizer, template or case mapping gives them a meaning.
     ranges = (range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))
     unused = (chr(code) for codes in ranges for code in codes if chr(code) not in used)
-    inside, edge = next(unused, ""), next(unused, "")
-    return Marks(inside, edge) if edge else None
+    chosen = [next(unused, "") for _ in range(4)]
+    return Marks(*chosen) if all(chosen) else None

@@ -12,6 +12,7 @@ from abcli.chat.continuation import continued
 from abcli.chat.conversation import Conversation, Fitted, Overflow, fit
 from abcli.chat.session import Session
 from abcli.chat.template import ChatTemplate
+from abcli.chat.thoughts import split_thought
 from abcli.engine.engine import Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Piece
@@ -120,7 +121,8 @@ class Chat:
                 yield piece
         finally:
             if answer is not None and answer.text:
-                self.conversation.add_assistant(answer.text)
+                thought, text = split_thought(answer.text, opened=self._template.opens_thought)
+                self.conversation.add_assistant(text, thought)
 
     def _fit(self) -> Fitted:
         reserve, limit = 1, self.generation.max_tokens

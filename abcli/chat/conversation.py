@@ -51,11 +51,11 @@ class Conversation:
             raise UsageError("the last message has no answer yet", "/regen answers it, /undo drops it")
         self._history.append(Message("user", text))
 
-    def add_assistant(self, text: str) -> None:
-        """The answer to the last message. Raises UsageError if that is not the user's."""
+    def add_assistant(self, text: str, thought: str = "") -> None:
+        """The answer to the last message, and the thought before it. Raises UsageError if that is not the user's."""
         if not self._history or self._history[-1].role != "user":
             raise UsageError("there is no message to answer", "type one first")
-        self._history.append(Message("assistant", text))
+        self._history.append(Message("assistant", text, thought))
 
     def undo(self) -> list[Message]:
         """Drop the user's last message and what followed it; returns the dropped, empty if there was none."""
@@ -111,7 +111,7 @@ def fit(
     ContextFullError if it does not fit (with "error": at once).
     """
     room = available - max(reserve, 1)
-    head, turns = _split_turns(messages)
+    head, turns = split_turns(messages)
 
     def without(count: int) -> Fitted:
         kept = [*head, *(message for turn in turns[count:] for message in turn)]
@@ -135,7 +135,7 @@ def fit(
     return last
 
 
-def _split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
     """The leading system messages, and the rest cut before every message of the user."""
     rest = list(messages)
     head = []

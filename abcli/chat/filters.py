@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jinja2.exceptions import SecurityError
@@ -104,12 +104,21 @@ def _to_json(
     """JSON as Hugging Face's templates expect it: jinja2's own filter also escapes HTML."""
     if (indent if isinstance(indent, int) else len(indent or "")) > _MAX_INDENT:
         raise SecurityError(f"it indents by more than {_MAX_INDENT} characters")
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_watched_list
+    )
     pieces = []
     for piece in encoder.iterencode(value):
         spend(len(piece))
         pieces.append(piece)
     return "".join(pieces)
+
+
+def _watched_list(value: Any) -> list[Any]:
+    """What `map` and the like hand out, which llama.cpp writes as a list. Raises TypeError for anything else."""
+    if not isinstance(value, Iterator):
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return list(watched(value))
 
 
 def _pay_written(value: Any) -> Any:

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
-from abcli.errors import PromptError
-
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant wants called; `arguments` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True)
 class Message:
-    """Who says what; `content` is plain text, in which control tokens mean nothing."""
+    """Who says what; control tokens in it mean nothing.
+
+    An assistant's message may have a thought before it (`reasoning_content`) and calls of tools; a tool's message is
+    the result of the call `tool_call_id` of the function `name`.
+    """
 
     role: Role
     content: str
-
-
-Prompt: TypeAlias = "str | Sequence[Message | Mapping[str, Any]]"
-"""A text, or the messages of a conversation as `Message` or {"role": ..., "content": ...}."""
-
-
-def as_messages(prompt: Prompt) -> list[Message]:
-    """A prompt as the messages of a conversation. Raises PromptError for anything else."""
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise PromptError("the prompt is empty", "give it some text")
-        return [Message("user", prompt)]
-    messages = []
-    for number, item in enumerate(prompt, 1):
-        if not isinstance(item, Message):
-            known = isinstance(item, Mapping) and set(item) == {"role", "content"}
-            role, content = (item["role"], item["content"]) if known else (None, None)
-            if role not in ROLES or not isinstance(content, str):
-                raise PromptError(
-                    f"message {number} is {item!r:.120}", 'write it like {"role": "user", "content": "..."}'
-                )
-            item = Message(role, content)
-        messages.append(item)
-    if not messages:
-        raise PromptError("there are no messages", "give one or more")
-    return messages
+    reasoning_content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""

@@ -42,8 +42,11 @@ from abcli.errors import TemplateError
 OTHER_TEMPLATE = "choose another template with `chat_template`"
 
 _BASE_BUDGET = 64 * 1024 * 1024
-# Templates copy every message a few times on its way through.
-_BUDGET_PER_CHARACTER = 64
+# Templates copy every message a few times on its way through, and many collect the whole text in one variable, which is
+# copied a few times for every message.
+_COPIES_OF_A_MESSAGE = 64
+_COPIES_PER_MESSAGE = 16
+_MAX_COPIES_BUDGET = 1024 * 1024 * 1024
 _SECONDS = 10.0
 _MAX_REASON = 300
 _TEXT_METHODS = frozenset(
@@ -69,7 +72,11 @@ _TEMPLATE_FAULTS = (
 )
 
 
-class _RefusalError(jinja2.TemplateError):
+class RefusalError(TemplateError):
+    """The template itself says that it does not take the messages."""
+
+
+class _RaisedError(jinja2.TemplateError):
     """The template called `raise_exception`."""
 
 
@@ -146,6 +153,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, (str, bytes, int, float)):
             return isinstance(obj, str) and attr in _TEXT_METHODS
+        if type(obj) is list and attr in ("append", "pop"):
+            # A list that the template made itself: those that it is given are of another type.
+            return True
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -174,7 +184,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Context, function: Any, /, *arguments: Any, **options: Any) -> Any:
         spend(1)
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-        if function is dict:
+        if function is dict or (isinstance(owner, list) and name == "append"):
             spend_on(arguments, options)
         elif isinstance(owner, str) and name == "join" and len(arguments) == 1:
             arguments = (list(watched(arguments[0])),)
@@ -198,13 +208,24 @@ def _pay_output(_context: Context, value: Any) -> Any:
 
 
 def _raise_exception(message: object = "") -> NoReturn:
-    raise _RefusalError(str(message))
+    raise _RaisedError(str(message))
 
 
 def _strftime_now(pattern: str) -> str:
     if len(pattern) > 100 or re.search(r"%[^a-zA-Z%]*\d", pattern):
         raise SecurityError(f"it asks for the time as {pattern[:40]!r}")
     return datetime.now().astimezone().strftime(pattern)
+
+
+class _GivenList(list[Any]):
+    """A list that belongs to us: a template may not change it."""
+
+
+def _given(value: Any) -> Any:
+    """`value` with lists that are told from the template's own."""
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items()}
+    return _GivenList(map(_given, value)) if isinstance(value, list) else value
 
 
 @functools.cache
@@ -229,19 +250,18 @@ class CompiledTemplate:
                 f"the chat template is broken: {_reason(error)}{_place(error)}", OTHER_TEMPLATE
             ) from error
 
-    def render(self, variables: Mapping[str, Any], *, content_size: int, refusal_hint: str) -> str:
-        """The text for `variables`; `content_size` is the length of the messages in characters.
+    def render(self, variables: Mapping[str, Any], *, content_size: int, message_count: int = 1) -> str:
+        """The text for `variables`; `content_size` is the length of all the messages in characters.
 
-        Raises TemplateError for whatever goes wrong inside the template, with `refusal_hint` if it was the
-        template that refused (`raise_exception`).
+        Raises TemplateError for whatever goes wrong inside the template, as RefusalError if it was the template that
+        refused (`raise_exception`).
         """
+        collecting = min(_COPIES_PER_MESSAGE * message_count * content_size, _MAX_COPIES_BUDGET)
         try:
-            with limited(_BASE_BUDGET + _BUDGET_PER_CHARACTER * content_size, _SECONDS):
-                return self._template.render(variables)
-        except _RefusalError as error:
-            raise TemplateError(
-                f"the chat template refuses this conversation: {_reason(error)}", refusal_hint
-            ) from error
+            with limited(_BASE_BUDGET + _COPIES_OF_A_MESSAGE * content_size + collecting, _SECONDS):
+                return self._template.render(_given(variables))
+        except _RaisedError as error:
+            raise RefusalError(_reason(error), OTHER_TEMPLATE) from error
         except SecurityError as error:
             raise TemplateError(
                 f"the chat template does what it must not: {_reason(error)}{_place(error)}", OTHER_TEMPLATE

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import itertools
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -19,12 +19,13 @@ from abcli.chat.session_format import (
     FormatError,
     Session,
     check_name,
+    decode_conversation,
     decode_session,
     encode_session,
     utc_now,
 )
 from abcli.config import MergeRule
-from abcli.errors import SessionError
+from abcli.errors import SessionError, UsageError
 from abcli.sampling import SamplingConfig
 
 __all__ = ["Session", "SessionStore", "SessionSummary", "export_session", "import_session"]
@@ -33,6 +34,8 @@ MAX_SESSION_BYTES = 256 * 1024 * 1024
 TRANSCRIPT_SUFFIXES = (".md", ".txt")
 
 _SUFFIX = ".json"
+# A file without a suffix is JSON as well.
+_EXPORT_SUFFIXES = (_SUFFIX, "", *TRANSCRIPT_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class SessionStore:
     def __init__(self, directory: Path) -> None:
         """`directory` is made when the first session is."""
         self.directory = directory
-        self._own: set[str] = set()
+        self._own: set[Path] = set()
 
     def path(self, name: str) -> Path:
         """Where the session is, or would be, stored. Raises UsageError for an impossible name."""
@@ -75,7 +78,7 @@ class SessionStore:
         """
         started = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
         unnamed = itertools.chain([started], (f"{started}-{count}" for count in itertools.count(2)))
-        for candidate in [name] if name is not None else unnamed:
+        for candidate in [check_name(name)] if name is not None else unnamed:
             now = utc_now()
             session = Session(candidate, model, model_size, bases, merge, [], sampling or SamplingConfig(), now, now)
             path = self.path(candidate)
@@ -85,7 +88,7 @@ class SessionStore:
                 # Two chats may start in the same second.
                 with contextlib.suppress(FileExistsError):
                     create_exclusively(path, data)
-                    self._own.add(candidate)
+                    self._own.add(path)
                     return session
         raise SessionError(f"there already is a session {name!r}", "continue it, or choose another name")
 
@@ -97,8 +100,8 @@ class SessionStore:
         if not exists:
             raise SessionError(f"there is no session {name!r}", f"the sessions are in {self.directory}")
         # The file may have been renamed: its name is what counts.
-        session = replace(_read(path), name=name)
-        self._own.add(name)
+        session = replace(_read(path), name=path.stem)
+        self._own.add(path)
         return session
 
     def save(self, session: Session) -> Session:
@@ -112,7 +115,7 @@ class SessionStore:
         data = _encoded(session, path)
         with _reporting("write", path):
             self._make_directory()
-            if session.name in self._own:
+            if path in self._own:
                 write_atomically(path, data)
                 return session
             try:
@@ -121,7 +124,7 @@ class SessionStore:
                 raise SessionError(
                     f"{path} was not read by this chat and is not overwritten", "choose another name"
                 ) from None
-        self._own.add(session.name)
+        self._own.add(path)
         return session
 
     def summaries(self) -> list[SessionSummary]:
@@ -137,7 +140,7 @@ class SessionStore:
     def lock(self, name: str) -> Iterator[None]:
         """Hold the session for this chat. Raises SessionError if another chat holds it."""
         path = self.path(name)
-        lock = FileLock(path.with_name(f".{name}.lock"), timeout=0, mode=0o600)
+        lock = FileLock(path.with_name(f".{path.stem}.lock"), timeout=0, mode=0o600)
         with _reporting("lock", path):
             self._make_directory()
             try:
@@ -158,8 +161,14 @@ class SessionStore:
 def export_session(session: Session, path: Path) -> None:
     """Write `session` to a file of the user's choice: a transcript for .md and .txt, else JSON to import again.
 
-    An existing file is replaced only if it is an exported session (JSON). Raises SessionError.
+    An existing file is replaced only if it is an exported session (JSON). Raises UsageError for a name that promises
+    something else, SessionError if it cannot be written.
     """
+    if path.suffix.lower() not in _EXPORT_SUFFIXES:
+        raise UsageError(
+            f"a conversation cannot be written as {path.suffix!r:.40}",
+            "end the name in .json, or in .md or .txt to read",
+        )
     as_transcript = path.suffix.lower() in TRANSCRIPT_SUFFIXES
     try:
         data = _transcript(session, path).encode("utf-8") if as_transcript else _encoded(session, path)
@@ -177,8 +186,11 @@ def export_session(session: Session, path: Path) -> None:
 
 
 def import_session(path: Path) -> Session:
-    """The session in a file that `export_session` or a store wrote. Raises SessionError with the path."""
-    return _read(path)
+    """The session in a file that `export_session` or a store wrote, or the messages of another tool.
+
+    Raises SessionError with the path.
+    """
+    return _read(path, decode_conversation)
 
 
 def _is_session(path: Path) -> bool:
@@ -189,7 +201,7 @@ def _is_session(path: Path) -> bool:
     return True
 
 
-def _read(path: Path) -> Session:
+def _read(path: Path, decode: Callable[[bytes], Session] = decode_session) -> Session:
     with _reporting("read", path):
         # Opening a pipe or a device could wait for ever.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -199,7 +211,7 @@ def _read(path: Path) -> Session:
     if len(data) > MAX_SESSION_BYTES:
         raise SessionError(f"{path} is larger than {MAX_SESSION_BYTES:,} bytes", "name a file that abcli has saved")
     try:
-        return decode_session(data)
+        return decode(data)
     except FormatError as error:
         raise SessionError(f"{path} {error}", "name a file that this version of abcli has saved") from None
 

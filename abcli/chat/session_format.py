@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from abcli.chat.messages import ROLES, Message
+from abcli.chat.message_format import message_fields, read_messages
+from abcli.chat.messages import Message
 from abcli.config import MERGE_RULES, MergeRule
-from abcli.errors import UsageError
+from abcli.errors import PromptError, UsageError
 from abcli.sampling import SamplingConfig
 
 FORMAT = "abcli-session"
 FORMAT_VERSION = 1
 MAX_NAME = 100
 
-_NAME = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
+# Letters of every script with the marks on them, and digits: the first letters of their Unicode categories.
+_WORD = ("L", "M", "N")
+# File systems allow 255 bytes; the lock's name is the longest, and adds ten.
+_MAX_NAME_BYTES = 240
 
 
 class FormatError(Exception):
@@ -48,18 +52,22 @@ class Session:
 
 
 def check_name(name: str) -> str:
-    """`name` if a session may be called so. Raises UsageError."""
-    if not _NAME.fullmatch(name):
+    """`name` in the one spelling (Unicode's NFC) that counts, if a session may be called so. Raises UsageError."""
+    spelled = unicodedata.normalize("NFC", name)
+    fits = 0 < len(spelled) <= MAX_NAME and len(spelled.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
+    known = all(letter in "-_. " or unicodedata.category(letter).startswith(_WORD) for letter in spelled)
+    if not (fits and known) or spelled.startswith(".") or spelled != spelled.strip():
         raise UsageError(
             f"{name!r:.120} cannot be the name of a session",
-            f"use up to {MAX_NAME} letters, digits, '-', '_' and '.', with no '.' in front",
+            f"use up to {MAX_NAME} letters, digits, '-', '_', '.' and blanks, no '.' in front and no blank at the ends",
         )
-    return name
+    return spelled
 
 
 def encode_session(session: Session) -> bytes:
     """`session` as JSON. Raises FormatError for a text that is not valid Unicode."""
     values = {"format": FORMAT, "version": FORMAT_VERSION, **dataclasses.asdict(session)}
+    values["messages"] = [message_fields(message) for message in session.messages]
     try:
         return (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
     except UnicodeEncodeError as error:
@@ -68,12 +76,34 @@ def encode_session(session: Session) -> bytes:
 
 def decode_session(data: bytes) -> Session:
     """The session in `data`. Raises FormatError for anything that `encode_session` does not write."""
+    return _session(_json(data))
+
+
+def decode_conversation(data: bytes) -> Session:
+    """As `decode_session`, but a list of messages, alone or as {"messages": [...]}, is a session too.
+
+    Such a list is what OpenAI's clients send. Raises FormatError.
+    """
+    values = _json(data)
+    if isinstance(values, dict) and "format" not in values and "messages" in values:
+        values = values["messages"]
+    if not isinstance(values, list):
+        return _session(values)
+    if not values:
+        raise FormatError("holds no messages")
+    return Session("", messages=_messages(values))
+
+
+def _json(data: bytes) -> Any:
     try:
-        values = json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise FormatError(f"is not UTF-8 (at byte {error.start:,})") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"is damaged: {error}") from None
+
+
+def _session(values: Any) -> Session:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise FormatError("is not a session of abcli")
     version = values.get("version")
@@ -83,7 +113,8 @@ def decode_session(data: bytes) -> Session:
     if merge not in MERGE_RULES:
         raise FormatError(f"is damaged: merge is {merge!r:.40}")
     try:
-        name = check_name(_text(values, "name"))
+        # A chat that is not kept has no name when it is written to a file of the user's choice.
+        name = _text(values, "name") and check_name(_text(values, "name"))
     except UsageError as error:
         raise FormatError(f"is damaged: {error.message}") from None
     return Session(
@@ -92,7 +123,7 @@ def decode_session(data: bytes) -> Session:
         model_size=_whole_number(values, "model_size"),
         bases=tuple(_number(base, "bases") for base in _items(values, "bases")),
         merge=merge,
-        messages=[_message(item) for item in _items(values, "messages")],
+        messages=_messages(_items(values, "messages")),
         sampling=_sampling(values.get("sampling")),
         created=_time(values, "created"),
         updated=_time(values, "updated"),
@@ -150,13 +181,11 @@ def _number(value: Any, key: str) -> float:
     return number
 
 
-def _message(item: Any) -> Message:
-    if not isinstance(item, dict):
-        raise _damaged("messages")
-    role = item.get("role")
-    if role not in ROLES:
-        raise FormatError(f"is damaged: a message has role {role!r:.40}")
-    return Message(role, _text(item, "content"))
+def _messages(items: list[Any]) -> list[Message]:
+    try:
+        return list(read_messages(items)) if items else []
+    except PromptError as error:
+        raise FormatError(f"is damaged: {error.message}") from None
 
 
 def _sampling(values: Any) -> SamplingConfig:

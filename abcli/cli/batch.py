@@ -25,10 +25,10 @@ from abcli.batch.reading import can_be_read_again
 from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.batch.slots import plan_slots
 from abcli.batch.task import Task
-from abcli.cli.batch_options import ClusterOptions, InputOptions, OutputOptions
-from abcli.cli.flags import with_options
-from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
-from abcli.cli.setup import opened, prepared
+from abcli.cli._batch_options import ClusterOptions, InputOptions, OutputOptions
+from abcli.cli._flags import with_options
+from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
+from abcli.cli._setup import opened, prepared
 from abcli.errors import BatchError, CancelledError, UsageError
 from abcli.grammar.check import check
 from abcli.ui.batch import batch_progress, summary_text

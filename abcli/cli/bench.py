@@ -15,9 +15,9 @@ from abcli.bench.measure import Findings, benchmark
 from abcli.bench.plan import BenchSettings, EngineKind, PromptPhase
 from abcli.bench.report import BenchReport, Circumstances, as_json, make_report
 from abcli.bench.workshop import ModelWorkshop, open_workshop
-from abcli.cli.figures import FigureOptions
-from abcli.cli.flags import flag
-from abcli.cli.options import ModelOptions
+from abcli.cli._figures import FigureOptions
+from abcli.cli._flags import flag
+from abcli.cli._options import ModelOptions
 from abcli.config import DEFAULT_CONTEXT, MAX_BUCKETS, MAX_CONTEXT, ContextConfig, EngineChoice, PrefillMode
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.gguf.checked import CheckedModel, check_model

@@ -11,9 +11,9 @@ import typer
 
 from abcli.calibrate.calibration import PREFILL_MULTIPLIERS, Calibration, CalibrationSettings, calibrate
 from abcli.calibrate.judgement import Judgement, Verdict, about, judge, make_profile
-from abcli.cli.flags import flag
-from abcli.cli.options import ModelOptions
-from abcli.cli.questions import (
+from abcli.cli._flags import flag
+from abcli.cli._options import ModelOptions
+from abcli.cli._questions import (
     MAX_NUMBER,
     ResultOptions,
     check_data,

@@ -12,9 +12,9 @@ import typer
 from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
-from abcli.cli.flags import flag
-from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
-from abcli.cli.setup import opened, prepared
+from abcli.cli._flags import flag
+from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
+from abcli.cli._setup import opened, prepared
 from abcli.config import history_file, sessions_directory
 from abcli.errors import UsageError
 from abcli.grammar.check import check

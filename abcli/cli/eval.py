@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from abcli.cli.flags import flag
-from abcli.cli.options import ModelOptions
-from abcli.cli.questions import (
+from abcli.cli._flags import flag
+from abcli.cli._options import ModelOptions
+from abcli.cli._questions import (
     MAX_NUMBER,
     ResultOptions,
     check_data,

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from abcli.cli.flags import flag
-from abcli.cli.lora import LoraFlag, parse_loras
-from abcli.cli.model_name import ModelNameOptions
+from abcli.cli._flags import flag
+from abcli.cli._lora import LoraFlag, parse_loras
+from abcli.cli._model_name import ModelNameOptions
 from abcli.config import (
     DEFAULT_BUCKETS,
     DEFAULT_CONTEXT,

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from abcli.cli.lora import LoraFlag, parse_loras
+from abcli.cli._lora import LoraFlag, parse_loras
 from abcli.config import ModelConfig, profiles_directory
 from abcli.errors import ProfileError, UsageError
 from abcli.gguf.checked import check_model

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from abcli.chat.files import decode_prompt, read_text_file
-from abcli.chat.messages import Message, Prompt
-from abcli.cli.flags import flag
-from abcli.cli.options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
-from abcli.cli.setup import opened, prepared
+from abcli.chat.message_format import Prompt
+from abcli.chat.messages import Message
+from abcli.cli._flags import flag
+from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
+from abcli.cli._setup import opened, prepared
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.generate import Answer
 from abcli.grammar.check import check

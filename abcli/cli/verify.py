@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from abcli.chat.sandbox import CompiledTemplate
-from abcli.cli.flags import flag
-from abcli.cli.lora import LoraFlag, parse_loras
-from abcli.cli.model_name import ModelNameOptions
+from abcli.cli._flags import flag
+from abcli.cli._lora import LoraFlag, parse_loras
+from abcli.cli._model_name import ModelNameOptions
 from abcli.config import LoraConfig
 from abcli.errors import UsageError
 from abcli.gguf.verification import Check, Verification

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from abcli.cli.flags import flag
-from abcli.cli.model_name import ModelNameOptions
-from abcli.cli.options import BucketOptions
+from abcli.cli._flags import flag
+from abcli.cli._model_name import ModelNameOptions
+from abcli.cli._options import BucketOptions
 from abcli.config import MAX_BUCKETS, BucketConfig
 from abcli.errors import UsageError
 from abcli.gguf.check import check_file

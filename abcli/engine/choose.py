@@ -1,18 +1,20 @@
 """Which engine to use: whether the fused one is right for a model here, and whether it is the faster one.
 
-Both are found out at first use and remembered in a small file each.
+Both are found out at first use and remembered in a small file each, unless that takes too long or Ctrl-C skips it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from abcli.atomic import write_atomically
 from abcli.config import Buckets, ContextConfig, engines_directory
 from abcli.engine.fused import check_servable
 from abcli.engine.make import Kind, make_engine
+from abcli.engine.patience import OutOfTimeError, Patience
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, UnsupportedModelError
 from abcli.gguf.checked import CheckedModel
@@ -48,6 +51,9 @@ _NUDGE = 1 + 1e-5
 _SECONDS = 0.8
 _ROUNDS = 3
 _WARM_STEPS = 2
+# The wall time that both may take together, and how long it is then left alone.
+TRIAL_SECONDS = 3.0
+_RETRY_SECONDS = 24 * 3600
 
 Logs = NDArray[np.float64]
 
@@ -93,17 +99,20 @@ def choose(
     verify: Verify | None = None,
     measure: Measure | None = None,
     say: Callable[[str], None] = lambda _text: None,
+    seconds: float = TRIAL_SECONDS,
 ) -> Choice:
     """The engine for `config.engine`; what has been found out before is not found out again, `say` is told what is.
 
-    "auto" takes contexts where the fused engine cannot serve, is not right, or is not faster. "fused" raises
-    UnsupportedModelError with the reason instead.
+    "auto" takes contexts where the fused engine cannot serve, is not right, or is not faster, and, until another day,
+    where that is not found out within `seconds` or Ctrl-C (KeyboardInterrupt) skips it. "fused" takes all the time it
+    needs, and raises UnsupportedModelError with the reason instead.
     """
     if config.engine == "contexts":
         return Choice("contexts", "as asked for")
     single = len(set(buckets.bases)) == 1
     if config.engine == "auto" and single and (config.slots == 1 or len(buckets.bases) > 1):
         return Choice("contexts", "there is one bucket")
+    patience = Patience("trying the fused engine", math.inf if config.engine == "fused" else seconds)
     try:
         check_servable(model, config, len(buckets.bases))
         if single:
@@ -111,16 +120,20 @@ def choose(
             asked = config.engine == "fused"
             why = "as asked for" if asked else "there is one bucket, and each slot has cells of its own to pass over"
             return Choice("fused", why)
-        verdict = _verdict(model, config, buckets.bases, verify or verify_fused, say)
+        if patience.seconds < math.inf:
+            say = partial(_say_what_is_not_put_off, model.checked, config, len(buckets.bases), say)
+        verdict = _verdict(model, config, buckets.bases, verify or partial(verify_fused, patience=patience), say)
         if not verdict.sound:
             raise UnsupportedModelError(f"the fused engine refuses itself: {verdict.reason}", "use `engine=contexts`")
         if config.engine == "fused":
             return Choice("fused", "as asked for")
-        speeds = _speeds(model, config, buckets, measure or measure_engines, say)
-    except AbcliError as error:
+        speeds = _speeds(model, config, buckets, measure or partial(measure_engines, patience=patience), say)
+    except (AbcliError, KeyboardInterrupt) as error:
         if config.engine == "fused":
             raise
-        return Choice("contexts", error.message)
+        if isinstance(error, (OutOfTimeError, KeyboardInterrupt)):
+            _remember(_put_off_name(model.checked, config, len(buckets.bases)), {"at": time()})
+        return Choice("contexts", error.message if isinstance(error, AbcliError) else "the trial was skipped")
     kind: Kind = "fused" if speeds.fused > speeds.contexts else "contexts"
     return Choice(kind, f"measured: {speeds.fused:.3g} steps/s fused, {speeds.contexts:.3g} in contexts")
 
@@ -130,17 +143,23 @@ def forget_speeds(model: CheckedModel, config: ContextConfig, buckets: int) -> N
     # A file that cannot be removed only means that the old choice stays.
     with suppress(OSError):
         _speeds_name(model, config, buckets).unlink(missing_ok=True)
+        _put_off_name(model, config, buckets).unlink(missing_ok=True)
 
 
-def verify_fused(model: Model, config: ContextConfig, bases: Sequence[float]) -> Verdict:
-    """Compare a short text in the fused context with a plain context per base. Raises what making them raises.
+def verify_fused(
+    model: Model, config: ContextConfig, bases: Sequence[float], patience: Patience | None = None
+) -> Verdict:
+    """Compare a short text in the fused context with a plain context per base.
+
+    Raises what making them raises, and AbcliError if that takes longer than `patience` has.
 
     The first token attends to nothing else, so that its keys depend on its position alone and tell the angle itself,
     in every layer; the divergence tells whether queries and keys fit together. The floor is what a base that is equal
     but for rounding gives, or another batch shape, whichever is more.
     """
     cancel = CancelFlag()
-    return run_on_compute_thread(lambda: _compare(model, config, bases, cancel), cancel.set)
+    with (patience or Patience("the comparison")).cancelling(cancel.set):
+        return run_on_compute_thread(lambda: _compare(model, config, bases, cancel), cancel.set)
 
 
 def _compare(model: Model, config: ContextConfig, bases: Sequence[float], cancel: CancelFlag) -> Verdict:
@@ -180,20 +199,25 @@ def _compare(model: Model, config: ContextConfig, bases: Sequence[float], cancel
     return Verdict(divergences, max(floors), reason)
 
 
-def measure_engines(model: Model, config: ContextConfig, buckets: Buckets) -> Speeds:
-    """Decode a few tokens with both engines in turn, for about a second. Raises what making them raises."""
+def measure_engines(model: Model, config: ContextConfig, buckets: Buckets, patience: Patience | None = None) -> Speeds:
+    """Decode a few tokens with both engines in turn, for about a second. Raises as `verify_fused`."""
+    patience = patience or Patience("the measurement")
     small = replace(config, context_size=_PROBE_CONTEXT, prefill="exact", prompt_cache=None)
     tokens = dict.fromkeys(range(config.slots), model.vocabulary_size // 2)
     with ExitStack() as stack:
         kinds: tuple[Kind, Kind] = ("fused", "contexts")
         engines = [stack.enter_context(make_engine(kind, model, small, buckets)) for kind in kinds]
+        for engine in engines:
+            stack.enter_context(patience.cancelling(engine.cancel))
         times: list[list[float]] = [[] for _ in engines]
         for engine in engines:
             for _ in range(_WARM_STEPS):
+                patience.check()
                 engine.step(tokens)
         begin = perf_counter()
         for _ in range(_PROBE_CONTEXT - _WARM_STEPS):
             for engine, taken in zip(engines, times, strict=True):
+                patience.check()
                 start = perf_counter()
                 engine.step(tokens)
                 taken.append(perf_counter() - start)
@@ -232,9 +256,27 @@ def _speeds(
     return speeds
 
 
+def _say_what_is_not_put_off(
+    model: CheckedModel, config: ContextConfig, buckets: int, say: Callable[[str], None], what: str
+) -> None:
+    """Say what is to be found out now. Raises AbcliError if it took too long, or was skipped, within the last day."""
+    known = _recall(_put_off_name(model, config, buckets)) or {}
+    with suppress(KeyError, TypeError, ValueError):
+        if 0 <= time() - float(known["at"]) < _RETRY_SECONDS:
+            raise AbcliError("the fused engine was not tried to the end here; another day once more")
+    say(f"{what}; Ctrl-C skips it")
+
+
 def _speeds_name(model: CheckedModel, config: ContextConfig, buckets: int) -> Path:
-    more = [config.threads or available_cores(), buckets, config.slots]
-    return _name("speeds", [*_circumstances(model, config), *more])
+    return _name("speeds", _speed_circumstances(model, config, buckets))
+
+
+def _put_off_name(model: CheckedModel, config: ContextConfig, buckets: int) -> Path:
+    return _name("put-off", _speed_circumstances(model, config, buckets))
+
+
+def _speed_circumstances(model: CheckedModel, config: ContextConfig, buckets: int) -> list[object]:
+    return [*_circumstances(model, config), config.threads or available_cores(), buckets, config.slots]
 
 
 def _circumstances(model: CheckedModel, config: ContextConfig) -> list[object]:

@@ -249,7 +249,9 @@ COMMANDS = {
     "/set": Command("NAME VALUE", "change a setting: /set temp 0.2", ChatScreen.set),
     "/show": Command("", "show the session, the model and the settings", ChatScreen.show),
     "/save": Command("FILE", "write the conversation to FILE (.json, or .md for reading)", ChatScreen.save),
-    "/load": Command("FILE", "continue the conversation in FILE", ChatScreen.load),
+    "/load": Command(
+        "FILE", "continue the conversation in FILE (.json, also another tool's messages)", ChatScreen.load
+    ),
     "/exit": Command("", "leave", ChatScreen.leave),
     "/bye": Command("", "leave", ChatScreen.leave),
 }

@@ -102,11 +102,11 @@ def test_lines_that_cannot_be_answered_say_why(tmp_path: Path, changes: Any, wor
         ("Hi", 'messages is "Hi"'),
         ([5], "message 1 is 5"),
         ([{"role": "user"}], "content of message 1 is missing"),
-        ([{"role": "tool", "content": "x"}], 'role "tool"'),
+        ([{"role": "robot", "content": "x"}], 'role "robot"'),
         ([{"role": ["user"], "content": "x"}], "role"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], '"image_url"'),
         ([{"role": "user", "content": ["x"]}], "part of type"),
-        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], '"tool_calls"'),
+        ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "message 1 has a call"),
     ],
 )
 def test_messages_that_cannot_be_read_say_why(tmp_path: Path, messages: Any, words: str) -> None:

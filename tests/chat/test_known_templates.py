@@ -57,6 +57,8 @@ def native_text(name: str, messages: list[Message], add_generation_prompt: bool)
 @pytest.mark.parametrize("name", COUNTERPARTS)
 def test_a_known_template_writes_what_llama_cpp_writes(spm: Model, name: str, conversation: str, opened: bool) -> None:
     messages = CONVERSATIONS[conversation]
+    if (name, conversation) == ("gemma", "system only"):
+        pytest.skip("llama.cpp leaves the system message out and would have the model answer to nothing")
     expected = native_text(COUNTERPARTS[name], messages, opened)
     if name == "zephyr":
         expected = expected.replace("<|endoftext|>", spm.eos_text)

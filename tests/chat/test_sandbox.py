@@ -23,6 +23,9 @@ GREEDY = {
     "list literal": DOUBLING % "{% set n.x = [n.x, n.x] %}",
     "tuple literal": DOUBLING % "{% set n.x = (n.x, n.x) %}",
     "dict literal": DOUBLING % "{% set n.x = {'a': n.x, 'b': n.x} %}",
+    "append": "{% set a = [] %}{% for i in range(100000) %}{% set _ = a.append('x' * 1000) %}{% endfor %}",
+    "append itself": DOUBLING % "{% set m = [n.x] %}{% set _ = m.append(n.x) %}{% set n.x = m %}",
+    "json of a long map": "{{ range(10**5) | map('string') | map('center', 10**5) | tojson }}",
     "dict call": DOUBLING % "{% set n.x = dict(a=n.x, b=n.x) %}",
     "block": DOUBLING % "{% set x %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = x %}",
     "replace method": DOUBLING % "{% set n.x = n.x.replace('a', n.x) %}",
@@ -58,6 +61,9 @@ FORBIDDEN = {
     "classes": "{{ ''.__class__.__mro__ }}",
     "function globals": "{{ raise_exception.__globals__['re'] }}",
     "changing messages": "{{ messages.append(1) }}",
+    "changing a list in a message": "{{ messages[0].list.append(1) }}",
+    "clearing messages": "{{ messages.clear() }}",
+    "clearing a list": "{% set a = [1] %}{{ a.clear() }}",
     "changing a message": "{{ messages[0].update(role='x') }}",
     "format to attributes": "{{ '{0.__class__.__mro__}'.format(1) }}",
     "other files": "{% include 'x' %}",
@@ -89,6 +95,9 @@ WORKING = {
     "{{ tools is none }}{{ nothing is defined }}{{ nothing }}": "TrueFalse",
     "{{ messages[1:] | length }}{{ 'abc'[::-1] }}{{ 'a\nb' | indent(2) }}": "0cbaa\n  b",
     "{{ strftime_now('%Y') | length }}": "4",
+    "{% set a = [] %}{% set _ = a.append({'k': 1}) %}{{ a.pop() }}{{ a }}": "{'k': 1}[]",
+    "{% set a = messages[1:] %}{% set _ = a.append(2) %}{{ a }}{{ messages | length }}": "[2]1",
+    "{{ ['a', 'b'] | map('upper') | tojson }}": '["A", "B"]',
     "{% set a, b = 1, 2 %}{{ a }}{{ b }}{{ [3, 1] | sort | sum }}{{ 1.25 | round(1) }}": "1241.2",
     "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}": "123",
     "{{ 'x' | upper | replace('X', 'y') | trim }}{{ none | default('d', true) }}": "yd",
@@ -97,7 +106,7 @@ WORKING = {
 
 def render(source: str) -> str:
     variables: dict[str, Any] = {"messages": [{"role": "user", "content": "<h\u00e9>"}], "tools": None}
-    return CompiledTemplate(source).render(variables, content_size=4, refusal_hint="")
+    return CompiledTemplate(source).render(variables, content_size=4)
 
 
 @pytest.mark.parametrize("source", WORKING)
@@ -139,12 +148,22 @@ def test_an_error_says_what_and_where(case: str) -> None:
     assert raised.value.hint
 
 
+def test_a_template_may_collect_the_whole_text_in_one_variable() -> None:
+    messages = [{"role": "user", "content": "x" * 200}] * 600
+    source = (
+        "{% set n = namespace(x='') %}{% for m in messages %}"
+        "{% set n.x = n.x + '<' + m.role + '>' + m.content + '</s>' %}{% endfor %}{{ n.x }}"
+    )
+    text = CompiledTemplate(source).render({"messages": messages}, content_size=120_000, message_count=600)
+    assert text == f"<user>{'x' * 200}</s>" * 600
+
+
 def test_a_long_conversation_has_a_larger_budget() -> None:
     content = "x" * 3_000_000
     source = (
         "{% set n = namespace(x='') %}{% for i in range(30) %}{% set n.x = messages[0].content + '!' %}{% endfor %}ok"
     )
     variables = {"messages": [{"role": "user", "content": content}]}
-    assert CompiledTemplate(source).render(variables, content_size=len(content), refusal_hint="") == "ok"
+    assert CompiledTemplate(source).render(variables, content_size=len(content)) == "ok"
     with pytest.raises(TemplateError, match="builds more text"):
-        CompiledTemplate(source).render(variables, content_size=0, refusal_hint="")
+        CompiledTemplate(source).render(variables, content_size=0)

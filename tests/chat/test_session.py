@@ -26,6 +26,7 @@ from abcli.chat.session import Session, SessionStore, export_session, import_ses
 from abcli.chat.session_format import FormatError, decode_session, encode_session
 from abcli.errors import SessionError, UsageError
 from abcli.sampling import SamplingConfig
+from tests.chat.strategies import MESSAGES
 
 TALK = [Message("system", "Be brief."), Message("user", 'H\u00e9llo\n"there"'), Message("assistant", "\U0001f600")]
 SAMPLING = SamplingConfig(temperature=0, dry_breakers=("x",), logit_bias=((5, float("-inf")), (7, 1.5)), grammar="root")
@@ -55,7 +56,7 @@ NUMBERS = st.floats(allow_nan=False)
 
 @settings(deadline=None)
 @given(
-    messages=st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant"]), TEXTS)),
+    messages=st.lists(MESSAGES),
     sampling=st.builds(
         SamplingConfig,
         temperature=NUMBERS,
@@ -88,7 +89,9 @@ def test_a_name_is_taken_once(store: SessionStore) -> None:
     assert store.load("talk").messages == TALK
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a\\b", "a b", "x" * 101, "\u00e9", "a\n", "a\0", "a:b"])
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "..", "a/b", "a\\b", " a", "a ", "x" * 101, "\u4e2d" * 81, "a\n", "a\0", "a:b"]
+)
 def test_impossible_names_are_refused(store: SessionStore, name: str) -> None:
     for use in (store.create, store.load, store.path):
         with pytest.raises(UsageError, match="cannot be the name"):
@@ -98,7 +101,20 @@ def test_impossible_names_are_refused(store: SessionStore, name: str) -> None:
     assert not store.directory.exists()
 
 
-@pytest.mark.parametrize("name", ["a", "A-b_c.d", "x" * 100, "20261121-081500", "-"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a",
+        "A-b_c.d",
+        "x" * 100,
+        "20261121-081500",
+        "-",
+        "my chat",
+        "caf\u00e9",
+        "\u4e2d\u6587",
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+    ],
+)
 def test_possible_names_are_accepted(store: SessionStore, name: str) -> None:
     assert store.create(name).name == name
     assert [summary.name for summary in store.summaries()] == [name]
@@ -161,7 +177,7 @@ DAMAGED = {
     "no messages": changed(messages=None),
     "messages of another type": changed(messages={}),
     "message of another type": changed(messages=["hi"]),
-    "role": changed(messages=[{"role": "tool", "content": ""}]),
+    "role": changed(messages=[{"role": "robot", "content": ""}]),
     "unhashable role": changed(messages=[{"role": [], "content": ""}]),
     "content": changed(messages=[{"role": "user", "content": 1}]),
     "half a character": changed(messages=[{"role": "user", "content": "\ud800"}]),
@@ -287,12 +303,55 @@ def test_a_renamed_file_is_another_session(store: SessionStore) -> None:
 
 def test_a_session_is_exported_and_imported(store: SessionStore, tmp_path: Path) -> None:
     saved = store.save(dataclasses.replace(store.create("talk", **DETAILS), messages=TALK))
-    file = tmp_path / "mine.chat"
+    file = tmp_path / "mine"
     export_session(saved, file)
     assert import_session(file) == saved
     longer = dataclasses.replace(saved, messages=TALK * 2)
     export_session(longer, file)
     assert import_session(file) == longer
+
+
+def test_a_chat_without_a_name_is_exported_and_imported(tmp_path: Path) -> None:
+    for number, messages in enumerate(([], TALK)):
+        file = tmp_path / f"{number}.json"
+        export_session(Session("", messages=messages), file)
+        assert import_session(file).messages == messages
+
+
+def test_messages_of_other_tools_are_imported(tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    plain = [{"role": "developer", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "u"}]}]
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "t", "refusal": None}
+    for values in ([*plain, answer], {"model": "gpt", "messages": [*plain, answer]}):
+        file.write_bytes("\ufeff".encode() + json.dumps(values).encode())
+        messages = import_session(file).messages
+        assert messages == [Message("system", "s"), Message("user", "u"), Message("assistant", "a", "t")]
+    file.write_text(json.dumps([*plain, {"role": "user", "content": 5}]))
+    with pytest.raises(SessionError, match="the content of message 3 is 5"):
+        import_session(file)
+
+
+def test_a_thought_is_kept_apart_from_its_answer(store: SessionStore) -> None:
+    answered = [Message("user", "2+2?"), Message("assistant", "4", "easy")]
+    store.save(dataclasses.replace(store.create("talk"), messages=answered))
+    stored = json.loads(store.path("talk").read_text())["messages"]
+    assert stored[1] == {"role": "assistant", "content": "4", "reasoning_content": "easy"}
+    assert store.load("talk").messages == answered
+
+
+def test_one_name_in_two_spellings_is_one_session(store: SessionStore) -> None:
+    store.create("cafe\u0301")
+    assert store.load("caf\u00e9").name == "caf\u00e9"
+    with pytest.raises(SessionError, match="already is a session"):
+        store.create("caf\u00e9")
+
+
+@pytest.mark.parametrize("name", ["x.pdf", "x.JPG", "a.json.gz"])
+def test_a_name_that_promises_something_else_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="cannot be written as") as raised:
+        export_session(Session("talk", messages=TALK), tmp_path / name)
+    assert ".json" in raised.value.hint
+    assert not (tmp_path / name).exists()
 
 
 def test_a_transcript_can_be_read_by_people(tmp_path: Path) -> None:

@@ -62,6 +62,23 @@ def test_commands_work_without_a_terminal(tiny_model: Path, abcli: Command, own_
     assert asked(own_home) == ["one", "three"]
 
 
+def test_a_chat_is_written_and_read_without_a_session(tiny_model: Path, abcli: Command, tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    for script in (f"/save {file}\n/load {file}\n", f"one\n/save {file}\n/load {file}\n/load {file}\n"):
+        outcome = abcli("chat", tiny_model, *CHATTER, "--no-save", stdin=script.encode())
+        assert (outcome.code, b"error" in outcome.errors) == (0, False)
+    assert b"loaded 1 turn" in outcome.errors
+    assert json.loads(file.read_text())["messages"][0] == {"role": "user", "content": "one"}
+
+
+def test_a_thought_is_kept_apart(tiny_model: Path, abcli: Command, own_home: Path) -> None:
+    grammar = ("--grammar", 'root ::= "<think>hm</think>yes"')
+    outcome = abcli("chat", tiny_model, *grammar, "--session", "work", stdin=b"one\n")
+    assert (outcome.code, outcome.text) == (0, "<think>hm</think>yes")
+    stored = json.loads((own_home / "sessions" / "work.json").read_text())["messages"]
+    assert stored[1] == {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
+
+
 def test_blocks(tiny_model: Path, abcli: Command, own_home: Path) -> None:
     script = b'"""\nfirst\n\n/second\n"""\n"""open\nto the end'
     outcome = abcli("chat", tiny_model, *CHATTER, "--session", "work", stdin=script)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from abcli.cli.commands import COMMANDS
+from abcli.cli._commands import COMMANDS
 from tests.cli.conftest import Command
 
 HEAVY = ("numpy", "llama_cpp", "huggingface_hub", "jinja2", "prompt_toolkit")

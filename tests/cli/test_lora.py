@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from abcli.cli.lora import parse_lora, parse_loras
+from abcli.cli._lora import parse_lora, parse_loras
 from abcli.config import LoraConfig, profiles_directory
 from abcli.errors import UsageError
 from abcli.profiles import catalogue

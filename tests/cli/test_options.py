@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-import abcli.cli.setup as loading
-from abcli.cli.main import call
-from abcli.cli.options import (
+import abcli.cli._setup as loading
+from abcli.cli._options import (
     AnswerOptions,
     BucketOptions,
     ModelOptions,
@@ -21,6 +20,7 @@ from abcli.cli.options import (
     SamplingOptions,
     parse_logit_bias,
 )
+from abcli.cli.main import call
 from abcli.cli.run import gather_prompt, split_words
 from abcli.config import MAX_BUCKETS, BucketConfig, ContextConfig, ModelConfig
 from abcli.errors import AbcliError, PromptError, UsageError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from abcli.cli.options import ModelOptions
+from abcli.cli._options import ModelOptions
 from abcli.errors import UsageError
 from abcli.hub.aliases import set_alias
 from tests.cli.conftest import PATIENCE, Command, command_line

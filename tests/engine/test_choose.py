@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +15,14 @@ import numpy as np
 import pytest
 
 from abcli.config import Buckets, ContextConfig, engines_directory
+from abcli.engine import choose as choose_module
 from abcli.engine import opening
 from abcli.engine.choose import Speeds, Verdict, choose, measure_engines, verify_fused
 from abcli.engine.contexts import ContextsBackend
 from abcli.engine.fused import FusedBackend
 from abcli.engine.opening import open_engine
-from abcli.errors import NativeError, UnsupportedModelError
+from abcli.engine.patience import OutOfTimeError, Patience
+from abcli.errors import CancelledError, NativeError, UnsupportedModelError
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.model import Model
 from abcli.native.rotating.tables import Tables
@@ -161,6 +168,61 @@ def test_a_measurement_that_fails_means_contexts(tiny: Model) -> None:
 
     choice = choose(tiny, *config(), Counted().verify, failing)
     assert (choice.kind, choice.reason) == ("contexts", "no memory")
+
+
+def test_a_trial_that_takes_too_long_is_put_off_to_another_day(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = choose(tiny, *config(), seconds=0.0)
+    assert (choice.kind, choice.reason) == ("contexts", "trying the fused engine takes more than 0 s here")
+    counted = Counted()
+    said: list[str] = []
+    assert choose(tiny, *config(), counted.verify, counted.measure, said.append).kind == "contexts"
+    # Who measures anyway, or asks for the engine, is not put off.
+    assert choose(tiny, *config(), counted.verify, counted.measure, seconds=math.inf).kind == "fused"
+    assert (counted.verified, counted.measured, said) == (1, 1, [])
+    choose(tiny, *config(threads=1), seconds=0.0)
+    later = time.time() + 25 * 3600
+    monkeypatch.setattr(choose_module, "time", lambda: later)
+    assert choose(tiny, *config(threads=1), counted.verify, counted.measure, said.append).kind == "fused"
+    assert said == ["measuring which engine is faster (once for this model and number of buckets); Ctrl-C skips it"]
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3])
+def test_a_trial_ends_in_time(tiny: Model, seconds: float) -> None:
+    # The measurement alone would take longer.
+    choice = choose(tiny, *config(), Counted().verify, seconds=seconds)
+    assert (choice.kind, choice.reason) == ("contexts", f"trying the fused engine takes more than {seconds} s here")
+
+
+def test_what_is_being_computed_is_cancelled_when_the_time_is_over() -> None:
+    cancelled = threading.Event()
+
+    def compute(patience: Patience, *, wait: bool) -> None:
+        with patience.cancelling(cancelled.set):
+            assert not wait or cancelled.wait(60)
+            raise CancelledError
+
+    with pytest.raises(OutOfTimeError, match="work takes more than"):
+        compute(Patience("work", 0.05), wait=True)
+    # Cancelled by somebody else.
+    with pytest.raises(CancelledError):
+        compute(Patience("work", 60.0), wait=False)
+
+
+def test_ctrl_c_skips_the_trial(tiny: Model) -> None:
+    def interrupted(*_: object) -> Speeds:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        raise AssertionError
+
+    choice = choose(tiny, *config(), Counted().verify, interrupted)
+    assert (choice.kind, choice.reason) == ("contexts", "the trial was skipped")
+    counted = Counted()
+    assert choose(tiny, *config(), counted.verify, counted.measure).kind == "contexts"
+    assert counted.measured == 0
+    for file in engines_directory().iterdir():
+        file.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        choose(tiny, *config(engine="fused"), interrupted)
 
 
 def test_damaged_files_are_written_again(tiny: Model) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import os
@@ -342,22 +343,31 @@ def test_a_broken_way_to_the_hub_is_named_and_the_cache_serves(
 def test_a_proxy_that_does_not_do_its_work(
     cache: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, words: str
 ) -> None:
+    served = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.05)
 
         def serve() -> None:
             # An answer that is none is asked for again.
-            for _ in range(6):
-                connection, _address = server.accept()
-                with connection:
-                    connection.recv(4096)
-                    connection.sendall(answer)
+            while not served.is_set():
+                with contextlib.suppress(TimeoutError):
+                    connection, _address = server.accept()
+                    with connection:
+                        connection.settimeout(10)
+                        connection.recv(4096)
+                        connection.sendall(answer)
 
-        threading.Thread(target=serve, daemon=True).start()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
         kind = "http" if b"407" in answer else "socks5"
         monkeypatch.setenv("ALL_PROXY", f"{kind}://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.delenv("NO_PROXY")
-        with pytest.raises(DownloadError) as caught:
-            fetch(NAME, Log())
+        try:
+            with pytest.raises(DownloadError) as caught:
+                fetch(NAME, Log())
+        finally:
+            served.set()
+            thread.join()
     assert words in caught.value.message
     assert "ALL_PROXY" in caught.value.hint
     del caught

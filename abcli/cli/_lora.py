@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from abcli.cli.flags import flag
+from abcli.cli._flags import flag
 from abcli.config import LoraConfig
 from abcli.errors import UsageError
 from abcli.hub.locate import is_file

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from abcli.cli.flags import flag
+from abcli.cli._flags import flag
 from abcli.errors import UsageError
 from abcli.ui.plots import ImageFormat, require_matplotlib
 

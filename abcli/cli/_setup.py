@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from abcli.cli.options import ModelOptions, ProfiledBucketOptions
+from abcli.cli._options import ModelOptions, ProfiledBucketOptions
 from abcli.llm import LLM
 from abcli.machine import log_to
 from abcli.prepare import AUTO_PROFILE, Prepared, prepare

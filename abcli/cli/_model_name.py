@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from abcli.cli.flags import flag
+from abcli.cli._flags import flag
 from abcli.errors import UsageError
 from abcli.hub.names import SCHEME, names_hub
 

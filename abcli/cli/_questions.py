@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar
 from rich.console import Console
 
 from abcli.chat.known_templates import KNOWN_TEMPLATES
-from abcli.cli.figures import check_destination
-from abcli.cli.flags import flag
-from abcli.cli.options import ModelOptions
+from abcli.cli._figures import check_destination
+from abcli.cli._flags import flag
+from abcli.cli._options import ModelOptions
 from abcli.config import DEFAULT_CONTEXT, ContextConfig
 from abcli.errors import UsageError
 from abcli.evals.model_under_test import Subject

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from abcli.cli.flags import with_options
+from abcli.cli._flags import with_options
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from abcli.batch.shapes import OutputFormat
 from abcli.batch.task import InputParts
 from abcli.batch.templates import parse_template
 from abcli.chat.files import read_text_file
-from abcli.cli.flags import flag
-from abcli.cli.options import check_argument
+from abcli.cli._flags import flag
+from abcli.cli._options import check_argument
 from abcli.errors import UsageError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from abcli.chat.files import decode_prompt, read_text_file
-from abcli.cli.flags import flag
-from abcli.cli.lora import LoraFlag, parse_loras
-from abcli.cli.model_name import ModelNameOptions
+from abcli.cli._flags import flag
+from abcli.cli._lora import LoraFlag, parse_loras
+from abcli.cli._model_name import ModelNameOptions
 from abcli.config import (
     DEFAULT_BUCKETS,
     DEFAULT_CONTEXT,
