@@ -9,13 +9,12 @@ from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from abcli.answer import Answer, Piece, finished_answer
-from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
@@ -44,6 +43,9 @@ from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
 from abcli.rope.bases import asked_buckets
 from abcli.sampling import GenerationConfig, SamplingConfig, check_sampling, generation_config
 from abcli.turn import Turn
+
+if TYPE_CHECKING:
+    from abcli.chat.controller import Chat
 
 # The settings of a context that `load` hands on as they are.
 _CONTEXT_SETTINGS = (
@@ -285,6 +287,8 @@ class LLM:
         With `overflow="shift"` the oldest turns are left out when the context is full. Raises TemplateError if the
         model has no chat template, PromptError and UsageError.
         """
+        from abcli.chat.controller import Chat
+
         chat = Chat(self, self.template, self.piece, generation_config(**settings), self.check, overflow=overflow)
         chat.conversation.replace(as_messages(messages) if messages else [])
         if system is not None:

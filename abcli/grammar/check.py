@@ -5,9 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from abcli.errors import AbcliError, GrammarError
-from abcli.grammar import gbnf
 from abcli.grammar.constraint import Constraint, constraint_of
-from abcli.grammar.guidance import compile_constraint
 from abcli.sampling import SamplingConfig
 
 _KEPT = 64
@@ -32,8 +30,13 @@ def _outcome(constraint: Constraint) -> tuple[tuple[str, str] | None, tuple[str,
     """What is wrong and what to do, or the remarks; many lines of a batch have the same schema."""
     try:
         if constraint.kind == "grammar":
+            from abcli.grammar import gbnf
+
             gbnf.check(constraint.text)
             return None, ()
+        # Slow to import, and few have a schema.
+        from abcli.grammar.guidance import compile_constraint
+
         return None, compile_constraint(constraint).remarks
     except AbcliError as error:
         return (error.message, error.hint), ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from abcli.errors import DownloadError
 
@@ -28,6 +27,9 @@ class Proxy:
 def proxy_for(url: str) -> Proxy | None:
     """The proxy that requests to `url` go through; None if they go straight."""
     parts = urlsplit(url)
+    # It brings half of the standard library's network code along.
+    from urllib.request import getproxies, proxy_bypass
+
     proxies = getproxies()
     address = proxies.get(parts.scheme) or proxies.get("all")
     if not address or proxy_bypass(parts.hostname or ""):

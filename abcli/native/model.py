@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -18,9 +18,11 @@ from abcli.errors import ModelFileError, NativeError, PromptError
 from abcli.gguf.checked import CheckedModel
 from abcli.gguf.lora import Adapter
 from abcli.grammar.constraint import Constraint
-from abcli.grammar.guidance import Matcher, Matchers, Vocabulary
 from abcli.native.llama import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
+
+if TYPE_CHECKING:
+    from abcli.grammar.guidance import Matcher, Matchers, Vocabulary
 
 # Which numbers of a head RoPE turns together: (2i, 2i + 1), or (i, i + dimensions / 2).
 Rotation = Literal["pairs", "halves"]
@@ -169,10 +171,15 @@ class Model(Owner):
 
     @cached_property
     def _matchers(self) -> Matchers:
+        # Few answers have to follow anything, and what it takes is slow to import.
+        from abcli.grammar.guidance import Matchers
+
         return Matchers(self.read_vocabulary(), self.path.name)
 
     def read_vocabulary(self) -> Vocabulary:
         """All tokens; those that no answer is to contain as text are marked with 0xff."""
+        from abcli.grammar.guidance import Vocabulary
+
         tokens: list[bytes] = []
         ends: list[int] = []
         for token in range(self.vocabulary_size):

@@ -8,21 +8,21 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import AbcliError, GrammarError, NativeError
-from abcli.grammar import gbnf
 from abcli.grammar.constraint import Constraint, constraint_of
-from abcli.grammar.gbnf import reason_to_refuse
-from abcli.grammar.guidance import Matcher
 from abcli.native.llama import clear_log, log_tail
 from abcli.native.model import Model
 from abcli.native.owner import Owner
 from abcli.sampling import NATIVE_RANDOM_SEED, SamplingConfig, check_sampling, encode_breaker
+
+if TYPE_CHECKING:
+    from abcli.grammar.guidance import Matcher
 
 # CPU time of one token in the grammar. llama.cpp follows every reading of an ambiguous text, and their number
 # can grow tenfold with each token.
@@ -117,10 +117,10 @@ class SamplerChain(Owner):
         if self._grammar.allows(token):
             return token
         self._fill(logits)
-        if isinstance(self._grammar, Matcher):
-            self._candidates["logit"][~self._grammar.mask()] = -np.inf
-        else:
+        if isinstance(self._grammar, _Grammar):
             self._grammar.apply(self._array)
+        else:
+            self._candidates["logit"][~self._grammar.mask()] = -np.inf
         if self._candidates["logit"].max() == -np.inf:
             raise _no_token_in_grammar()
         llama.llama_sampler_apply(self._chain, ctypes.byref(self._array))
@@ -219,6 +219,8 @@ def _make_dry(model: Model, config: SamplingConfig, last_n: int) -> Any:
 def _follower(stack: ExitStack, model: Model, constraint: Constraint) -> _Grammar | Matcher:
     if constraint.kind != "grammar":
         return model.matcher(constraint)
+    from abcli.grammar import gbnf
+
     gbnf.check(constraint.text)
     return _Grammar(stack, model, constraint.text)
 
@@ -239,6 +241,8 @@ class _Grammar:
             self._handle = _own(stack, llama.llama_sampler_init_grammar, model.vocabulary, text.encode(), b"root")
         except NativeError:
             # llama.cpp's own words name no rule, but a number.
+            from abcli.grammar.gbnf import reason_to_refuse
+
             reason = reason_to_refuse(text) or log_tail() or "no reason given"
             raise GrammarError(f"llama.cpp refuses the grammar: {reason}", "simplify the grammar") from None
 
