@@ -287,11 +287,11 @@ def test_an_exception_in_a_thread_comes_out_and_spoils_nothing(monkeypatch):
     merger = Merger(3, 200_000, 4)
     logits = random_logits(3, 200_000)
     wanted = merger.merge(logits, "mean").logits.copy()
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        exp = np.exp
-        patch.setattr(np, "exp", lambda *a, **k: exp(*a, **k) if threading.current_thread() is main else broken())
-        main = threading.current_thread()
-        merger.merge(logits, "mean")
+    here, exp = threading.current_thread(), np.exp
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "exp", lambda *a, **k: exp(*a, **k) if threading.current_thread() is here else broken())
+        with pytest.raises(MemoryError):
+            merger.merge(logits, "mean")
     np.testing.assert_array_equal(merger.merge(logits, "mean").logits, wanted)
 
 
