@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from abcli.config import MergeRule
 from abcli.engine.engine import Engine, Progress
+from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
 from abcli.merge import Merger
 from abcli.sampling import GenerationConfig, SamplingConfig
@@ -175,7 +176,9 @@ class Generator:
         self._make_sampler = make_sampler
         self._rule = merge_rule
         self._pool_weights = tuple(pool_weights)
-        self._merger = Merger(len(engine.bases), engine.vocabulary_size)
+        # The other cores may still be busy: threads of the graph wait for the next one at full speed for a while.
+        threads = max(1, available_cores() // 2)
+        self._merger = Merger(len(engine.bases), engine.vocabulary_size, threads)
         self._running: dict[int, _Running] = {}
         self._cancelled = False
 

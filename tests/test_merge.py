@@ -1,6 +1,7 @@
 """Merging against the formulas written out naively in float64."""
 
 import math
+import threading
 
 import llama_cpp
 import numpy as np
@@ -268,6 +269,38 @@ def test_a_merger_is_reusable_after_an_error_and_leaves_its_input_alone():
         np.testing.assert_array_equal(again.log_probabilities, fresh.log_probabilities)
         np.testing.assert_array_equal(again.logits, fresh.logits)
         np.testing.assert_array_equal(logits, copy)
+
+
+@pytest.mark.parametrize("rule", MERGE_RULES)
+def test_several_threads_compute_the_same_numbers(rule):
+    mergers = [Merger(3, 200_000, threads) for threads in (1, 4)]
+    assert [merger._threads for merger in mergers] == [1, 4]
+    for seed in range(3):
+        one, several = (merger.merge(random_logits(3, 200_000, seed), rule) for merger in mergers)
+        np.testing.assert_array_equal(several.log_probabilities, one.log_probabilities)
+        np.testing.assert_array_equal(several.logits, one.logits)
+        assert several.agreement == one.agreement
+        np.testing.assert_array_equal(several.weights, one.weights)
+
+
+def test_an_exception_in_a_thread_comes_out_and_spoils_nothing(monkeypatch):
+    merger = Merger(3, 200_000, 4)
+    logits = random_logits(3, 200_000)
+    wanted = merger.merge(logits, "mean").logits.copy()
+    here, exp = threading.current_thread(), np.exp
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "exp", lambda *a, **k: exp(*a, **k) if threading.current_thread() is here else broken())
+        with pytest.raises(MemoryError):
+            merger.merge(logits, "mean")
+    np.testing.assert_array_equal(merger.merge(logits, "mean").logits, wanted)
+
+
+def broken():
+    raise MemoryError
+
+
+def test_a_small_merge_takes_one_thread():
+    assert Merger(6, 30_000, 16)._threads == 1
 
 
 def test_rows_of_a_larger_array_can_be_merged():
