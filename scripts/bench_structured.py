@@ -30,7 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     times: dict[str, list[float]] = {"free": [], "schema": []}
     with load(options.model, buckets=options.buckets, ctx_size=1024, threads=options.threads) as llm:
-        vocabulary, prompt = llm.vocabulary_size, llm.prompt_tokens("Tell me about rivers, as JSON.")
+        vocabulary, prompt = llm.vocabulary_size, llm.prompt_tokens("Tell me about rivers, as JSON.", raw=True)
         for number in range(options.rounds + 1):
             for kind, settings in KINDS.items():
                 begin, tokens = 0.0, 0
