@@ -14,18 +14,22 @@ if TYPE_CHECKING:
     from abcli.answer import Answer, Piece, Timings, Usage
     from abcli.chat.controller import Chat
     from abcli.chat.messages import Message
+    from abcli.config import LoraConfig
     from abcli.engine.engine import Engine
     from abcli.errors import (
         AbcliError,
+        BatchError,
         CancelledError,
         ContextFullError,
         DownloadError,
+        EvaluationDataError,
         GrammarError,
         ModelFileError,
         NativeError,
         OutOfMemoryError,
         ProfileError,
         PromptError,
+        SessionError,
         TemplateError,
         UnsupportedModelError,
         UsageError,
@@ -40,11 +44,12 @@ _HOMES = {
     "abcli.answer": ("Answer", "Piece", "Timings", "Usage"),
     "abcli.chat.controller": ("Chat",),
     "abcli.chat.messages": ("Message",),
+    "abcli.config": ("LoraConfig",),
     "abcli.engine.engine": ("Engine",),
     "abcli.errors": (
-        *("AbcliError", "CancelledError", "ContextFullError", "DownloadError", "GrammarError", "ModelFileError"),
-        *("NativeError", "OutOfMemoryError", "ProfileError", "PromptError", "TemplateError"),
-        *("UnsupportedModelError", "UsageError"),
+        *("AbcliError", "BatchError", "CancelledError", "ContextFullError", "DownloadError", "EvaluationDataError"),
+        *("GrammarError", "ModelFileError", "NativeError", "OutOfMemoryError", "ProfileError", "PromptError"),
+        *("SessionError", "TemplateError", "UnsupportedModelError", "UsageError"),
     ),
     "abcli.generate": ("Sampler", "Tokenizer"),
     "abcli.llm": ("LLM", "load"),
@@ -57,13 +62,16 @@ __all__ = [
     "LLM",
     "AbcliError",
     "Answer",
+    "BatchError",
     "CancelledError",
     "Chat",
     "ContextFullError",
     "DownloadError",
     "Engine",
+    "EvaluationDataError",
     "GenerationConfig",
     "GrammarError",
+    "LoraConfig",
     "Merged",
     "Merger",
     "Message",
@@ -75,6 +83,7 @@ __all__ = [
     "PromptError",
     "Sampler",
     "SamplingConfig",
+    "SessionError",
     "TemplateError",
     "Timings",
     "Tokenizer",
@@ -89,6 +98,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """A public name, from the module that defines it."""
     home = _HOME_OF.get(name)
+    if name == "merge":
+        return import_module("abcli.merge")
     if home is None:
         raise AttributeError(f"module 'abcli' has no attribute {name!r}")
     return getattr(import_module(home), name)

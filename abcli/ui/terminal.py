@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from abcli.errors import AbcliError
-from abcli.sampling import SETTINGS
 from abcli.text import counted
 from abcli.ui.wrapping import WordWrap
 
@@ -170,6 +169,9 @@ def printable(text: str) -> str:
 
 def in_flags(text: str) -> str:
     """`text` with the settings that it names as in `top_k=40` shown as the command line's flags, as in --top-k 40."""
+
+    # An error is rare, and what it needs slow to import.
+    from abcli.sampling import SETTINGS
 
     def flag(found: re.Match[str]) -> str:
         setting = SETTINGS.get(found["name"])
