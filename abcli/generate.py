@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from types import TracebackType
 from typing import Literal, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.config import MergeRule
-from abcli.engine.engine import Engine, Progress
+from abcli.engine.engine import Engine, Gate, Progress
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
 from abcli.merge import Merger
@@ -43,6 +44,9 @@ class Sampler(Protocol):
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         """Let penalties see the prompt."""
 
+    def confidence(self, logits: NDArray[np.float32]) -> float:
+        """The probability (0..1) of the likeliest token in logits [vocab] that may come next."""
+
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose a token from logits [vocab] and remember it."""
 
@@ -63,8 +67,11 @@ class Statistics:
     completion_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    steps: int = 0
+    """How many tokens were chosen, the one that ended the answer included."""
+    asked_steps: int = 0
+    """For how many of them all buckets were asked; none with a single one."""
     agreement_sum: float = 0.0
-    agreement_count: int = 0
 
     @property
     def prefilled_tokens(self) -> int:
@@ -73,8 +80,13 @@ class Statistics:
 
     @property
     def agreement(self) -> float:
-        """The mean share (0..1) of probability mass on which the buckets agree."""
-        return self.agreement_sum / self.agreement_count if self.agreement_count else 1.0
+        """The mean share (0..1) of probability mass on which the buckets agree, where all were asked."""
+        return self.agreement_sum / self.asked_steps if self.asked_steps else 1.0
+
+    @property
+    def asked(self) -> float:
+        """The share (0..1) of the tokens for which all buckets were asked."""
+        return self.asked_steps / self.steps if self.steps else 0.0
 
 
 @dataclass
@@ -250,7 +262,7 @@ class Generator:
             self._cancelled = False
             raise CancelledError
         try:
-            logits = self._engine.step(tokens) if self._running else {}
+            logits = self._engine.step(tokens, self._gates()) if self._running else {}
         except CancelledError:
             self._cancelled = False
             raise
@@ -297,6 +309,25 @@ class Generator:
             self._engine.drop(slot)
             running.sampler.close()
 
+    def _gates(self) -> dict[int, Gate]:
+        """What lets the native bucket decide alone, by slot; at 1 it never does."""
+        return {
+            slot: partial(self._decides, item, item.config.gate)
+            for slot, item in self._running.items()
+            if item.config.gate is not None and item.config.gate < 1 and len(self._engine.bases) > 1
+        }
+
+    @staticmethod
+    def _decides(running: _Running, gate: float, logits: NDArray[np.float32]) -> bool:
+        """Whether the native bucket's logits [vocab] are sure enough of the next token."""
+        if running.config.max_tokens == 0:
+            return True
+        try:
+            return running.sampler.confidence(logits) > gate
+        except AbcliError:
+            # Sampling meets it again, where it concerns this answer alone.
+            return True
+
     def _sample(self, running: _Running, logits: NDArray[np.float32]) -> None:
         """Choose the next token; what goes wrong concerns this answer and must not end the others."""
         try:
@@ -307,13 +338,14 @@ class Generator:
     def _choose(self, running: _Running, logits: NDArray[np.float32]) -> None:
         if running.config.max_tokens == 0:
             return
+        statistics = running.answer.statistics
+        statistics.steps += 1
         if len(logits) == 1:  # nothing to merge; the sampler refuses numbers that are none
             running.next_token = running.sampler.sample(logits[0])
             return
         merged = self._merger.merge(logits, self._rule, self._pool_weights)
-        statistics = running.answer.statistics
         statistics.agreement_sum += merged.agreement
-        statistics.agreement_count += 1
+        statistics.asked_steps += 1
         running.next_token = running.sampler.sample(merged.logits)
 
     def _emit(self, running: _Running) -> Piece:
