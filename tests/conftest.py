@@ -27,12 +27,36 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or writes the user's own sessions, history or trials."""
+# What is found out about a model once, in directories below the home: whether it loads, which engine is the faster.
+FINDINGS = ("trials", "engines")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def common_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The home of what is opened for several tests: none touches the user's own files."""
     home = tmp_path_factory.mktemp("home")
+    for name in FINDINGS:
+        (home / name).mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENV_HOME, str(home))
+        yield home
+
+
+@pytest.fixture(autouse=True)
+def own_home(common_home: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of one test; what is found out about a model is found out once for all tests."""
+    home = tmp_path_factory.mktemp("home")
+    for name in FINDINGS:
+        (home / name).symlink_to(common_home / name)
     monkeypatch.setenv(ENV_HOME, str(home))
     return home
+
+
+@pytest.fixture
+def nothing_found_out(own_home: Path) -> None:
+    """For tests of finding it out."""
+    for name in FINDINGS:
+        (own_home / name).unlink()
 
 
 @pytest.fixture(scope="session")
