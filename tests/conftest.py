@@ -22,6 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "abcli-tests-have-no-hub")
 os.environ.pop("HF_TOKEN", None)
 
+# Where bytecode may not be written, every process that a test starts compiles all modules anew: a quarter of its time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # A shell ignores Ctrl-C for what it runs in the background, and so would everything that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
