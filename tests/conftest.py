@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A shell ignores Ctrl-C for what it runs in the background, and so would everything that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Close what llama-cpp-python leaves open, of which the interpreter would complain at its end."""
+    if bindings := sys.modules.get("llama_cpp._utils"):
+        bindings.outnull_file.close()
+        bindings.errnull_file.close()
 
 
 # What is found out about a model once, in directories below the home: whether it loads, which engine is the faster.
