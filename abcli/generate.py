@@ -50,6 +50,10 @@ class Sampler(Protocol):
     def finished(self) -> bool:
         """Whether what the answer has to follow is complete, so that no token can come after the last one."""
 
+    @property
+    def may_choose_any(self) -> bool:
+        """Whether a token that no distribution gives a chance may be chosen, as a grammar or a bias may want it."""
+
     def close(self) -> None:
         """Free what the sampler holds."""
 
@@ -242,7 +246,8 @@ class Generator(Owner):
             self._cancelled = False
             raise CancelledError
         try:
-            logits = self._engine.step(tokens) if self._running else {}
+            any_token = any(item.sampler.may_choose_any for item in self._running.values())
+            logits = self._engine.step(tokens, None if any_token else self._rule) if self._running else {}
         except CancelledError:
             self._cancelled = False
             raise
@@ -299,14 +304,15 @@ class Generator(Owner):
     def _choose(self, running: _Running, logits: NDArray[np.float32]) -> None:
         if running.config.max_tokens == 0:
             return
-        if len(logits) == 1:  # nothing to merge; the sampler refuses numbers that are none
-            running.next_token = running.sampler.sample(logits[0])
-            return
-        merged = self._merger.merge(logits, self._rule, self._pool_weights)
-        statistics = running.answer.statistics
-        statistics.agreement_sum += merged.agreement
-        statistics.agreement_count += 1
-        running.next_token = running.sampler.sample(merged.logits)
+        # One row is all there is, or merged already; the sampler refuses numbers that are none.
+        chosen, agreement = logits[0], self._engine.agreement(running.answer.slot)
+        if len(logits) > 1:
+            merged = self._merger.merge(logits, self._rule, self._pool_weights)
+            chosen, agreement = merged.logits, merged.agreement
+        if agreement is not None:
+            running.answer.statistics.agreement_sum += agreement
+            running.answer.statistics.agreement_count += 1
+        running.next_token = running.sampler.sample(chosen)
 
     def _emit(self, running: _Running) -> Piece:
         """Turn the token just sampled into text and finish the answer if it is the last one."""

@@ -94,6 +94,19 @@ multiply = ggml_function("ggml_mul", _pointer, _pointer, _pointer, _pointer)
 add = ggml_function("ggml_add", _pointer, _pointer, _pointer, _pointer)
 # struct ggml_tensor * ggml_reshape_3d(ctx, a, ne0, ne1, ne2);
 reshape_3d = ggml_function("ggml_reshape_3d", _pointer, _pointer, _pointer, *[_int64] * 3)
+# struct ggml_tensor * ggml_div(ctx, a, b); as ggml_mul.
+divide = ggml_function("ggml_div", _pointer, _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_neg(struct ggml_context * ctx, struct ggml_tensor * a);
+negate = ggml_function("ggml_neg", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_log(struct ggml_context * ctx, struct ggml_tensor * a);
+logarithm = ggml_function("ggml_log", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_soft_max(struct ggml_context * ctx, struct ggml_tensor * a); of each row.
+soft_max = ggml_function("ggml_soft_max", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_sum_rows(struct ggml_context * ctx, struct ggml_tensor * a);
+sum_rows = ggml_function("ggml_sum_rows", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_pool_2d(ctx, a, enum ggml_op_pool op, int k0, k1, s0, s1, float p0, p1);
+pool_2d = ggml_function("ggml_pool_2d", _pointer, _pointer, _pointer, *[_int] * 5, *[_float] * 2)
+POOL_MAX, POOL_AVERAGE = 0, 1
 # size_t ggml_used_mem(const struct ggml_context * ctx);
 used_memory = ggml_function("ggml_used_mem", _size, _pointer)
 # size_t ggml_get_mem_size(const struct ggml_context * ctx);

@@ -57,6 +57,7 @@ class SamplerChain(Owner):
         self._candidates = np.zeros(size, _CANDIDATE)
         self._candidates_pointer = self._candidates.ctypes.data_as(llama.llama_token_data_p)
         self._array = llama.llama_token_data_array()
+        self._any = constraint is not None or bool(config.logit_bias)
         self._grammar: _Grammar | Matcher | None = None
         with ExitStack() as stack:
             self._chain = _own(stack, llama.llama_sampler_chain_init, llama.llama_sampler_chain_default_params())
@@ -96,6 +97,11 @@ class SamplerChain(Owner):
     def finished(self) -> bool:
         """Whether a schema, regular expression or Lark grammar is complete, so that nothing can follow."""
         return self._grammar is not None and self._grammar.finished
+
+    @property
+    def may_choose_any(self) -> bool:
+        """Whether a grammar or a bias may want a token of no probability."""
+        return self._any
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         """Let penalties and DRY, but not the grammar, see tokens that were not sampled here."""
