@@ -54,7 +54,9 @@ def test_run_with_the_real_model(real_model: Path, abcli: Command, buckets: int,
 
 
 def test_chat_with_the_real_model(real_model: Path, abcli: Command) -> None:
-    script = f"/set json_schema {TEXT}\nIs water wet?\n/set regex (yes|no)!\nIs ice wet?\n/set regex\n/set predict 3\nHi.\n"
+    script = (
+        f"/set json_schema {TEXT}\nIs water wet?\n/set regex (yes|no)!\nIs ice wet?\n/set regex\n/set predict 3\nHi.\n"
+    )
     flags = ("-k", 1, "-n", 100, "-s", 3, "-c", 512, "--no-save", *STEADY)
     outcome = abcli("chat", real_model, *flags, stdin=script.encode())
     assert outcome.code == 0
