@@ -23,7 +23,15 @@ class Marks:
 
     def remove(self, text: str) -> str:
         """`text` without marks."""
-        return text.replace(self.inside, "").replace(self.edge, "").replace(self.inner_edge, "")
+        for mark in (self.inside, self.edge, self.inner_edge):
+            text = text.replace(mark, "").replace(_spelled(mark), "")
+        return text
+
+    def spelled(self, text: str) -> str:
+        """`text` with its marks as templates write them that spell out what is not ASCII."""
+        for mark in (self.inside, self.edge, self.inner_edge):
+            text = text.replace(mark, _spelled(mark))
+        return text
 
 
 class ControlText:
@@ -95,8 +103,17 @@ class ControlText:
 def unused_marks(text: str) -> Marks | None:
     """Marks that `text` does not contain; None if it has every character there is for that."""
     used = set(text)
+
+    def is_unused(character: str) -> bool:
+        return character not in used and _spelled(character) not in text
+
     # Noncharacters, then the private-use areas: no tokenizer, template or case mapping gives them a meaning.
     ranges = (range(0xFDD0, 0xFDF0), range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))
-    unused = (chr(code) for codes in ranges for code in codes if chr(code) not in used)
+    unused = (chr(code) for codes in ranges for code in codes if is_unused(chr(code)))
     chosen = [next(unused, "") for _ in range(4)]
     return Marks(*chosen) if all(chosen) else None
+
+
+def _spelled(mark: str) -> str:
+    """A mark in Python's and JSON's ASCII."""
+    return ascii(mark)[1:-1]

@@ -121,7 +121,7 @@ class Chat:
                 yield piece
         finally:
             if answer is not None and answer.text:
-                thought, text = split_thought(answer.text, opened=self._template.opens_thought)
+                thought, text = split_thought(answer.text, opened=self._template.opens_thought())
                 self.conversation.add_assistant(text, thought)
 
     def _fit(self) -> Fitted:

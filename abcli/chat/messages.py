@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -16,6 +17,21 @@ class ToolCall:
     name: str
     arguments: str
     id: str = ""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that a model may call; `parameters` is the JSON schema of its arguments, an object's."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The tool as OpenAI's clients write it and templates take it."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from abcli.chat.conversation import split_turns
 from abcli.chat.messages import Message
+from abcli.chat.options import ChatOptions
 from abcli.errors import TemplateError
 
 # Shorter conversations are rendered as a whole.
@@ -22,19 +23,19 @@ _STRIDE = 16
 _AROUND = 3
 _KEPT_WINDOWS = 1024
 
-Render = Callable[[tuple[Message, ...], bool], str]
+Render = Callable[[tuple[Message, ...], ChatOptions, bool], str]
 
 
 class WindowedRendering:
-    """Renders through `render`, which is asked for (messages, add_generation_prompt); keeps what was rendered."""
+    """Renders through `render`, which is asked for (messages, options, opened); keeps what it rendered."""
 
     def __init__(self, render: Render) -> None:
         self._render = lru_cache(_KEPT_WINDOWS)(render)
 
-    def text(self, messages: Sequence[Message], add_generation_prompt: bool, anchor: str) -> str | None:
+    def text(self, messages: Sequence[Message], options: ChatOptions, opened: bool, anchor: str) -> str | None:
         """What `render` would make of all `messages`; None if they are few or the template looks too far.
 
-        `anchor` is a character that occurs in none of the messages.
+        `opened` adds the beginning of an answer; `anchor` is a character that occurs in none of the messages.
         """
         head, turns = split_turns(messages)
         if len(turns) < MIN_TURNS or any(turn[0].role != "user" or not turn[0].content.strip() for turn in turns):
@@ -46,7 +47,8 @@ class WindowedRendering:
             is_last = start == starts[-1]
             first = max(start - _AROUND, 0)
             end = len(turns) if is_last else start + _STRIDE + _AROUND
-            pieces = self._pieces(head, turns[first:end], is_last and add_generation_prompt, anchor)
+            render = partial(self._window, options, is_last and opened)
+            pieces = _pieces(render, head, turns[first:end], anchor)
             if pieces is None:
                 return None
             opening, *found = pieces
@@ -59,16 +61,20 @@ class WindowedRendering:
             before = here
         return "".join(text)
 
-    def _pieces(
-        self, head: Sequence[Message], turns: Sequence[list[Message]], add_generation_prompt: bool, anchor: str
-    ) -> list[str] | None:
-        """The window's text, cut where each turn's first message begins; None if it does not show each once."""
-        anchored = [message for turn in turns for message in (_anchored(turn[0], anchor), *turn[1:])]
-        try:
-            pieces = self._render((*head, *anchored), add_generation_prompt).split(anchor)
-        except TemplateError:
-            return None
-        return pieces if len(pieces) == len(turns) + 1 else None
+    def _window(self, options: ChatOptions, opened: bool, messages: tuple[Message, ...]) -> str:
+        return self._render(messages, options, opened)
+
+
+def _pieces(
+    render: Callable[[tuple[Message, ...]], str], head: Sequence[Message], turns: Sequence[list[Message]], anchor: str
+) -> list[str] | None:
+    """The window's text, cut where each turn's first message begins; None if it does not show each once."""
+    anchored = [message for turn in turns for message in (_anchored(turn[0], anchor), *turn[1:])]
+    try:
+        pieces = render((*head, *anchored)).split(anchor)
+    except TemplateError:
+        return None
+    return pieces if len(pieces) == len(turns) + 1 else None
 
 
 def _anchored(message: Message, anchor: str) -> Message:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import log
@@ -10,6 +10,7 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.config import MergeRule
 from abcli.engine.backend import Backend, Part, Sharing
 from abcli.engine.prompt_cache import Piece, PromptCache
 from abcli.errors import ContextFullError
@@ -80,6 +81,7 @@ class Engine(Owner):
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
         self._waiting: dict[int, _Prompt] = {}
         self._oldest_first = False
+        self._agreements: Mapping[int, float] = {}
         self._logits: NDArray[np.float32] = np.empty((slots, backend.buckets, vocabulary_size), np.float32)
         self.context_size: int = context_size
         """The number of tokens each slot can hold."""
@@ -137,13 +139,19 @@ class Engine(Owner):
         self._waiting[slot] = _Prompt(tuple(left), self.sharing.shared and len(left) >= self._least_shared)
         return len(left)
 
-    def step(self, tokens: Mapping[int, int], gates: Mapping[int, Gate] = NO_GATES) -> dict[int, NDArray[np.float32]]:
+    def step(
+        self,
+        tokens: Mapping[int, int],
+        merge: MergeRule | None = None,
+        gates: Mapping[int, Gate] = NO_GATES,
+    ) -> dict[int, NDArray[np.float32]]:
         """Append one token to each slot named, and one piece in all to the prompts that wait.
 
         The logits [buckets, vocab] of each slot named, in the mapping's order, and of each whose prompt is complete
         now; but for rounding they do not depend on what else is computed. In a slot that has a gate the native bucket
-        comes first: its logits [1, vocab] are all if the gate lets them decide. With no slot named, at least one prompt
-        must wait. Raises as `begin` does, and what a gate raises.
+        comes first: its logits [1, vocab] are all if the gate lets them decide. With `merge`, a slot's logits may be
+        merged already: they are then [1, vocab], and `agreement` tells its agreement. With no slot named, at least one
+        prompt must wait. Raises as `begin` does, and what a gate raises.
         """
         if not (tokens or self._waiting) or any(slot in self._waiting for slot in tokens):
             raise ValueError("a step needs a slot or a waiting prompt, and no slot is named whose prompt waits")
@@ -152,14 +160,23 @@ class Engine(Owner):
         with self._computing():
             rows = dict(tokens)
             complete = self._advance(rows)
-            decided = self._append(rows, gates)
+            decided = self._append(rows, merge, gates)
             for slot in complete:
                 # Every bucket has computed the end of an exact prompt, but the gate is asked all the same.
                 if slot in gates and slot not in rows and gates[slot](self._logits[slot, self._native]):
                     decided.add(slot)
                 self._store(slot, len(self._waiting.pop(slot).tokens))
-        alone = slice(self._native, self._native + 1)
-        return {slot: self._logits[slot, alone if slot in decided else ...] for slot in (*tokens, *complete)}
+        return {slot: self._logits[slot, self._given(slot, decided)] for slot in (*tokens, *complete)}
+
+    def _given(self, slot: int, decided: Collection[int]) -> slice:
+        """Which of a slot's rows are the step's logits."""
+        if slot in decided:
+            return slice(self._native, self._native + 1)
+        return slice(1 if slot in self._agreements else None)
+
+    def agreement(self, slot: int) -> float | None:
+        """The agreement of a slot whose logits the last step merged; None for any other."""
+        return self._agreements.get(slot)
 
     def prefill(self, slot: int, tokens: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
         """Append `tokens` (one or more) to `slot` while no prompt waits; the logits [buckets, vocab] after the last.
@@ -251,27 +268,27 @@ class Engine(Owner):
                 room -= (end - prompt.done) / size
         return pieces
 
-    def _append(self, rows: Mapping[int, int], gates: Mapping[int, Gate]) -> set[int]:
+    def _append(self, rows: Mapping[int, int], merge: MergeRule | None, gates: Mapping[int, Gate]) -> set[int]:
         """Append a token to each slot; those whose native bucket decides alone, so that it alone has the token."""
 
-        def compute(slots: Iterable[int], columns: Sequence[int]) -> None:
+        def compute(slots: Collection[int], columns: Sequence[int], merge: MergeRule | None) -> Mapping[int, float]:
             parts = [
                 Part(slot, len(self._tokens[slot]), (rows[slot],), [self._logits[slot, column] for column in columns])
                 for slot in slots
             ]
-            if parts:
-                self._backend.compute(parts, columns)
+            return self._backend.compute(parts, columns, merge) if parts else {}
 
         decided: set[int] = set()
         columns: Sequence[int] = self._buckets
         if self._others and not gates.keys().isdisjoint(rows):
-            compute(rows, [self._native])
+            compute(rows, [self._native], None)
             decided = {slot for slot in rows if slot in gates and gates[slot](self._logits[slot, self._native])}
-            columns = self._others
+            # What is computed in two batches cannot be merged where it is computed.
+            columns, merge = self._others, None
         asked = [slot for slot in rows if slot not in decided]
         for slot in asked:
             self._catch_up(slot, self._native, self._others)
-        compute(asked, columns)
+        self._agreements = compute(asked, columns, merge)
         for slot, token in rows.items():
             self._tokens[slot].append(token)
         return decided

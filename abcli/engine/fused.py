@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import Buckets, ContextConfig
+from abcli.config import Buckets, ContextConfig, MergeRule
 from abcli.engine.backend import TILED_TOKENS, Part, Sharing
 from abcli.engine.workers import available_cores, run_all
 from abcli.errors import UnsupportedModelError
@@ -65,17 +65,22 @@ class FusedBackend(Owner):
         """See `Backend.piece`."""
         return max(1, self._piece // columns)
 
-    def compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+    def compute(
+        self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
+    ) -> Mapping[int, float]:
         """See `Backend.compute`."""
         # A batch is kept in one piece only for ascending sequences without gaps.
         parts = sorted(parts, key=lambda part: part.slot)
         if all(len(part.tokens) == 1 and part.logits is not None for part in parts):
             unproved = self._unproved.intersection(part.slot for part in parts)
-            for neighbours in self._context.neighbours(columns):
-                self._compute_rows(parts, columns, neighbours, careful=bool(unproved))
+            batches = self._context.neighbours(columns)
+            agreements: dict[int, float] = {}
+            for neighbours in batches:
+                rule = merge if len(batches) == 1 else None
+                agreements |= self._compute_rows(parts, columns, neighbours, rule, careful=bool(unproved))
             self._unproved -= unproved
             self._proved |= unproved
-            return
+            return agreements
         groups = _alike(parts, self._piece, self._slot_cells) if self.buckets == 1 else ([part] for part in parts)
         for group in groups:
             batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
@@ -87,6 +92,7 @@ class FusedBackend(Owner):
                 logits = [_rows_of(row, columns, neighbours) for row in rows] or None
                 careful = list(columns) == [self.leader]
                 self._run(partial(self._context.compute, batch, neighbours, logits, careful=careful))
+        return {}
 
     def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
         """See `Backend.share`."""
@@ -120,12 +126,19 @@ class FusedBackend(Owner):
         self._run(partial(self._context.write_cells, slot, self.leader, start, tokens, data))
 
     def _compute_rows(
-        self, parts: Sequence[Part], columns: Sequence[int], neighbours: Sequence[int], *, careful: bool
-    ) -> None:
+        self,
+        parts: Sequence[Part],
+        columns: Sequence[int],
+        neighbours: Sequence[int],
+        merge: MergeRule | None,
+        *,
+        careful: bool,
+    ) -> dict[int, float]:
         """Compute those of `columns` that are `neighbours`.
 
         Neighbouring slots go into one batch; idle ones between them get a token that is dropped again.
         """
+        merged: dict[int, float] = {}
         rows = {part.slot: part for part in parts}
         between = [slot for slot in range(parts[0].slot, parts[-1].slot) if slot not in rows]
         lengths = {slot: {self.length(slot, column) for column in neighbours} for slot in between}
@@ -140,11 +153,17 @@ class FusedBackend(Owner):
             group = [rows.get(slot) or idle[slot] for slot in slots]
             batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
             logits = [_rows_of(part.logits, columns, neighbours) for part in group if part.logits is not None]
-            self._run(partial(self._context.compute, batch, neighbours, logits, careful=careful))
+
+            def compute(batch: list[SlotPart] = batch, logits: list[list[NDArray[np.float32]]] = logits) -> None:
+                agreements = self._context.compute(batch, neighbours, logits, careful=careful, merge=merge)
+                merged.update(zip((part.slot for part in batch), agreements or (), strict=False))
+
+            self._run(compute)
             for slot in idle.keys() & set(slots):
                 self.truncate(slot, idle[slot].position, neighbours)
+        return merged
 
-    def _run(self, job: Callable[[], None]) -> None:
+    def _run(self, job: Callable[[], object]) -> None:
         """Run `job` on the thread that computes, unless a cancellation came before."""
         run_all(compute_thread(), lambda _index: job(), 1, self.cancel)
 

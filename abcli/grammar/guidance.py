@@ -55,6 +55,12 @@ class Vocabulary:
     ends: Sequence[int]
     tokenize: Callable[[str], list[int]]
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> token of those that no text contains: a grammar names them by their numbers, as `<[5]>`."""
+        special = ((data[1:], token) for token, data in enumerate(self.tokens) if data[:1] == b"\xff")
+        return {text.decode("utf-8", "replace"): token for text, token in special if text}
+
 
 @dataclass(frozen=True)
 class Compiled:

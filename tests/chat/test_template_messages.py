@@ -168,7 +168,7 @@ def test_a_thought_in_an_old_answer_is_handed_over_as_one(spm: Model) -> None:
     # A template that knows no thoughts gets none of them again.
     assert ChatTemplate(ALL, spm).render([ASK, stored]) == "user: Who?\nassistant: Me.\n"
     opened = ChatTemplate(ALL + "{% if add_generation_prompt %}assistant: <think>\n{% endif %}", spm)
-    assert opened.opens_thought
+    assert opened.opens_thought()
     assert "hm" not in opened.render([ASK, Message("assistant", "hm</think>Me."), MORE])
 
 

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abcli.chat.messages import Message
+from abcli.chat.options import ChatOptions
 from abcli.chat.windows import MIN_TURNS, WindowedRendering
 from abcli.errors import TemplateError
 
 ANCHOR = "\ufdd2"
+PLAIN = ChatOptions()
 
 
 class Counting:
@@ -22,7 +24,7 @@ class Counting:
         self.line = line
         self.seen = 0
 
-    def __call__(self, messages: tuple[Message, ...], opened: bool) -> str:
+    def __call__(self, messages: tuple[Message, ...], _options: ChatOptions, opened: bool) -> str:
         self.seen += len(messages)
         return "".join(self.line(messages, at) for at in range(len(messages))) + "assistant:" * opened  # type: ignore[operator]
 
@@ -65,7 +67,7 @@ def talk(turns: int) -> tuple[Message, ...]:
 def test_windows_say_what_the_whole_says(line: object, turns: int, opened: bool) -> None:
     render = Counting(line)
     for messages in (talk(turns), talk(turns)[1:], talk(turns)[:-1]):
-        assert WindowedRendering(render).text(messages, opened, ANCHOR) == render(messages, opened)
+        assert WindowedRendering(render).text(messages, PLAIN, opened, ANCHOR) == render(messages, PLAIN, opened)
 
 
 @settings(deadline=None)
@@ -74,26 +76,28 @@ def test_turns_of_any_length_are_joined(turns: list[list[str]]) -> None:
     messages = []
     for number, roles in enumerate(turns):
         messages += [Message("user", f"u{number}"), *(Message(role, f"{number}") for role in roles)]  # type: ignore[arg-type]
-    assert WindowedRendering(Counting(plain)).text(messages, True, ANCHOR) == Counting(plain)(tuple(messages), True)
+    assert WindowedRendering(Counting(plain)).text(messages, PLAIN, True, ANCHOR) == Counting(plain)(
+        tuple(messages), PLAIN, True
+    )
 
 
 @pytest.mark.parametrize("line", [numbered, from_the_end, dropping, refusing])
 def test_a_template_that_looks_further_is_rendered_as_a_whole(line: object) -> None:
-    assert WindowedRendering(Counting(line)).text(talk(100), True, ANCHOR) is None
+    assert WindowedRendering(Counting(line)).text(talk(100), PLAIN, True, ANCHOR) is None
 
 
 def test_what_has_no_turns_or_few_is_rendered_as_a_whole() -> None:
     windows = WindowedRendering(Counting(plain))
-    assert windows.text(talk(MIN_TURNS - 1), True, ANCHOR) is None
-    assert windows.text([Message("assistant", "a"), *talk(100)[1:]], True, ANCHOR) is None
-    assert windows.text([*talk(100), Message("user", " ")], True, ANCHOR) is None
+    assert windows.text(talk(MIN_TURNS - 1), PLAIN, True, ANCHOR) is None
+    assert windows.text([Message("assistant", "a"), *talk(100)[1:]], PLAIN, True, ANCHOR) is None
+    assert windows.text([*talk(100), Message("user", " ")], PLAIN, True, ANCHOR) is None
 
 
 def test_a_further_turn_costs_the_time_of_that_turn() -> None:
     render = Counting(plain)
     windows = WindowedRendering(render)
-    windows.text(talk(1000), True, ANCHOR)
+    windows.text(talk(1000), PLAIN, True, ANCHOR)
     assert render.seen < 4000
     render.seen = 0
-    windows.text(talk(1001), True, ANCHOR)
+    windows.text(talk(1001), PLAIN, True, ANCHOR)
     assert render.seen < 100

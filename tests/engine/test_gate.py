@@ -85,7 +85,7 @@ def run(engine: Engine, work: list[tuple[str, Any]], *, at_once: bool) -> list[N
         if what == "step":
             tokens = {slot: (7 * number + slot) % 250 for slot in arguments if len(engine.tokens(slot)) < 200}
             gates = {slot: lambda _row, let=let: let for slot, let in arguments.items() if let is not None}
-            for slot, logits in (engine.step(tokens, gates) if tokens else {}).items():
+            for slot, logits in (engine.step(tokens, gates=gates) if tokens else {}).items():
                 assert len(logits) == (1 if arguments[slot] else len(BASES))
                 found.append(logits.copy())
         elif what == "truncate":
@@ -131,7 +131,7 @@ def test_without_sharing_all_is_as_if_every_bucket_had_been_asked(tiny: Model, k
         for number in range(12):
             tokens = {slot: 20 + number + slot for slot in range(SLOTS)}
             gates = {slot: lambda _row, let=(number + slot) % 4 > 0: let for slot in range(SLOTS)}
-            found, wanted = engine.step(tokens, gates), reference.step(tokens)
+            found, wanted = engine.step(tokens, gates=gates), reference.step(tokens)
             for slot, logits in found.items():
                 rows = slice(NATIVE, NATIVE + 1) if (number + slot) % 4 else slice(None)
                 np.testing.assert_allclose(logits, wanted[slot][rows], atol=1e-3)
@@ -148,7 +148,7 @@ def test_a_sliding_window_longer_owed_than_it_is(tmp_path: Path, kind: Kind) -> 
         for each in (engine, reference):
             each.prefill(0, range(40))
             for number in range(200):
-                each.step({0: number}, {0: lambda _row: True})
+                each.step({0: number}, gates={0: lambda _row: True})
                 if each is reference:
                     each._catch_up(0, each._native, each._others)
         for number in range(3):
@@ -159,15 +159,17 @@ def test_slots_that_are_sure_are_left_alone_in_batches_of_others(tiny: Model, mo
     batches: list[list[int]] = []
     decode = Sequences.decode
 
-    def noted(self: Sequences, parts: Any, logits: Any) -> None:
+    def noted(self: Sequences, parts: Any, *logits: Any) -> None:
         batches.append([part.sequence for part in parts])
-        decode(self, parts, logits)
+        decode(self, parts, *logits)
 
     with make_engine("fused", tiny, *config(gated=True)) as engine:
         for slot in range(SLOTS):
             engine.prefill(slot, range(30))
         monkeypatch.setattr(Sequences, "decode", noted)
-        engine.step(dict.fromkeys(range(SLOTS), 5), {slot: lambda _row, let=slot == 1: let for slot in range(SLOTS)})
+        engine.step(
+            dict.fromkeys(range(SLOTS), 5), gates={slot: lambda _row, let=slot == 1: let for slot in range(SLOTS)}
+        )
         # The native bucket of all slots in one batch; then the others of slots 0 and 2, and slot 1 between them.
         assert batches == [[6, 7, 8], [0, 1, 2, 3, 4, 5]]
         backend = engine._backend
@@ -183,15 +185,15 @@ def test_cancelling_where_the_others_are_asked_leaves_all_as_it_was(
         for each in (engine, reference):
             each.prefill(0, range(30))
         for number in range(4):
-            engine.step({0: number}, {0: lambda _row: True})
-            reference.step({0: number}, {0: lambda _row: True})
+            engine.step({0: number}, gates={0: lambda _row: True})
+            reference.step({0: number}, gates={0: lambda _row: True})
 
         def cancelling(_row: Any) -> bool:
             engine.cancel()
             return False
 
         with pytest.raises(CancelledError):
-            engine.step({0: 9}, {0: cancelling})
+            engine.step({0: 9}, gates={0: cancelling})
         assert list(engine.tokens(0)) == list(reference.tokens(0))
         np.testing.assert_allclose(engine.step({0: 9})[0], reference.step({0: 9})[0], atol=1e-4)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,15 +50,16 @@ def byte_characters() -> list[str]:
 
 
 def byte_pair_vocabulary(size: int) -> Vocabulary:
-    """All 256 bytes, then merged pairs, those of letters first, then the control tokens; 259 tokens or more."""
+    """All 256 bytes, then merged pairs, those of letters first, then triples, then the control tokens."""
     characters = byte_characters()
     frequent = [characters[ord(letter)] for letter in " etaoinshrdlucmfwypvbgkqjxz"]
     count = size - 256 - len(CONTROL_TOKENS)
     # A dictionary keeps the first of equal pairs, and the order.
-    every = dict.fromkeys((*product(frequent, repeat=2), *product(characters, repeat=2)))
-    if not 0 <= count <= len(every):
-        raise ValueError(f"a vocabulary of {size} tokens is not in 259..{259 + len(every)}")
-    pairs = list(every)[:count]
+    every = list(dict.fromkeys((*product(frequent, repeat=2), *product(characters, repeat=2))))
+    triples = ((first + second, third) for (first, second), third in product(every, characters))
+    pairs = list(islice(chain(every, triples), max(0, count)))
+    if len(pairs) != count:
+        raise ValueError(f"a vocabulary cannot have {size} tokens")
     texts = [*characters, *(first + second for first, second in pairs), *CONTROL_TOKENS]
     first_control = size - len(CONTROL_TOKENS)
     return Vocabulary(
