@@ -72,9 +72,9 @@ class Device(Owner):
             self._positions = self.memory(4 * capacity)
             self._lengths: dict[int, int] = {capacity: self.tensor(llama.GGML_TYPE_I32, (capacity,), self._positions)}
             self._capacity = capacity
-            # A tensor i32 [1] that holds 1.
-            self.one = self.tensor(llama.GGML_TYPE_I32, (1,), self.memory(4))
-            api.tensor_set(self.one, np.ones(1, np.int32).ctypes.data, 0, 4)
+            # A tensor i32 [2] that holds 0 and 1.
+            self.turns = self.tensor(llama.GGML_TYPE_I32, (2,), self.memory(8))
+            api.tensor_set(self.turns, np.arange(2, dtype=np.int32).ctypes.data, 0, 8)
             self._deltas: dict[DeltaKey, int] = {}
             self._stack = stack.pop_all()
 
