@@ -118,6 +118,15 @@ class Device(Owner):
         (stack or self._tensors).callback(api.buffer_free, buffer)
         return int(buffer)
 
+    def host_numbers(self, count: int, stack: ExitStack) -> NDArray[np.float32]:
+        """Memory (float32 [count]) that the device writes to as fast as it can; it lives as long as `stack`."""
+        kind = api.device_host_buffer_type(self._handle)
+        buffer = api.buffer_alloc(kind, 4 * count) if kind else None
+        if not buffer:
+            return np.empty(count, np.float32)
+        stack.callback(api.buffer_free, buffer)
+        return np.ctypeslib.as_array((ctypes.c_float * count).from_address(api.buffer_base(buffer)))
+
     def tensor(
         self, type_id: int, shape: tuple[int, ...], buffer: int, offset: int = 0, stack: ExitStack | None = None
     ) -> int:
