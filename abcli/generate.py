@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
-from types import TracebackType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from abcli.engine.engine import Engine, Progress
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
 from abcli.merge import Merger
+from abcli.native.owner import Owner
 from abcli.sampling import GenerationConfig, SamplingConfig
 
 FinishReason = Literal["stop", "length"]
@@ -160,7 +160,7 @@ class _Running:
     next_token: int = -1
 
 
-class Generator:
+class Generator(Owner):
     """Answers prompts in the slots of an engine, all in progress together; one thread at a time."""
 
     def __init__(
@@ -185,14 +185,6 @@ class Generator:
         self._merger = Merger(len(engine.bases), engine.vocabulary_size, threads)
         self._running: dict[int, _Running] = {}
         self._cancelled = False
-
-    def __enter__(self) -> Generator:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Drop every answer in progress and free its sampler."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -186,6 +187,15 @@ compute = ggml_function("ggml_backend_graph_compute", _int, _pointer, _pointer)
 set_threads = ggml_function("ggml_backend_cpu_set_n_threads", None, _pointer, _int)
 
 
+def new_context(stack: ExitStack, size: int) -> int:
+    """A context with room for `size` bytes of tensors without their numbers, freed with `stack`. Raises NativeError."""
+    context = init(InitParameters(size, None, True))
+    if not context:
+        raise NativeError("ggml has no memory for a graph", "close other programs")
+    stack.callback(free, context)
+    return int(context)
+
+
 _operations: dict[int, bytes] = {}
 
 
@@ -210,10 +220,8 @@ def check_tensor_layout() -> None:
 
     Every field that abcli reads is compared with what ggml was told to write there.
     """
-    context = init(InitParameters(4 * tensor_overhead(), None, True))
-    if not context:
-        raise NativeError("ggml has no memory for a tensor", "close other programs")
-    try:
+    with ExitStack() as stack:
+        context = new_context(stack, 4 * tensor_overhead())
         keys, positions = new_3d(context, llama.GGML_TYPE_F32, 8, 3, 5), new_1d(context, llama.GGML_TYPE_I32, 5)
         view = view_4d(context, keys, 8, 3, 2, 1, 32, 96, 192, 96)
         rotated = rope(context, keys, positions, None, 6, MODE_NEOX, 77, 5e5, 0.5, 0.25, 1.5, 32.0, 2.0)
@@ -230,8 +238,6 @@ def check_tensor_layout() -> None:
             and third.data is None
             and rope_numbers(third) == (6, MODE_NEOX, 77, 5e5, 0.5, 0.25, 1.5, 32.0, 2.0, 0)
         )
-    finally:
-        free(context)
     if not sound:
         raise NativeError(
             "this llama.cpp lays out tensors in a way unknown to abcli", "install llama-cpp-python 0.3.36 (make setup)"

@@ -29,11 +29,8 @@ class DeviceGraph(Owner):
     def __init__(self, backend: int, tensors: int, build: Callable[[int], Sequence[int]]) -> None:
         """`build` makes at most `tensors` tensors in the context that it is given; its results are computed."""
         size = tensors * api.tensor_overhead() + api.graph_overhead(tensors, False) + 1024
-        context = api.init(api.InitParameters(size, None, True))
-        if not context:
-            raise NativeError("ggml has no memory for a graph", "close other programs")
         with ExitStack() as stack:
-            stack.callback(api.free, context)
+            context = api.new_context(stack, size)
             graph = api.new_graph_custom(context, tensors, False)
             self.nodes = 0
             for result in build(context):
@@ -131,10 +128,7 @@ class Device(Owner):
         self, type_id: int, shape: tuple[int, ...], buffer: int, offset: int = 0, stack: ExitStack | None = None
     ) -> int:
         """A tensor of up to three dimensions over a buffer of `memory`, from byte `offset` on."""
-        context = api.init(api.InitParameters(api.tensor_overhead(), None, True))
-        if not context:
-            raise NativeError("ggml has no memory for a tensor", "close other programs")
-        (stack or self._tensors).callback(api.free, context)
+        context = api.new_context(stack or self._tensors, api.tensor_overhead())
         tensor = api.new_3d(context, type_id, *shape, *[1] * (3 - len(shape)))
         api.check(api.place(buffer, tensor, api.buffer_base(buffer) + offset))
         return int(tensor)
