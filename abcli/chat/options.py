@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from abcli.chat.functions import as_tools
 from abcli.chat.message_format import shown
-from abcli.chat.tools import Tool, read_tools, tool_fields
+from abcli.chat.messages import Tool
+from abcli.chat.tools import read_tools
 from abcli.errors import UsageError
 
 Thinking = Literal["auto", "on", "off"]
@@ -45,7 +46,7 @@ class ChatOptions:
         """What the template gets beside the messages; what has no value is left undefined."""
         found: dict[str, Any] = {}
         if self.usable_tools:
-            tools = [tool_fields(tool) for tool in self.usable_tools]
+            tools = [tool.fields for tool in self.usable_tools]
             # SmolLM3 and FireFunction have their own names for them.
             found = {"tools": tools, "xml_tools": tools, "functions": json.dumps(tools, ensure_ascii=False, indent=2)}
         if self.thinking != "auto":
@@ -179,5 +180,5 @@ def option_fields(options: ChatOptions) -> dict[str, Any]:
     """What differs from the defaults, as JSON values that `chat_options` reads back."""
     found = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) != getattr(ChatOptions(), name)}
     if options.tools:
-        found["tools"] = [tool_fields(tool) for tool in options.tools]
+        found["tools"] = [tool.fields for tool in options.tools]
     return found
