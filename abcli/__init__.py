@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from abcli.version import __version__
 
 if TYPE_CHECKING:
-    from abcli.answer import Answer, Piece, Timings, Usage
+    from abcli.chat.answer import Answer, Piece, Timings, Usage
     from abcli.chat.controller import Chat
     from abcli.chat.messages import Message
     from abcli.config import LoraConfig
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 # Where each name comes from, imported when it is first used: the command line needs few of them.
 _HOMES = {
-    "abcli.answer": ("Answer", "Piece", "Timings", "Usage"),
+    "abcli.chat.answer": ("Answer", "Piece", "Timings", "Usage"),
     "abcli.chat.controller": ("Chat",),
     "abcli.chat.messages": ("Message",),
     "abcli.config": ("LoraConfig",),

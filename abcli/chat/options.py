@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -46,15 +46,18 @@ class ChatOptions:
         """What the template gets beside the messages; what has no value is left undefined."""
         found: dict[str, Any] = {}
         if self.usable_tools:
-            tools = [tool.fields for tool in self.usable_tools]
-            # SmolLM3 and FireFunction have their own names for them.
-            found = {"tools": tools, "xml_tools": tools, "functions": json.dumps(tools, ensure_ascii=False, indent=2)}
+            found = tool_variables([tool.fields for tool in self.usable_tools])
         if self.thinking != "auto":
             # DeepSeek's and Granite's templates call it otherwise.
             found["enable_thinking"] = found["thinking"] = self.thinking == "on"
         if self.reasoning_effort:
             found["reasoning_effort"] = self.reasoning_effort
         return {**found, **json.loads(self.chat_template_kwargs or "{}")}
+
+
+def tool_variables(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What templates get to know tools by; SmolLM3 and FireFunction have their own names for them."""
+    return {"tools": tools, "xml_tools": tools, "functions": json.dumps(tools, ensure_ascii=False, indent=2)}
 
 
 OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(ChatOptions))
