@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
-from types import TracebackType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from abcli.engine.engine import Engine, Progress
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
 from abcli.merge import Merger
+from abcli.native.owner import Owner
 from abcli.sampling import GenerationConfig, SamplingConfig
 
 FinishReason = Literal["stop", "length"]
@@ -49,6 +49,10 @@ class Sampler(Protocol):
     @property
     def finished(self) -> bool:
         """Whether what the answer has to follow is complete, so that no token can come after the last one."""
+
+    @property
+    def may_choose_any(self) -> bool:
+        """Whether a token that no distribution gives a chance may be chosen, as a grammar or a bias may want it."""
 
     def close(self) -> None:
         """Free what the sampler holds."""
@@ -156,7 +160,7 @@ class _Running:
     next_token: int = -1
 
 
-class Generator:
+class Generator(Owner):
     """Answers prompts in the slots of an engine, all in progress together; one thread at a time."""
 
     def __init__(
@@ -181,14 +185,6 @@ class Generator:
         self._merger = Merger(len(engine.bases), engine.vocabulary_size, threads)
         self._running: dict[int, _Running] = {}
         self._cancelled = False
-
-    def __enter__(self) -> Generator:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Drop every answer in progress and free its sampler."""
@@ -250,7 +246,8 @@ class Generator:
             self._cancelled = False
             raise CancelledError
         try:
-            logits = self._engine.step(tokens) if self._running else {}
+            any_token = any(item.sampler.may_choose_any for item in self._running.values())
+            logits = self._engine.step(tokens, None if any_token else self._rule) if self._running else {}
         except CancelledError:
             self._cancelled = False
             raise
@@ -307,14 +304,15 @@ class Generator:
     def _choose(self, running: _Running, logits: NDArray[np.float32]) -> None:
         if running.config.max_tokens == 0:
             return
-        if len(logits) == 1:  # nothing to merge; the sampler refuses numbers that are none
-            running.next_token = running.sampler.sample(logits[0])
-            return
-        merged = self._merger.merge(logits, self._rule, self._pool_weights)
-        statistics = running.answer.statistics
-        statistics.agreement_sum += merged.agreement
-        statistics.agreement_count += 1
-        running.next_token = running.sampler.sample(merged.logits)
+        # One row is all there is, or merged already; the sampler refuses numbers that are none.
+        chosen, agreement = logits[0], self._engine.agreement(running.answer.slot)
+        if len(logits) > 1:
+            merged = self._merger.merge(logits, self._rule, self._pool_weights)
+            chosen, agreement = merged.logits, merged.agreement
+        if agreement is not None:
+            running.answer.statistics.agreement_sum += agreement
+            running.answer.statistics.agreement_count += 1
+        running.next_token = running.sampler.sample(chosen)
 
     def _emit(self, running: _Running) -> Piece:
         """Turn the token just sampled into text and finish the answer if it is the last one."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +39,7 @@ from abcli.generate import Piece as RunningPiece
 from abcli.gguf.checked import CheckedModel
 from abcli.grammar.check import check
 from abcli.hub.locate import Fetch, locate_model
+from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
 from abcli.rope.bases import asked_buckets
@@ -112,7 +112,7 @@ def load(
     )
 
 
-class LLM:
+class LLM(Owner):
     """A loaded model that answers, with its buckets.
 
     Any thread may use it: while one computes, the others wait. `cancel` may be called from any thread or signal handler
@@ -155,14 +155,6 @@ class LLM:
                 Generator(opened.engine, opened.model, make_sampler, buckets.merge, buckets.weights)
             )
             self._stack = stack.pop_all()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free everything; a computation of another thread is cancelled first. A second call does nothing."""

@@ -62,8 +62,7 @@ def prepare(
     asked for by name that is missing or damaged.
     """
     check_context(context)
-    if not -1 <= config.gpu_layers < 2**31:
-        raise UsageError(f"`gpu_layers` {config.gpu_layers} is impossible", "choose -1 or more", setting="gpu_layers")
+    check_gpu_layers(config.gpu_layers)
     model = check_model(config)
     found: Profile | None = None
     if profile not in (AUTO_PROFILE, NO_PROFILE):
@@ -114,6 +113,12 @@ def check_context(context: ContextConfig) -> None:
             "drop `flash_attn=off`, or take f16",
             setting="cache_type_v",
         )
+
+
+def check_gpu_layers(gpu_layers: int) -> None:
+    """Raise UsageError for a number of layers that llama.cpp cannot take."""
+    if not -1 <= gpu_layers < 2**31:
+        raise UsageError(f"`gpu_layers` {gpu_layers} is impossible", "choose -1 or more", setting="gpu_layers")
 
 
 def _usual_profile(model: CheckedModel, warn: Warn) -> Profile | None:

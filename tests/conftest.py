@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,17 +23,51 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "abcli-tests-have-no-hub")
 os.environ.pop("HF_TOKEN", None)
 
+# Where bytecode may not be written, every process that a test starts compiles all modules anew: a quarter of its time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # A shell ignores Ctrl-C for what it runs in the background, and so would everything that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or writes the user's own sessions, history or trials."""
+def pytest_unconfigure() -> None:
+    """Close what llama-cpp-python leaves open, of which the interpreter would complain at its end."""
+    if bindings := sys.modules.get("llama_cpp._utils"):
+        bindings.outnull_file.close()
+        bindings.errnull_file.close()
+
+
+# What is found out about a model once, in directories below the home: whether it loads, which engine is the faster.
+FINDINGS = ("trials", "engines")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def common_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The home of what is opened for several tests: none touches the user's own files."""
     home = tmp_path_factory.mktemp("home")
+    for name in FINDINGS:
+        (home / name).mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENV_HOME, str(home))
+        yield home
+
+
+@pytest.fixture(autouse=True)
+def own_home(common_home: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of one test; what is found out about a model is found out once for all tests."""
+    home = tmp_path_factory.mktemp("home")
+    for name in FINDINGS:
+        (home / name).symlink_to(common_home / name)
     monkeypatch.setenv(ENV_HOME, str(home))
     return home
+
+
+@pytest.fixture
+def nothing_found_out(own_home: Path) -> None:
+    """For tests of finding it out."""
+    for name in FINDINGS:
+        (own_home / name).unlink()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from abcli.config import (
 )
 from abcli.errors import PromptError, UsageError
 from abcli.hub.locate import locate_model
-from abcli.prepare import check_context
+from abcli.prepare import check_context, check_gpu_layers
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import asked_buckets, parse_numbers
 from abcli.sampling import DEFAULT_DRY_BREAKERS, SETTINGS, GenerationConfig, SamplingConfig, SamplingNumbers
@@ -106,8 +106,7 @@ class ModelOptions(ModelNameOptions):
         name = self.name(positional)
         # What is wrong with the flags is said before a model is fetched.
         self.context_config()
-        if not -1 <= self.gpu_layers < 2**31:
-            raise UsageError(f"--gpu-layers {self.gpu_layers} is impossible", "choose -1 or more")
+        check_gpu_layers(self.gpu_layers)
         path = locate_model(name, partial(fetch_shown, Terminal()))
         return ModelConfig(path, self.gpu_layers, parse_loras(self.lora))
 

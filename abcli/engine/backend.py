@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.config import MergeRule
 from abcli.native.llama import CancelFlag
 
 # From so many tokens on, llama.cpp's flash attention on CPUs sums in float32, below in float16 (GGML_FA_TILE_Q): which
@@ -62,8 +63,13 @@ class Backend(Protocol):
     def piece(self, columns: int) -> int:
         """The most tokens of a prompt that are computed at once in so many columns."""
 
-    def compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+    def compute(
+        self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
+    ) -> Mapping[int, float]:
         """Append each part's tokens to its slot in each of `columns`, which are all buckets or the leader.
+
+        With `merge`, a backend may merge the buckets' distributions where it computes them: only the merged logits then
+        go to the first row of `logits` (see `abcli.merge`). The agreement of each slot for which it did so.
 
         What a part gives does not depend on those beside it: single tokens, or prompts of at most a piece in all.
         """

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import Buckets, ContextConfig
+from abcli.config import Buckets, ContextConfig, MergeRule
 from abcli.engine.backend import TILED_TOKENS, Part, Sharing
 from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers, run_all
@@ -63,12 +63,15 @@ class ContextsBackend(Owner):
         """See `Backend.piece`."""
         return self._piece
 
-    def compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+    def compute(
+        self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
+    ) -> Mapping[int, float]:
         """See `Backend.compute`: as many parts in a batch as may be without changing how llama.cpp computes each."""
         single = all(len(part.tokens) == 1 for part in parts)
         limit = self._contexts[0].batch_size if single else min(self._piece, TILED_TOKENS - 1)
         for group in fitting(parts, limit):
             self._decode(group, columns)
+        return {}
 
     def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
         """See `Backend.share`."""

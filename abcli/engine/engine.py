@@ -10,6 +10,7 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.config import MergeRule
 from abcli.engine.backend import Backend, Part, Sharing
 from abcli.engine.prompt_cache import Piece, PromptCache
 from abcli.errors import ContextFullError
@@ -74,6 +75,7 @@ class Engine(Owner):
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
         self._waiting: dict[int, _Prompt] = {}
         self._oldest_first = False
+        self._agreements: Mapping[int, float] = {}
         self._logits: NDArray[np.float32] = np.empty((slots, backend.buckets, vocabulary_size), np.float32)
         self.context_size: int = context_size
         """The number of tokens each slot can hold."""
@@ -131,12 +133,13 @@ class Engine(Owner):
         self._waiting[slot] = _Prompt(tuple(left), self.sharing.shared and len(left) >= self._least_shared)
         return len(left)
 
-    def step(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+    def step(self, tokens: Mapping[int, int], merge: MergeRule | None = None) -> dict[int, NDArray[np.float32]]:
         """Append one token to each slot named, and one piece in all to the prompts that wait.
 
         The logits [buckets, vocab] of each slot named, in the mapping's order, and of each whose prompt is complete
         now; but for rounding they do not depend on what else is computed. With no slot named, at least one prompt must
-        wait. Raises as `begin` does.
+        wait. With `merge`, a slot's logits may be merged already: they are then [1, vocab], and `agreement` tells its
+        agreement. Raises as `begin` does.
         """
         if not (tokens or self._waiting) or any(slot in self._waiting for slot in tokens):
             raise ValueError("a step needs a slot or a waiting prompt, and no slot is named whose prompt waits")
@@ -145,11 +148,17 @@ class Engine(Owner):
         with self._computing():
             rows = dict(tokens)
             complete = self._advance(rows)
+            self._agreements = {}
             if rows:
-                self._compute([self._part(slot, (token,), output=True) for slot, token in rows.items()], self._buckets)
+                parts = [self._part(slot, (token,), output=True) for slot, token in rows.items()]
+                self._agreements = self._compute(parts, self._buckets, merge)
             for slot in complete:
                 self._store(slot, len(self._waiting.pop(slot).tokens))
-        return {slot: self._logits[slot] for slot in (*tokens, *complete)}
+        return {slot: self._logits[slot, : 1 if slot in self._agreements else None] for slot in (*tokens, *complete)}
+
+    def agreement(self, slot: int) -> float | None:
+        """The agreement of a slot whose logits the last step merged; None for any other."""
+        return self._agreements.get(slot)
 
     def prefill(self, slot: int, tokens: Sequence[int], on_progress: Progress | None = None) -> NDArray[np.float32]:
         """Append `tokens` (one or more) to `slot` while no prompt waits; the logits [buckets, vocab] after the last.
@@ -242,10 +251,13 @@ class Engine(Owner):
     def _part(self, slot: int, tokens: Sequence[int], *, output: bool) -> Part:
         return Part(slot, len(self._tokens[slot]), tokens, self._logits[slot] if output else None)
 
-    def _compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
-        self._backend.compute(parts, columns)
+    def _compute(
+        self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
+    ) -> Mapping[int, float]:
+        agreements = self._backend.compute(parts, columns, merge)
         for part in parts:
             self._tokens[part.slot] += part.tokens
+        return agreements
 
     def _lead(self, parts: Sequence[Part]) -> None:
         """The leader computes, and the others take it over."""

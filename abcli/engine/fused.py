@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import Buckets, ContextConfig
+from abcli.config import Buckets, ContextConfig, MergeRule
 from abcli.engine.backend import TILED_TOKENS, Part, Sharing
 from abcli.engine.workers import available_cores, run_all
 from abcli.errors import UnsupportedModelError
@@ -61,14 +61,15 @@ class FusedBackend(Owner):
         """See `Backend.piece`."""
         return max(1, self._piece // columns)
 
-    def compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+    def compute(
+        self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
+    ) -> Mapping[int, float]:
         """See `Backend.compute`."""
         # A batch is kept in one piece only for ascending sequences without gaps.
         parts = sorted(parts, key=lambda part: part.slot)
         leading = len(columns) < self.buckets
         if all(len(part.tokens) == 1 and part.logits is not None for part in parts):
-            self._compute_rows(parts)
-            return
+            return self._compute_rows(parts, merge)
         groups = _alike(parts, self._piece, self._slot_cells) if self.buckets == 1 else ([part] for part in parts)
         for group in groups:
             batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
@@ -77,6 +78,7 @@ class FusedBackend(Owner):
                 self._run(partial(self._context.compute_side_by_side, batch, [row[0] for row in rows]))
             else:
                 self._run(partial(self._context.compute, batch, columns, rows or None, careful=leading))
+        return {}
 
     def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
         """See `Backend.share`."""
@@ -105,8 +107,9 @@ class FusedBackend(Owner):
         """See `Backend.append_cells`."""
         self._run(partial(self._context.write_cells, slot, self.leader, start, tokens, data))
 
-    def _compute_rows(self, parts: Sequence[Part]) -> None:
+    def _compute_rows(self, parts: Sequence[Part], merge: MergeRule | None) -> dict[int, float]:
         """Neighbouring slots go into one batch; idle ones between them get a token that is dropped again."""
+        merged: dict[int, float] = {}
         careful, self._unproved = self._unproved, False
         rows = {part.slot: part for part in parts}
         between = [slot for slot in range(parts[0].slot, parts[-1].slot) if slot not in rows]
@@ -120,11 +123,20 @@ class FusedBackend(Owner):
             group = [rows.get(slot) or idle[slot] for slot in slots]
             batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
             logits = [part.logits for part in group if part.logits is not None]
-            self._run(partial(self._context.compute, batch, range(self.buckets), logits, careful=careful))
+
+            def compute(
+                batch: list[SlotPart] = batch, logits: list[NDArray[np.float32]] = logits, careful: bool = careful
+            ) -> None:
+                columns = range(self.buckets)
+                agreements = self._context.compute(batch, columns, logits, careful=careful, merge=merge)
+                merged.update(zip((part.slot for part in batch), agreements or (), strict=False))
+
+            self._run(compute)
             for slot in idle.keys() & set(slots):
                 self.truncate(slot, lengths[slot])
+        return merged
 
-    def _run(self, job: Callable[[], None]) -> None:
+    def _run(self, job: Callable[[], object]) -> None:
         """Run `job` on the thread that computes, unless a cancellation came before."""
         run_all(compute_thread(), lambda _index: job(), 1, self.cancel)
 

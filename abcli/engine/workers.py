@@ -43,7 +43,7 @@ def plan_workers(buckets: int, cores: int) -> WorkerPlan:
     )
 
 
-def run_all(pool: Executor, job: Callable[[int], None], count: int, cancel: CancelFlag) -> None:
+def run_all(pool: Executor, job: Callable[[int], object], count: int, cancel: CancelFlag) -> None:
     """Run job(0) ... job(count - 1) on the pool; wait for all of them, then raise the first error.
 
     Once `cancel` is set no job begins, and CancelledError is raised.

@@ -128,6 +128,7 @@ class Sequences(Owner):
             self._batch = _Batch(llama.llama_n_batch(handle))
             self._stack = stack.pop_all()
         self._handle = handle
+        self._last: list[int] = []
         self._memory = llama.llama_get_memory(handle)
         self._cancel = cancel
         self._row_bytes = model.vocabulary_size * 4
@@ -135,13 +136,13 @@ class Sequences(Owner):
         self.batch_size: int = llama.llama_n_batch(handle)
         self.ubatch_size: int = llama.llama_n_ubatch(handle)
 
-    def decode(self, parts: Sequence[BatchPart], logits: Sequence[NDArray[np.float32] | None]) -> None:
-        """Compute `parts` in one `llama_decode`; copy the logits of part i into `logits[i]` [vocab] if given.
+    def decode(self, parts: Sequence[BatchPart], logits: Sequence[NDArray[np.float32] | None] = ()) -> None:
+        """Compute `parts` in one `llama_decode`; the logits of part i go to `logits[i]` [vocab], if given, by `fetch`.
 
         At most `batch_size` tokens in all. Raises CancelledError if the cancel flag stopped it and
         NativeError if llama.cpp failed; the caller then restores the sequences to their former lengths.
         """
-        last = self._batch.fill(parts)
+        self._last = self._batch.fill(parts)
         status = llama.llama_decode(self._handle, self._batch.native)
         if status == _DECODE_ABORTED or (status != 0 and self._cancel.is_set()):
             raise CancelledError
@@ -152,7 +153,11 @@ class Sequences(Owner):
                 f"llama.cpp failed to decode (status {status}): {log_tail() or 'no reason given'}",
                 "check the memory that is free, or try fewer buckets",
             )
-        for index, target in zip(last, logits, strict=True):
+        self.fetch(logits)
+
+    def fetch(self, logits: Sequence[NDArray[np.float32] | None]) -> None:
+        """Copy the logits of part i of the last `decode` into `logits[i]` [vocab], if given."""
+        for index, target in zip(self._last, logits, strict=False):
             if target is not None:
                 source = llama.llama_get_logits_ith(self._handle, index)
                 if not source:

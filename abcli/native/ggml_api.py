@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
@@ -93,6 +94,19 @@ multiply = ggml_function("ggml_mul", _pointer, _pointer, _pointer, _pointer)
 add = ggml_function("ggml_add", _pointer, _pointer, _pointer, _pointer)
 # struct ggml_tensor * ggml_reshape_3d(ctx, a, ne0, ne1, ne2);
 reshape_3d = ggml_function("ggml_reshape_3d", _pointer, _pointer, _pointer, *[_int64] * 3)
+# struct ggml_tensor * ggml_div(ctx, a, b); as ggml_mul.
+divide = ggml_function("ggml_div", _pointer, _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_neg(struct ggml_context * ctx, struct ggml_tensor * a);
+negate = ggml_function("ggml_neg", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_log(struct ggml_context * ctx, struct ggml_tensor * a);
+logarithm = ggml_function("ggml_log", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_soft_max(struct ggml_context * ctx, struct ggml_tensor * a); of each row.
+soft_max = ggml_function("ggml_soft_max", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_sum_rows(struct ggml_context * ctx, struct ggml_tensor * a);
+sum_rows = ggml_function("ggml_sum_rows", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_pool_2d(ctx, a, enum ggml_op_pool op, int k0, k1, s0, s1, float p0, p1);
+pool_2d = ggml_function("ggml_pool_2d", _pointer, _pointer, _pointer, *[_int] * 5, *[_float] * 2)
+POOL_MAX, POOL_AVERAGE = 0, 1
 # size_t ggml_used_mem(const struct ggml_context * ctx);
 used_memory = ggml_function("ggml_used_mem", _size, _pointer)
 # size_t ggml_get_mem_size(const struct ggml_context * ctx);
@@ -171,6 +185,15 @@ compute = ggml_function("ggml_backend_graph_compute", _int, _pointer, _pointer)
 set_threads = ggml_function("ggml_backend_cpu_set_n_threads", None, _pointer, _int)
 
 
+def new_context(stack: ExitStack, size: int) -> int:
+    """A context with room for `size` bytes of tensors without their numbers, freed with `stack`. Raises NativeError."""
+    context = init(InitParameters(size, None, True))
+    if not context:
+        raise NativeError("ggml has no memory for a graph", "close other programs")
+    stack.callback(free, context)
+    return int(context)
+
+
 _operations: dict[int, bytes] = {}
 
 
@@ -195,10 +218,8 @@ def check_tensor_layout() -> None:
 
     Every field that abcli reads is compared with what ggml was told to write there.
     """
-    context = init(InitParameters(4 * tensor_overhead(), None, True))
-    if not context:
-        raise NativeError("ggml has no memory for a tensor", "close other programs")
-    try:
+    with ExitStack() as stack:
+        context = new_context(stack, 4 * tensor_overhead())
         keys, positions = new_3d(context, llama.GGML_TYPE_F32, 8, 3, 5), new_1d(context, llama.GGML_TYPE_I32, 5)
         view = view_4d(context, keys, 8, 3, 2, 1, 32, 96, 192, 96)
         rotated = rope(context, keys, positions, None, 6, MODE_NEOX, 77, 5e5, 0.5, 0.25, 1.5, 32.0, 2.0)
@@ -215,8 +236,6 @@ def check_tensor_layout() -> None:
             and third.data is None
             and rope_numbers(third) == (6, MODE_NEOX, 77, 5e5, 0.5, 0.25, 1.5, 32.0, 2.0, 0)
         )
-    finally:
-        free(context)
     if not sound:
         raise NativeError(
             "this llama.cpp lays out tensors in a way unknown to abcli", "install llama-cpp-python 0.3.36 (make setup)"

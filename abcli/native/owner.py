@@ -1,4 +1,4 @@
-"""What every class has in common that owns native handles."""
+"""What every class has in common that owns native handles, or what holds some."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _Owner = TypeVar("_Owner", bound="Owner")
 
 
 class Owner:
-    """Frees what its `_stack` holds, last first, when it is closed or a `with` block ends."""
+    """Is closed when a `with` block ends: frees what its `_stack` holds, last first."""
 
     _stack: ExitStack
 

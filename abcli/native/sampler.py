@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from abcli.errors import AbcliError, GrammarError, NativeError
 from abcli.grammar.constraint import Constraint, constraint_of
+from abcli.native.candidates import enough_candidates, likeliest
 from abcli.native.llama import clear_log, log_tail
 from abcli.native.model import Model
 from abcli.native.owner import Owner
@@ -57,10 +58,14 @@ class SamplerChain(Owner):
         self._candidates = np.zeros(size, _CANDIDATE)
         self._candidates_pointer = self._candidates.ctypes.data_as(llama.llama_token_data_p)
         self._array = llama.llama_token_data_array()
+        self._any = constraint is not None or bool(config.logit_bias)
         self._grammar: _Grammar | Matcher | None = None
         with ExitStack() as stack:
             self._chain = _own(stack, llama.llama_sampler_chain_init, llama.llama_sampler_chain_default_params())
-            for make in _samplers(model, config, self.seed, penalty_last_n, dry_last_n):
+            biases = _biases(model, config)
+            self._biased = np.unique([bias.token for bias in biases]).astype(np.int64)
+            self._enough = enough_candidates(config, penalty_last_n, len(self._biased), size)
+            for make in _samplers(model, config, self.seed, penalty_last_n, dry_last_n, biases):
                 _append(self._chain, make)
             if constraint is not None:
                 self._grammar = _follower(stack, model, constraint)
@@ -97,6 +102,11 @@ class SamplerChain(Owner):
         """Whether a schema, regular expression or Lark grammar is complete, so that nothing can follow."""
         return self._grammar is not None and self._grammar.finished
 
+    @property
+    def may_choose_any(self) -> bool:
+        """Whether a grammar or a bias may want a token of no probability."""
+        return self._any
+
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         """Let penalties and DRY, but not the grammar, see tokens that were not sampled here."""
         self._check_open()
@@ -108,7 +118,7 @@ class SamplerChain(Owner):
 
     def _select(self, logits: NDArray[np.float32]) -> int:
         """common_sampler_sample of common/sampling.cpp: rejection first, the grammar on everything if needed."""
-        self._fill(logits)
+        self._fill_likeliest(logits)
         # void llama_sampler_apply(struct llama_sampler * smpl, llama_token_data_array * cur_p)
         llama.llama_sampler_apply(self._chain, ctypes.byref(self._array))
         if self._grammar is None:
@@ -127,12 +137,24 @@ class SamplerChain(Owner):
         # A bias of -inf may have forbidden all that the grammar allows: accepting it would end the process.
         return self._selected(_no_token_in_grammar)
 
-    def _fill(self, logits: NDArray[np.float32]) -> None:
-        self._candidates["id"] = self._ids
-        self._candidates["logit"] = logits
+    def _fill_likeliest(self, logits: NDArray[np.float32]) -> None:
+        """Hand the chain the tokens that it may choose, which are few for most settings."""
+        if not self._enough:
+            self._fill(logits)
+            return
+        tokens = likeliest(logits, self._enough)
+        if len(self._biased):
+            tokens = np.union1d(tokens, self._biased)
+        self._fill(logits[tokens], tokens)
+
+    def _fill(self, logits: NDArray[np.float32], tokens: NDArray[np.integer[Any]] | None = None) -> None:
+        """Hand the chain `tokens` [n], or all, with their `logits` [n]."""
+        size = len(logits)
+        self._candidates["id"][:size] = self._ids if tokens is None else tokens
+        self._candidates["logit"][:size] = logits
         # Samplers shrink the array and move its pointer.
         self._array.data = self._candidates_pointer
-        self._array.size = len(self._ids)
+        self._array.size = size
         self._array.selected = -1
         self._array.sorted = False
 
@@ -164,10 +186,9 @@ class SamplerChain(Owner):
 
 
 def _samplers(
-    model: Model, config: SamplingConfig, seed: int, penalty_last_n: int, dry_last_n: int
+    model: Model, config: SamplingConfig, seed: int, penalty_last_n: int, dry_last_n: int, biases: list[Any]
 ) -> Iterator[Callable[[], Any]]:
     """What makes each sampler of the chain, in the order of common_sampler_init."""
-    biases = _biases(model, config)
     if biases:
         array = (llama.llama_logit_bias * len(biases))(*biases)
         yield lambda: llama.llama_sampler_init_logit_bias(model.vocabulary_size, len(biases), array)

@@ -43,6 +43,8 @@ class FakePool:
     """The worker that cannot open its model."""
     unborn: frozenset[int] = frozenset()
     """Those that never come to be."""
+    warnings: tuple[str, ...] = ()
+    """What every worker says whenever it says something."""
 
     def __post_init__(self) -> None:
         self.events: list[Event] = []
@@ -63,7 +65,7 @@ class FakePool:
             return
         self._has[worker] = []
         self._totals[worker] = Totals()
-        self.events.append(Joined(worker, SLOTS, "on a machine"))
+        self.events.append(Joined(worker, SLOTS, "on a machine", self.warnings))
 
     def exchange(self, worker: int, jobs: Sequence[Job], *, stop: bool) -> None:
         has = self._has[worker]
@@ -83,7 +85,7 @@ class FakePool:
         totals.completion_tokens += 3 * len(done)
         totals.answered += len(done)
         copy = Totals(completion_tokens=totals.completion_tokens, answered=totals.answered)
-        self.events.append(WorkerReport(worker, [result(item) for item in done], copy, ended=stop and not has))
+        self.events.append(WorkerReport(worker, [result(item) for item in done], copy, stop and not has, self.warnings))
 
     def wait(self, seconds: float) -> Sequence[Event]:
         # One worker has at most one event: it is asked again only after the last answer.
@@ -142,6 +144,16 @@ def test_random_deaths_lose_and_double_nothing(lines: int, workers: int, death: 
     assert len({item.index for item in found}) == len(found)
     assert all(item == result(job(item.index)) for item in found)
     assert pool.closed == 1
+
+
+def test_what_many_say_is_told_once() -> None:
+    told: list[str] = []
+    pool = FakePool(3, warnings=("the same", "and another"))
+    list(
+        ClusterRun(iter([job(index) for index in range(9)]), pool, StopSwitch(lambda: None), warn=told.append).results()
+    )
+    assert sorted(line.split(": ")[1] for line in told) == ["and another", "the same"]
+    assert all(line.startswith("worker ") for line in told)
 
 
 def test_a_dead_worker_is_replaced_and_its_lines_redone() -> None:

@@ -117,6 +117,24 @@ def test_what_ends_the_thread_is_told(setup: WorkerSetup, worker: Worker, monkey
     assert done.failure == "ZeroDivisionError: division by zero"
 
 
+def test_what_a_template_makes_of_messages_is_told_with_the_results(setup: WorkerSetup, worker: Worker) -> None:
+    source = (
+        "{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' else m.content }}{% endfor %}"
+    )
+    opened = worker.open(replace(setup, template=source), 1, 1)
+    assert isinstance(opened, Opened)
+    assert opened.warnings == []
+    asked = replace(job(0), messages=(Message("system", "be brief"), Message("user", "hello")))
+    done = [worker.exchange([asked, replace(asked, index=1)])]
+    deadline = time.monotonic() + PATIENCE
+    while sum(len(item.results) for item in done) < 2:
+        assert time.monotonic() < deadline
+        done.append(worker.exchange([]))
+    done.append(worker.exchange([]))
+    (warning,) = [text for item in done for text in item.warnings]
+    assert "does not take this conversation as it is" in warning
+
+
 def test_the_template_comes_with_the_setup(setup: WorkerSetup, worker: Worker) -> None:
     worker.open(replace(setup, template="{{ raise_exception('not for me') }}"), 1, 1)
     done = worker.exchange([job(0)])

@@ -46,18 +46,6 @@ class Outcome:
 Command = Callable[..., Outcome]
 
 
-@pytest.fixture(scope="session")
-def trials(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the trials of models are remembered, so that each model is tried once, not once per test."""
-    return tmp_path_factory.mktemp("trials")
-
-
-@pytest.fixture(autouse=True)
-def remembered_trials(own_home: Path, trials: Path) -> None:
-    """Let the home of each test share the trials."""
-    (own_home / "trials").symlink_to(trials)
-
-
 @pytest.fixture
 def abcli(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Run a command line in this process; what llama.cpp itself prints is captured, too."""

@@ -257,14 +257,14 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-KILLS = 20
+KILLS = 8
 
 
 def test_kills_at_any_moment_lose_and_double_nothing(
     tiny_model: Path, abcli: Command, spawn: Spawn, tmp_path: Path
 ) -> None:
-    """SIGKILL, 20 times, each after a random number of further results or while the run is still starting."""
-    prompts = write_prompts(tmp_path / "prompts.txt", 90)
+    """SIGKILL again and again, each after a random number of further results or while the run is still starting."""
+    prompts = write_prompts(tmp_path / "prompts.txt", 60)
     shared = tmp_path / "context.txt"
     shared.write_text("what all prompts have in common. " * 4)
     options = ("--context", shared, "-n", 6, "-k", 2, "-s", 5, "-c", 512, "--slots", 3)
@@ -273,21 +273,21 @@ def test_kills_at_any_moment_lose_and_double_nothing(
     chance = random.Random(11)
     for _ in range(KILLS):
         before = count_lines(output)
-        wanted = chance.choice((0, 0, 1, 2, 3, 4))
+        wanted = chance.choice((0, 1, 2, 3, 4))
         process = spawn(*BATCH, tiny_model, prompts, "-o", output, *options)
         if wanted:
             wait_for(lambda: count_lines(output) >= before + wanted or process.poll() is not None, "result")  # noqa: B023
         time.sleep(chance.random() * 0.01 if wanted else chance.random() * 0.4)
         process.kill()
         process.wait()
-    assert 0 < count_lines(output) < 90
+    assert 0 < count_lines(output) < 60
     told = finished(abcli(*BATCH, tiny_model, prompts, "-o", output, *options))
     assert told[0].startswith("continuing")
     assert results_of(output) == results_of(whole)
 
 
 def test_one_interrupt_finishes_what_is_begun(tiny_model: Path, abcli: Command, spawn: Spawn, tmp_path: Path) -> None:
-    prompts, output = write_prompts(tmp_path / "my prompts.txt", 400), tmp_path / "answers.jsonl"
+    prompts, output = write_prompts(tmp_path / "my prompts.txt", 150), tmp_path / "answers.jsonl"
     options = ("-n", 40, "-k", 1, "-s", 2, "-c", 512, "--slots", 2, "--ignore-eos")
     process = spawn(*BATCH, tiny_model, prompts, "-o", output, *options, "--restart")
     wait_for(lambda: count_lines(output) >= 3, "result")
@@ -300,10 +300,10 @@ def test_one_interrupt_finishes_what_is_begun(tiny_model: Path, abcli: Command, 
     assert told[-3] == f"to continue: {again}"
     assert told[-2].startswith("error: interrupted after ")
     done = results_of(output)
-    assert 3 <= len(done) < 400
+    assert 3 <= len(done) < 150
     assert all(result["usage"]["completion_tokens"] == 40 for result in done.values())
     finished(abcli(*BATCH, tiny_model, prompts, "-o", output, *options))
-    assert len(results_of(output)) == 400
+    assert len(results_of(output)) == 150
     assert done.items() <= results_of(output).items()
 
 

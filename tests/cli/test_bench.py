@@ -72,6 +72,7 @@ def test_the_object_has_both_engines_and_the_limits(tiny_model: Path, abcli: Com
     assert many["engine"] == max(times, key=lambda kind: times[kind]) or len(set(times.values())) == 1
 
 
+@pytest.mark.usefixtures("nothing_found_out")
 def test_what_auto_takes_is_remembered_until_it_is_measured_again(tiny_model: Path, abcli: Command) -> None:
     first = report(abcli, tiny_model, *QUICK, "-k", 2)["auto"][1]
     assert not first["remembered"]

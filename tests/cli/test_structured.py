@@ -44,8 +44,7 @@ def batch(abcli: Command, tmp_path: Path, model: Path, *lines: dict[str, Any], f
     return {result.get("custom_id", result.get("id")): result for result in results}, warnings
 
 
-@pytest.mark.parametrize("buckets", [1, 6])
-@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(("buckets", "temperature"), [(1, 0), (3, 1)])
 def test_run_with_the_real_model(real_model: Path, abcli: Command, buckets: int, temperature: int) -> None:
     flags = ("-k", buckets, "--temp", temperature, "-s", 3, "-n", 100, "-c", 256, *STEADY)
     outcome = abcli("run", "--json", real_model, "Is water wet? Give a reason, then answer.", "-j", TEXT, *flags)
@@ -54,10 +53,11 @@ def test_run_with_the_real_model(real_model: Path, abcli: Command, buckets: int,
     check(found["text"])
 
 
-@pytest.mark.parametrize("buckets", [1, 6])
-def test_chat_with_the_real_model(real_model: Path, abcli: Command, buckets: int) -> None:
-    script = f"/set json_schema {TEXT}\nIs water wet?\n/set regex (yes|no)!\nIs ice wet?\n/set regex\nHi.\n"
-    flags = ("-k", buckets, "-n", 100, "-s", 3, "-c", 512, "--no-save", *STEADY)
+def test_chat_with_the_real_model(real_model: Path, abcli: Command) -> None:
+    script = (
+        f"/set json_schema {TEXT}\nIs water wet?\n/set regex (yes|no)!\nIs ice wet?\n/set regex\n/set predict 3\nHi.\n"
+    )
+    flags = ("-k", 1, "-n", 100, "-s", 3, "-c", 512, "--no-save", *STEADY)
     outcome = abcli("chat", real_model, *flags, stdin=script.encode())
     assert outcome.code == 0
     text = outcome.output.decode()
@@ -66,15 +66,14 @@ def test_chat_with_the_real_model(real_model: Path, abcli: Command, buckets: int
     assert text[end:].startswith(("\nyes!\n", "\nno!\n"))
 
 
-@pytest.mark.parametrize("buckets", [1, 6])
-def test_batch_with_the_real_model(real_model: Path, abcli: Command, tmp_path: Path, buckets: int) -> None:
+def test_batch_with_the_real_model(real_model: Path, abcli: Command, tmp_path: Path) -> None:
     settings = {"max_tokens": 100, "json_schema": SCHEMA}
     lines = [
         {"id": "greedy", "prompt": "Is water wet?", "temperature": 0, **settings},
         {"id": "sampled", "prompt": "Is ice wet?", "temperature": 1.0, **settings},
         {"id": "pattern", "prompt": "Is ice wet?", "regex": "(yes|no)!", "max_tokens": 20},
     ]
-    results, warnings = batch(abcli, tmp_path, real_model, *lines, flags=("-k", buckets, "-c", 256))
+    results, warnings = batch(abcli, tmp_path, real_model, *lines, flags=("-k", 3, "-c", 256))
     check(results["greedy"]["text"])
     check(results["sampled"]["text"])
     assert results["pattern"]["text"] in ("yes!", "no!")

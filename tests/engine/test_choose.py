@@ -29,6 +29,8 @@ from abcli.native.rotating.tables import Tables
 from tests.support.models import checked_model, open_model, set_up
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("nothing_found_out")
+
 BASES = (5_000.0, 10_000.0, 20_000.0)
 SOUND = Verdict((1e-6,) * 3, 1e-6, "")
 

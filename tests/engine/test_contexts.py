@@ -28,23 +28,10 @@ PROMPTS = [
     "Once upon a time, in a land far away,",
     "def fibonacci(n):\n    ",
     "1, 1, 2, 3, 5, 8,",
-    "Water boils at",
-    "The quick brown fox",
-    "In 1969, the first man",
-    "To make a good cup of tea, you",
-    "The theory of relativity says",
     '{"name": "Ada", "born":',
-    "Roses are red,",
-    "The largest planet of the solar system",
-    "My favourite book is",
-    "Photosynthesis is the process",
-    "SELECT name FROM users WHERE",
-    "The recipe needs flour, eggs and",
-    "Dear Sir or Madam,",
-    "It was the best of times, it was",
-    "A triangle has three",
     "Ein Satz auf Deutsch:",
 ]
+ANSWER_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +53,7 @@ def test_one_bucket_gives_token_for_token_what_llama_gives(real_model: Path) -> 
     reference = llama_cpp.Llama(str(real_model), n_ctx=512, n_threads=2, n_threads_batch=2, verbose=False)
     try:
         with open_model(real_model) as model, contexts_engine(model, *config(model, flash_attention="off")) as engine:
-            generation = GenerationConfig(SamplingConfig(temperature=0.0), max_tokens=64)
+            generation = GenerationConfig(SamplingConfig(temperature=0.0), max_tokens=ANSWER_TOKENS)
             with Generator(engine, model, lambda settings: SamplerChain(model, settings)) as generator:
                 for prompt in PROMPTS:
                     tokens = model.tokenize(prompt, add_special=True, parse_special=False)
@@ -74,7 +61,7 @@ def test_one_bucket_gives_token_for_token_what_llama_gives(real_model: Path) -> 
                     ours = [piece.answer for piece in generator.stream(0, tokens, generation)][-1].tokens
                     theirs = []
                     for token in reference.generate(tokens, temp=0.0, repeat_penalty=1.0, reset=True):
-                        if model.is_end(token) or len(theirs) == 64:
+                        if model.is_end(token) or len(theirs) == ANSWER_TOKENS:
                             break
                         theirs.append(token)
                     assert ours == theirs, prompt
@@ -216,7 +203,7 @@ def test_an_impossible_context_is_an_error_and_leaks_nothing(tiny: Model) -> Non
         contexts_engine(tiny, *config(tiny, 1e4, 2e4, flash_attention="off", cache_type_v="q8_0"))
 
 
-def test_a_thousand_turns_leave_memory_flat(tiny: Model) -> None:
+def test_hundreds_of_turns_leave_memory_flat(tiny: Model) -> None:
     process = psutil.Process()
     generation = GenerationConfig(SamplingConfig(seed=1), max_tokens=4, ignore_eos=True)
     with (
@@ -232,10 +219,10 @@ def test_a_thousand_turns_leave_memory_flat(tiny: Model) -> None:
                 list(generator.stream(0, prompt, generation))
             gc.collect()
 
-        turns(200)
+        turns(100)
         before = process.memory_info().rss
-        turns(1000)
-        assert process.memory_info().rss - before < 4 << 20
+        turns(500)
+        assert process.memory_info().rss - before < 2 << 20
 
 
 def test_closing_twice_is_harmless(tiny: Model) -> None:

@@ -18,20 +18,20 @@ from tests.support.models import open_model, set_up
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
 PIECE = 256
-LONG = [index * index % 251 for index in range(3000)]
+LONG = [index * index % 251 for index in range(1300)]
 SHORT = [[17 * slot + index * 7 % 83 for index in range(20 + 9 * slot)] for slot in range(4)]
 GREEDY = GenerationConfig(SamplingConfig(temperature=0.0), max_tokens=40, ignore_eos=True)
 
 
 def config(bases: tuple[float, ...], prefill: Any) -> tuple[ContextConfig, Buckets]:
     exact: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off"}
-    sizes: dict[str, Any] = {"context_size": 3100, "slots": 5, "ubatch_size": PIECE, "threads": 2}
+    sizes: dict[str, Any] = {"context_size": 1400, "slots": 5, "ubatch_size": PIECE, "threads": 2}
     return set_up(bases, prefill=prefill, **exact, **sizes)
 
 
 @pytest.mark.parametrize("kind", ["contexts", "fused"])
 @pytest.mark.parametrize(
-    ("bases", "prefill", "length"), [(BASES[1:2], "exact", 3000), (BASES, "shared", 3000), (BASES, "exact", 700)]
+    ("bases", "prefill", "length"), [(BASES[1:2], "exact", 1300), (BASES, "shared", 1300), (BASES, "exact", 700)]
 )
 def test_four_answers_advance_by_a_token_with_each_piece_of_a_long_prompt(
     tiny_model: Path, kind: Kind, bases: tuple[float, ...], prefill: Any, length: int, monkeypatch: pytest.MonkeyPatch

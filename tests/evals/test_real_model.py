@@ -9,7 +9,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from abcli.config import ENV_HOME, Buckets, ContextConfig
+from abcli.config import Buckets, ContextConfig
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.prompts import TokenizedQuestion
@@ -30,13 +30,6 @@ NO_LIMIT = 10_000
 
 def no_profile(_name: str | None) -> Profile:
     raise AssertionError("no profile is asked for")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_home_of_the_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENV_HOME, str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from abcli.config import MergeRule
 from abcli.errors import CancelledError
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.evals.scorer import TraceStore, traces
@@ -116,10 +117,10 @@ def test_a_store_without_a_directory_keeps_nothing() -> None:
 class InterruptedEngine(RandomEngine):
     """The user interrupts in the middle of an answer."""
 
-    def step(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+    def step(self, tokens: Mapping[int, int], merge: MergeRule | None = None) -> dict[int, NDArray[np.float32]]:
         if len(self.step_sizes) == 3:
             raise CancelledError
-        return super().step(tokens)
+        return super().step(tokens, merge)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from tests.support.lora import random_lora, write_lora
 from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
 
+pytestmark = pytest.mark.usefixtures("nothing_found_out")
+
 
 def try_file(path: Path) -> None:
     """What a command does with a model before it loads it."""

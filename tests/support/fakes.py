@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.config import MergeRule
 from abcli.engine.backend import Part, Sharing
 from abcli.engine.engine import Engine
 from abcli.errors import CancelledError
@@ -59,7 +60,9 @@ class FakeBackend:
     def piece(self, columns: int) -> int:
         return self._piece
 
-    def compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+    def compute(
+        self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
+    ) -> Mapping[int, float]:
         assert list(columns) in (list(range(self.buckets)), [self.leader])
         assert len({part.slot for part in parts}) == len(parts)
         sizes = [len(part.tokens) for part in parts]
@@ -75,6 +78,7 @@ class FakeBackend:
                 held += part.tokens
                 if part.logits is not None:
                     part.logits[row] = self.logits(held, column)
+        return {}
 
     def logits(self, tokens: Sequence[int], column: int) -> NDArray[np.float32]:
         row = np.zeros(VOCABULARY, np.float32)
@@ -156,10 +160,10 @@ class FakeEngine(Engine):
         """How many prompts each piece had a part of."""
         return [len(sizes) for kind, sizes in self.backend.calls if kind == "piece"]
 
-    def step(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+    def step(self, tokens: Mapping[int, int], merge: MergeRule | None = None) -> dict[int, NDArray[np.float32]]:
         if tokens:
             self.step_sizes.append(len(tokens))
-        found = super().step(tokens)
+        found = super().step(tokens, merge)
         self.advanced.append(len(found))
         return found
 
@@ -184,6 +188,7 @@ class GreedySampler:
         self.prompt: list[int] = []
         self.closed = False
         self.finished = False
+        self.may_choose_any = False
         GreedySampler.opened += 1
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:

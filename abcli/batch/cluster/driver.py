@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from time import perf_counter
 
 from abcli.batch.cluster.distribution import Distribution
-from abcli.batch.cluster.pool import Died, Event, Joined, Pool, Refused
+from abcli.batch.cluster.pool import Died, Event, Joined, Pool, Refused, WorkerReport
 from abcli.batch.jobs import BadLine, Job, Result
 from abcli.batch.scheduler import LOOK_AHEAD, StopSwitch, Totals
 from abcli.errors import BatchError, CancelledError
@@ -67,6 +67,7 @@ class ClusterRun:
         self._counted: list[Totals] = [Totals() for _ in range(pool.workers)]
         self._before = Totals()
         self._ready: deque[Result] = deque()
+        self._told: set[str] = set()
 
     @property
     def finished(self) -> bool:
@@ -144,13 +145,20 @@ class ClusterRun:
             state.joined = True
             self._distribution.join(event.worker, event.slots)
             self._note(f"worker {event.worker + 1} of {self._pool.workers}, {event.text}")
-            for warning in event.warnings:
-                self._warn(f"worker {event.worker + 1}: {warning}")
+            self._pass_on(event)
             return []
+        self._pass_on(event)
         state.asked, state.ended = False, event.ended
         self._counted[event.worker] = event.totals
         self._sum_up()
         return self._distribution.answered(event.worker, event.results)
+
+    def _pass_on(self, event: Joined | WorkerReport) -> None:
+        """The warnings of a worker, each once whoever says it."""
+        for warning in event.warnings:
+            if warning not in self._told:
+                self._told.add(warning)
+                self._warn(f"worker {event.worker + 1}: {warning}")
 
     def _replace(self, event: Died) -> None:
         """Put another in the place of a worker that has died, unless that has been of no use."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from abcli.batch.jobs import Job, Result
@@ -53,6 +53,8 @@ class WorkerReport:
     """Of everything that this worker has done since it began."""
     ended: bool = False
     """Whether it was told to stop, and has."""
+    warnings: Sequence[str] = ()
+    """What went wrong without harm since."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,18 @@ class Opened:
 
     slots: int
     plan: str
-    warnings: Sequence[str] = field(default_factory=list)
+    warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker has done, as it says it itself; `failure` is why it can go on no more."""
+    """What a worker has done since it was asked last, as it says it itself; `failure` is why it can go on no more."""
 
     results: Sequence[Result]
     totals: Totals
     ended: bool = False
     failure: str = ""
+    warnings: Sequence[str] = ()
 
 
 class Pool(Protocol):

@@ -136,7 +136,7 @@ class RayPool:
         return Joined(worker, answer.slots, f"on {host}: {answer.plan}", answer.warnings)
 
     def _done(self, worker: int, answer: Done) -> Iterator[Event]:
-        yield WorkerReport(worker, answer.results, answer.totals, answer.ended)
+        yield WorkerReport(worker, answer.results, answer.totals, answer.ended, answer.warnings)
         if answer.failure:
             self._end(worker)
             yield Died(worker, answer.failure)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 from abcli.batch.cluster.pool import Done, Opened, Refusal, WorkerSetup
 from abcli.batch.jobs import Job, Result
@@ -28,6 +28,8 @@ from abcli.prepare import Prepared
 # The longest that a question waits for a result, in seconds; how often a driver hears how far a worker is.
 _PATIENCE = 0.5
 
+_Item = TypeVar("_Item")
+
 
 class Worker:
     """Answers jobs in a thread of its own, which owns the model; the methods are for one other thread."""
@@ -37,6 +39,7 @@ class Worker:
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._outbox: SimpleQueue[Result] = SimpleQueue()
         self._opened: SimpleQueue[Opened | Refusal] = SimpleQueue()
+        self._warnings: SimpleQueue[str] = SimpleQueue()
         self._switch = StopSwitch(lambda: None)
         self._failure = ""
         self._thread: Thread | None = None
@@ -59,15 +62,15 @@ class Worker:
             self._switch.stopping = True
             self._inbox.put(None)
         alive = self._thread is not None and self._thread.is_alive()
-        results = []
-        try:
-            results.append(self._outbox.get(timeout=_PATIENCE if alive else 0))
-            while True:
-                results.append(self._outbox.get_nowait())
-        except Empty:
-            pass
+        results = _taken(self._outbox, _PATIENCE if alive else 0)
         # Whatever a thread that has ended before has put there is taken.
-        return Done(results, replace(self._totals), ended=not alive, failure="" if alive else self._failure)
+        return Done(
+            results,
+            replace(self._totals),
+            ended=not alive,
+            failure="" if alive else self._failure,
+            warnings=_taken(self._warnings),
+        )
 
     def close(self) -> None:
         """Finish what is begun, and free the model."""
@@ -99,8 +102,7 @@ class Worker:
         found = Prepared(model, context, setup.buckets)
         plan = plan_slots(setup.slots, found, processes=processes)
         found = replace(found, context=replace(context, slots=plan.slots))
-        warnings: list[str] = []
-        with LLM(found, template_source=setup.template, warn=warnings.append) as llm:
+        with LLM(found, template_source=setup.template, warn=self._warnings.put) as llm:
             self._scheduler = Scheduler(
                 self._jobs(),
                 llm.engine,
@@ -110,7 +112,7 @@ class Worker:
                 reuse=reuse_rule(llm),
                 totals=self._totals,
             )
-            self._opened.put(Opened(plan.slots, plan.text(llm.context_size, len(llm.bases)), warnings))
+            self._opened.put(Opened(plan.slots, plan.text(llm.context_size, len(llm.bases)), _taken(self._warnings)))
             for result in self._scheduler.results():
                 self._outbox.put(result)
 
@@ -121,6 +123,17 @@ class Worker:
                 yield self._inbox.get(block=self._scheduler.idle)
             except Empty:
                 yield None
+
+
+def _taken(queue: SimpleQueue[_Item], seconds: float = 0) -> list[_Item]:
+    """What is in a queue; `seconds` is the longest that its first item is waited for."""
+    found: list[_Item] = []
+    try:
+        found.append(queue.get(timeout=seconds))
+        while True:
+            found.append(queue.get_nowait())
+    except Empty:
+        return found
 
 
 class _Silent:

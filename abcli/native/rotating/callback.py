@@ -37,6 +37,8 @@ _HINT = "use `engine=contexts` with this model"
 class ByCallback(Owner):
     """Turns rows right after llama.cpp has rotated them. Implements `Turning`."""
 
+    logits = 0
+
     def __init__(self, base: float, tables: Tables | None, devices: Devices) -> None:
         """`base` is the context's; without `tables` no row ever turns."""
         self._base = base

@@ -16,7 +16,7 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import ContextConfig
+from abcli.config import ContextConfig, MergeRule
 from abcli.errors import UnsupportedModelError
 from abcli.native.context import BatchPart, Sequences, context_parameters
 from abcli.native.ggml_api import check_tensor_layout
@@ -28,6 +28,7 @@ from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.graph import Observation, Observer
 from abcli.native.rotating.hook import hook_obstacle, rope_hook
 from abcli.native.rotating.keys import PROBE_POSITION, agree
+from abcli.native.rotating.mixing import LogitsMixer
 from abcli.native.rotating.tables import NODES_PER_ROTATION, Layout, Tables
 from abcli.native.rotating.turning import InGraph, Turning, marked_base
 
@@ -126,6 +127,7 @@ class FusedContext(Sequences):
                 stack.push(self._stack.pop_all())
             self.base = base
             self._way, self._tables = way, tables
+            self._mixer = stack.enter_context(LogitsMixer(self.devices, self.buckets, model.vocabulary_size))
             self.observation = self._observe()
             self._cells = DeviceCache(self.observation, self.follows, self.devices)
             self._stack = stack.pop_all()
@@ -143,8 +145,12 @@ class FusedContext(Sequences):
         logits: Sequence[NDArray[np.float32]] | None,
         *,
         careful: bool = False,
-    ) -> None:
+        merge: MergeRule | None = None,
+    ) -> list[float] | None:
         """Compute `parts` in each of `columns`, as one batch; part i's logits go to `logits[i]` [columns, vocab].
+
+        With `merge`, and on a device that can, only the merged logits go to the first row of `logits[i]`: the parts'
+        agreements are then returned, else None.
 
         Several parts have one token each and neighbouring slots in ascending order; `columns` ascend without gaps.
         At most `ubatch_size` tokens in all columns together. `careful` proves that the keys go where they are
@@ -167,7 +173,14 @@ class FusedContext(Sequences):
             self._tables.fill(Layout(bases, len(parts), len(tokens)), positions)
         if careful:
             visit = self._cells.check(np.repeat([part.sequence for part in batch], len(tokens)), positions)
-        self._way.run(lambda: self.decode(batch, rows), turned, visit)
+        self._way.run(lambda: self.decode(batch), turned, visit)
+        if merge is not None and logits is not None:
+            self._synchronize()
+            agreements = self._mixer.mix(self._way.logits, merge, [part[0] for part in logits])
+            if agreements is not None:
+                return agreements
+        self.fetch(rows)
+        return None
 
     def compute_side_by_side(self, parts: Sequence[SlotPart], logits: Sequence[NDArray[np.float32]]) -> None:
         """Compute `parts` of a context with one bucket as one batch; the logits [vocab] after part i go to `logits[i]`.
@@ -194,7 +207,7 @@ class FusedContext(Sequences):
         """Give `tokens` cells without computing them; at most `ubatch_size`. Their keys and values are undefined."""
         part = BatchPart(self.sequence(slot, column), position, tokens, output=False)
         turned = self._turned_rows([column], len(tokens))
-        self._way.run(lambda: self.decode([part], [None]), turned, compute=False)
+        self._way.run(lambda: self.decode([part]), turned, compute=False)
 
     def share(self, slot: int, source: int, targets: Sequence[int], position: int, tokens: Sequence[int]) -> None:
         """Append to the slot's columns `targets` what column `source` holds of `tokens`, at most `ubatch_size`.
@@ -290,7 +303,7 @@ class FusedContext(Sequences):
         observer = Observer()
         sequence = self.sequence(0, self.bases.index(self.base))
         part = BatchPart(sequence, 0, (self._token,), output=False)
-        self._way.run(lambda: self.decode([part], [None]), visit=observer.visit)
+        self._way.run(lambda: self.decode([part]), visit=observer.visit)
         self.truncate(sequence, 0)
         return observer.result()
 
@@ -336,7 +349,7 @@ def _inspect(
         if not obstacle:
             stack.enter_context(rope_hook().held())
         part = BatchPart(0, 0, (model.vocabulary_size // 2,), output=False)
-        way.run(lambda: other.decode([part], [None]), visit=observer.visit)
+        way.run(lambda: other.decode([part]), visit=observer.visit)
         ropes = observer.result().ropes
     follows = frozenset(index for index, rope in enumerate(ropes) if rope.base == marked)
     if not follows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
@@ -28,11 +29,8 @@ class DeviceGraph(Owner):
     def __init__(self, backend: int, tensors: int, build: Callable[[int], Sequence[int]]) -> None:
         """`build` makes at most `tensors` tensors in the context that it is given; its results are computed."""
         size = tensors * api.tensor_overhead() + api.graph_overhead(tensors, False) + 1024
-        context = api.init(api.InitParameters(size, None, True))
-        if not context:
-            raise NativeError("ggml has no memory for a graph", "close other programs")
         with ExitStack() as stack:
-            stack.callback(api.free, context)
+            context = api.new_context(stack, size)
             graph = api.new_graph_custom(context, tensors, False)
             self.nodes = 0
             for result in build(context):
@@ -41,15 +39,17 @@ class DeviceGraph(Owner):
             # What lies between the tensors that have memory already and the results.
             if buffer := api.allocate(context, backend):
                 stack.callback(api.buffer_free, buffer)
+            elif not all(TensorStruct.from_address(node).data for node in nodes_of(graph)):
+                raise NativeError("the device has no memory for a graph", "use fewer buckets or slots")
             self._stack = stack.pop_all()
         self._backend = backend
-        self._graph = graph
+        self.handle: int = graph
 
     def compute(self) -> None:
         """Raises NativeError if the device fails."""
         # An empty graph aborts the RPC backend.
         if self.nodes:
-            api.check(api.compute(self._backend, self._graph))
+            api.check(api.compute(self._backend, self.handle))
 
 
 class Device(Owner):
@@ -103,20 +103,23 @@ class Device(Owner):
             self._deltas[key] = tensor
         return self._deltas[key]
 
-    def memory(self, size: int) -> int:
-        """A buffer of `size` bytes on the device, which lives as long as this. Raises NativeError."""
+    def supports(self, graph: int) -> bool:
+        """Whether every operation of a graph can be computed here."""
+        return all(api.device_supports(self._handle, node) for node in nodes_of(graph))
+
+    def memory(self, size: int, stack: ExitStack | None = None) -> int:
+        """A buffer of `size` bytes on the device, which lives as long as this, or `stack`. Raises NativeError."""
         buffer = api.buffer_alloc(api.device_buffer_type(self._handle), size + ALIGNMENT)
         if not buffer:
             raise NativeError("the device has no memory for a small table", "use fewer buckets or `engine=contexts`")
-        self._tensors.callback(api.buffer_free, buffer)
+        (stack or self._tensors).callback(api.buffer_free, buffer)
         return int(buffer)
 
-    def tensor(self, type_id: int, shape: tuple[int, ...], buffer: int, offset: int = 0) -> int:
+    def tensor(
+        self, type_id: int, shape: tuple[int, ...], buffer: int, offset: int = 0, stack: ExitStack | None = None
+    ) -> int:
         """A tensor of up to three dimensions over a buffer of `memory`, from byte `offset` on."""
-        context = api.init(api.InitParameters(api.tensor_overhead(), None, True))
-        if not context:
-            raise NativeError("ggml has no memory for a tensor", "close other programs")
-        self._tensors.callback(api.free, context)
+        context = api.new_context(stack or self._tensors, api.tensor_overhead())
         tensor = api.new_3d(context, type_id, *shape, *[1] * (3 - len(shape)))
         api.check(api.place(buffer, tensor, api.buffer_base(buffer) + offset))
         return int(tensor)
@@ -171,3 +174,9 @@ class Devices(Owner):
         for device in self._by_handle.values():
             device.set_positions(positions)
             device.set_threads(threads)
+
+
+def nodes_of(graph: int) -> list[int]:
+    """The addresses of a graph's nodes in the order of computation."""
+    pointers = (ctypes.c_void_p * api.node_count(graph)).from_address(api.graph_nodes(graph))
+    return [int(pointer) for pointer in pointers if pointer]

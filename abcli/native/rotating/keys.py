@@ -156,12 +156,7 @@ class KeyRotator(Owner):
         places = aligned_bytes(4 * len(positions)).view(np.int32)
         places[:] = positions
         with ExitStack() as stack:
-            context = api.init(
-                api.InitParameters(api.BYTES_PER_TENSOR * (2 + 3 * len(blocks)) + _GRAPH_BYTES, None, True)
-            )
-            if not context:
-                raise NativeError("ggml has no memory for a graph", "close other programs")
-            stack.callback(api.free, context)
+            context = api.new_context(stack, api.BYTES_PER_TENSOR * (2 + 3 * len(blocks)) + _GRAPH_BYTES)
             position_tensor = _place_1d(stack, context, llama.GGML_TYPE_I32, places.ctypes.data, len(places))
             factor_tensor = _place_1d(stack, context, llama.GGML_TYPE_F32, factors.ctypes.data, len(factors))
             graph = api.new_graph(context)

@@ -7,7 +7,6 @@ and reuses that graph like any other. `abcli.native.rotating.callback` is the wa
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Protocol
@@ -19,10 +18,13 @@ from abcli.errors import AbcliError, NativeError, UnsupportedModelError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.owner import Owner
+from abcli.native.rotating.devices import nodes_of
 from abcli.native.rotating.graph import rope_node
 from abcli.native.rotating.hook import acting, compute_hook, rope_hook
 from abcli.native.rotating.tables import Rotation, Tables, weights_of
 
+# llama.cpp's name for its logits.
+_LOGITS = b"result_output"
 # GGML_STATUS_FAILED
 _STATUS_FAILED = -1
 
@@ -51,6 +53,10 @@ class Turning(Protocol):
 
     def close(self) -> None:
         """Free what it holds; a second call does nothing."""
+
+    @property
+    def logits(self) -> int:
+        """llama.cpp's tensor of the logits of the last batch, while they lie where they were computed; else 0."""
 
 
 def marked_base(base: float) -> float:
@@ -96,12 +102,14 @@ class InGraph(Owner):
         # How many rows the graph that llama.cpp holds turns; 0 for one that turns none.
         self._rows = 0
         self._context = 0
+        self._graph = 0
         # How many more nodes the last graph that was shown has room for.
         self.free_nodes = 0
         self._stack = ExitStack()
         if tables is not None:
-            rope_hook().acquire()
-            self._stack.callback(rope_hook().release)
+            for hook in (rope_hook(), compute_hook()):
+                hook.acquire()
+                self._stack.callback(hook.release)
 
     def make(self, parameters: Any, make: Callable[[], None]) -> None:
         """See `Turning.make`."""
@@ -150,9 +158,10 @@ class InGraph(Owner):
 
     def compute(self, original: Callable[..., int], scheduler: int, graph: int) -> int:
         """Show the graph, and compute it unless it is left out."""
+        self._graph = graph
         if self._visit is not None:
             try:
-                for tensor in _nodes(graph):
+                for tensor in nodes_of(graph):
                     self._visit(tensor, graph)
                 if self._context:
                     free = api.memory_size(self._context) - api.used_memory(self._context)
@@ -161,6 +170,11 @@ class InGraph(Owner):
                 self._failure.keep(error)
                 return int(_STATUS_FAILED)
         return original(scheduler, graph) if self._compute else 0
+
+    @property
+    def logits(self) -> int:
+        """llama.cpp's tensor of the logits that the last graph computed; 0 if there is none to be found."""
+        return int((self._graph and api.graph_tensor(self._graph, _LOGITS)) or 0)
 
     def _turned(self, context: int, rotated: int, tables: Tables) -> int:
         node = TensorStruct.from_address(rotated)
@@ -179,9 +193,3 @@ def input_of(source: int, graph: int) -> int:
     """
     parts = bytes(TensorStruct.from_address(source).name).split(b"#")
     return int((graph and len(parts) == 3 and api.graph_tensor(graph, parts[1])) or source)
-
-
-def _nodes(graph: int) -> list[int]:
-    """The addresses of a graph's nodes in the order of computation."""
-    pointers = (ctypes.c_void_p * api.node_count(graph)).from_address(api.graph_nodes(graph))
-    return [int(pointer) for pointer in pointers if pointer]
