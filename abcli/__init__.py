@@ -13,7 +13,7 @@ from abcli.version import __version__
 if TYPE_CHECKING:
     from abcli.chat.answer import Answer, Piece, Timings, Usage
     from abcli.chat.controller import Chat
-    from abcli.chat.messages import Message
+    from abcli.chat.messages import Message, Tool, ToolCall
     from abcli.config import LoraConfig
     from abcli.engine.engine import Engine
     from abcli.errors import (
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "abcli.chat.answer": ("Answer", "Piece", "Timings", "Usage"),
     "abcli.chat.controller": ("Chat",),
-    "abcli.chat.messages": ("Message",),
+    "abcli.chat.messages": ("Message", "Tool", "ToolCall"),
     "abcli.config": ("LoraConfig",),
     "abcli.engine.engine": ("Engine",),
     "abcli.errors": (
@@ -87,6 +87,8 @@ __all__ = [
     "TemplateError",
     "Timings",
     "Tokenizer",
+    "Tool",
+    "ToolCall",
     "UnsupportedModelError",
     "Usage",
     "UsageError",

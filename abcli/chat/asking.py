@@ -20,7 +20,7 @@ from abcli.errors import UsageError
 from abcli.generate import Answer as RunningAnswer
 from abcli.generate import Piece as RunningPiece
 from abcli.grammar.constraint import KINDS, NAMES
-from abcli.sampling import GenerationConfig, Steering, generation_config
+from abcli.sampling import GenerationConfig, SamplingConfig, Steering, generation_config
 
 _KEPT = 64
 
@@ -43,6 +43,7 @@ class Asker:
 
     def ask(self, messages: Sequence[Message], options: ChatOptions, generation: GenerationConfig) -> Asked:
         """What is asked. Raises PromptError, TemplateError, and UsageError for tools beside a grammar or schema."""
+        check_together(options, generation.sampling)
         return self.asked(self._template.tokens(messages, options), options, generation)
 
     def asked(self, tokens: Sequence[int], options: ChatOptions, generation: GenerationConfig) -> Asked:
@@ -52,12 +53,12 @@ class Asker:
         opened = self._template.opens_thought(options)
         shown = self._template.tokens_in(_texts(form))
         kind = next((kind for kind in KINDS if getattr(sampling, kind)), None)
+        check_together(options, sampling)
         if options.usable_tools:
-            if kind is not None:
-                raise UsageError(f"both tools and {NAMES[kind]} are given", "give only one of them")
             sampling = replace(sampling, lark=self._grammar(options, opened), schema_lenient=True)
-        # Where all of an answer follows a grammar there is no thought in it.
-        if kind is not None or options.reasoning_format == "none":
+        # Where all of an answer follows a grammar there is no thought in it, unless the grammar speaks of it.
+        thoughtless = form.thoughts is None or (kind and form.thoughts.end not in getattr(sampling, kind))
+        if options.reasoning_format == "none" or thoughtless:
             form, opened = replace(form, thoughts=None), False
         steered = replace(generation, sampling=sampling, steering=Steering(shown))
         return Asked(tokens, steered, lambda: AnswerReader(form, options, thought_opened=opened))
@@ -163,6 +164,13 @@ class AnswerReader:
         end = self._tags[1] if self._thinking else ""
         self._thinking = False
         return end
+
+
+def check_together(options: ChatOptions, sampling: SamplingConfig) -> None:
+    """Raise UsageError for tools beside something else that the answer has to follow."""
+    kind = next((kind for kind in KINDS if getattr(sampling, kind)), None)
+    if kind is not None and options.usable_tools:
+        raise UsageError(f"both tools and {NAMES[kind]} are given", "give only one of them")
 
 
 def plain_asked(tokens: Sequence[int], generation: GenerationConfig) -> Asked:

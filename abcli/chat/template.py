@@ -23,7 +23,7 @@ from abcli.chat.options import ChatOptions, tool_variables
 from abcli.chat.part_tokens import PartTokenizer
 from abcli.chat.sandbox import OTHER_TEMPLATE, CompiledTemplate, RefusalError
 from abcli.chat.shapes import shapes, told_in_words
-from abcli.chat.thoughts import CLOSE, OPEN, split_thought
+from abcli.chat.thoughts import CLOSE, split_thought
 from abcli.chat.windows import WindowedRendering
 from abcli.errors import PromptError, TemplateError
 from abcli.native.model import Model
@@ -174,7 +174,8 @@ class ChatTemplate:
         return all(tool.name in written for tool in options.usable_tools)
 
     def _probe_opening(self, options: ChatOptions) -> bool:
-        return self._probe([self._fields(Message("user", "a"))], options).rstrip().endswith(OPEN)
+        thoughts = self._written_format.thoughts
+        return thoughts is not None and thoughts.opened_by(self._probe([self._fields(Message("user", "a"))], options))
 
     def _accepted(self, messages: Sequence[Message], options: ChatOptions, add_generation_prompt: bool) -> _Accepted:
         """The conversation in the first shape that the template takes with the text of every message."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from abcli.chat.answer import Answer
+from abcli.chat.asking import check_together
 from abcli.chat.files import decode_prompt, read_text_file
 from abcli.chat.message_format import Prompt, call_fields
 from abcli.chat.messages import Message, ToolCall
@@ -62,6 +63,7 @@ def run(
     _check_raw(raw=raw, parse_special=parse_special, system=system, options=options)
     generation = answer_options.config(sampling_options.config())
     check(generation.sampling)
+    check_together(options, generation.sampling)
     terminal = Terminal()
     found = prepared(terminal, model, model_options, bucket_options)
     with opened(terminal, found, model_options) as llm:

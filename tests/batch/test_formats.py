@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.reading import seed_for
+from abcli.chat.options import ChatOptions, chat_options
 from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig
 from tests.batch.inputs import OWN, job, jobs, openai, write
 
@@ -234,3 +236,16 @@ def test_texts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert isinstance(second, Job)
     assert (first.messages[0].content, second.messages[0].content) == ("p", "p\ufeff")
     assert first.generation.sampling.json_schema == '{"const": 1}'
+
+
+def test_lines_may_have_tools(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    choice = {"type": "function", "function": {"name": "f"}}
+    body = {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False, "reasoning_effort": "low"}
+    options = job(write(tmp_path, [openai(**body)])).options
+    assert options == chat_options(body)
+    assert (options.tools[0].name, options.tool_choice, options.parallel_tool_calls) == ("f", "f", False)
+    assert job(write(tmp_path, [openai(**dict.fromkeys(body))])).options == ChatOptions()
+    (plain,) = jobs(write(tmp_path, [{"prompt": "a", "thinking": "off"}]), options=options)
+    assert isinstance(plain, Job)
+    assert plain.options == replace(options, thinking="off")

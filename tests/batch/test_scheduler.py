@@ -322,7 +322,7 @@ def test_many_bad_lines_are_not_read_all_at_once() -> None:
 def test_the_models_failure_ends_the_run() -> None:
     bench = Bench()
 
-    def fail(_tokens: object) -> NDArray[np.float32]:
+    def fail(*_arguments: object) -> NDArray[np.float32]:
         raise NativeError("llama.cpp failed to decode")
 
     bench.engine.step = fail  # type: ignore[method-assign]
