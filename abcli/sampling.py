@@ -95,11 +95,19 @@ class SamplingConfig(SamplingNumbers):
 
 
 @dataclass(frozen=True)
+class Steering:
+    """What a chat's format asks of one answer: the control tokens that are part of its text."""
+
+    shown_tokens: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """One answer: how to sample it and when to stop; -1 new tokens means until the context is full.
 
     Where the native bucket's likeliest token has more than the probability `gate`, that bucket decides alone; without a
-    gate all buckets are asked for every token.
+    gate all buckets are asked for every token. `steering` is made for each answer, from its conversation, and no
+    setting of anyone's.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -107,12 +115,13 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     gate: float | None = None
+    steering: Steering = field(default_factory=Steering)
 
 
 SETTINGS: Mapping[str, Setting] = {item.name: item.metadata["setting"] for item in dataclasses.fields(SamplingNumbers)}
 """The numbers by the names of their fields."""
 _FIELDS = {setting.short: name for name, setting in SETTINGS.items()}
-LIMITS = tuple(item.name for item in dataclasses.fields(GenerationConfig) if item.name != "sampling")
+LIMITS = ("max_tokens", "stop", "ignore_eos", "gate")
 FIELDS: tuple[str, ...] = tuple(item.name for item in dataclasses.fields(SamplingConfig))
 
 
