@@ -69,7 +69,7 @@ def batch(
     terminal = Terminal()
     if model_options.prompt_cache or model_options.prompt_cache_dir is not None:
         raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
-    generation = answer_options.config(sampling_options.config())
+    generation = answer_options.config(sampling_options.config(), bucket_options.threshold())
     check(generation.sampling)
     options = chat_flags.options()
     parts = input_options.parts(answer_options.text)

@@ -51,7 +51,7 @@ def chat(
     """Talk with a model: parse, load, and hand over to the screen."""
     if no_save and session is not None:
         raise UsageError("--no-save and --session contradict each other", "drop one of them")
-    generation = answer_options.config(sampling_options.config())
+    generation = answer_options.config(sampling_options.config(), bucket_options.threshold())
     check(generation.sampling)
     terminal = Terminal()
     found = prepared(terminal, model_word, model_options, bucket_options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from math import log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from abcli.errors import ContextFullError
 from abcli.native.llama import CancelFlag
 from abcli.native.owner import Owner
 from abcli.native.state import StateError
+from abcli.rope.bases import nearest_base
 
 # Sharing is faster from about 4 new tokens on, but approximate: so short a text is worth computing exactly.
 MIN_SHARED_TOKENS = 24
@@ -75,6 +75,7 @@ class Engine(Owner):
         self._buckets = range(backend.buckets)
         self._followers = [column for column in range(len(backend.bases)) if column != backend.leader]
         self._others = [bucket for bucket in self._buckets if bucket != backend.native]
+        self._nearest = nearest_base(self.bases, backend.bases[backend.leader])
         self._least_shared = least_shared
         self._cache = cache
         self._cancellable = False
@@ -82,7 +83,7 @@ class Engine(Owner):
         self._waiting: dict[int, _Prompt] = {}
         self._oldest_first = False
         self._agreements: Mapping[int, float] = {}
-        self._logits: NDArray[np.float32] = np.empty((slots, backend.buckets, vocabulary_size), np.float32)
+        self._logits: NDArray[np.float32] = np.empty((slots, len(backend.bases), vocabulary_size), np.float32)
         self.context_size: int = context_size
         """The number of tokens each slot can hold."""
 
@@ -163,7 +164,8 @@ class Engine(Owner):
             decided = self._append(rows, merge, gates)
             for slot in complete:
                 # Every bucket has computed the end of an exact prompt, but the gate is asked all the same.
-                if slot in gates and slot not in rows and gates[slot](self._logits[slot, self._native]):
+                gated = slot in gates and slot not in rows and self._native in self._buckets
+                if gated and gates[slot](self._logits[slot, self._native]):
                     decided.add(slot)
                 self._store(slot, len(self._waiting.pop(slot).tokens))
         return {slot: self._logits[slot, self._given(slot, decided)] for slot in (*tokens, *complete)}
@@ -172,7 +174,7 @@ class Engine(Owner):
         """Which of a slot's rows are the step's logits."""
         if slot in decided:
             return slice(self._native, self._native + 1)
-        return slice(1 if slot in self._agreements else None)
+        return slice(1 if slot in self._agreements else len(self._buckets))
 
     def agreement(self, slot: int) -> float | None:
         """The agreement of a slot whose logits the last step merged; None for any other."""
@@ -227,7 +229,7 @@ class Engine(Owner):
         """
         pieces = self._next_pieces()
         for slot in pieces:
-            self._catch_up(slot, self._native, self._others)
+            self._catch_up(slot, self._others)
         exact, led, complete = [], [], []
         for slot, piece in pieces.items():
             prompt = self._waiting[slot]
@@ -281,24 +283,31 @@ class Engine(Owner):
         decided: set[int] = set()
         columns: Sequence[int] = self._buckets
         if self._others and not gates.keys().isdisjoint(rows):
-            compute(rows, [self._native], None)
-            decided = {slot for slot in rows if slot in gates and gates[slot](self._logits[slot, self._native])}
-            # What is computed in two batches cannot be merged where it is computed.
-            columns, merge = self._others, None
+            gated = [slot for slot in rows if slot in gates]
+            first = gated
+            if self._native in self._buckets:
+                # What is computed in two batches cannot be merged where it is computed.
+                first, merge = list(rows), None
+            for slot in first:
+                self._catch_up(slot, [self._native])
+            compute(first, [self._native], None)
+            decided = {slot for slot in gated if gates[slot](self._logits[slot, self._native])}
+            columns = self._others
         asked = [slot for slot in rows if slot not in decided]
         for slot in asked:
-            self._catch_up(slot, self._native, self._others)
+            self._catch_up(slot, self._others)
         self._agreements = compute(asked, columns, merge)
         for slot, token in rows.items():
             self._tokens[slot].append(token)
         return decided
 
-    def _catch_up(self, slot: int, source: int, targets: Sequence[int]) -> None:
-        """Let the columns `targets` take over from `source` what they are behind; where they cannot, compute it."""
+    def _catch_up(self, slot: int, targets: Sequence[int]) -> None:
+        """Let the columns `targets` take over what was decoded without them; where they cannot, they compute it."""
         tokens = self._tokens[slot]
         held = self._backend.length(slot, targets[0]) if targets else len(tokens)
         if held == len(tokens):
             return
+        source = self._native if self._backend.length(slot, self._native) >= len(tokens) else self._nearest
         try:
             if self.sharing.shared:
                 self._share(slot, source, targets, held, tokens[held:])
@@ -312,7 +321,8 @@ class Engine(Owner):
             raise
 
     def _part(self, slot: int, tokens: Sequence[int], *, output: bool) -> Part:
-        return Part(slot, len(self._tokens[slot]), tokens, list(self._logits[slot]) if output else None)
+        rows = list(self._logits[slot, : len(self._buckets)]) if output else None
+        return Part(slot, len(self._tokens[slot]), tokens, rows)
 
     def _compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
         self._backend.compute(parts, columns)
@@ -321,12 +331,9 @@ class Engine(Owner):
 
     def _lead(self, parts: Sequence[Part]) -> None:
         """The leader computes, and the others take it over."""
-        backend = self._backend
-        bases, leader = backend.bases, backend.leader
-        if leader not in self._buckets:
-            nearest = min(self._buckets, key=lambda column: abs(log(bases[column] / bases[leader])))
-            for part in parts:
-                self._catch_up(part.slot, nearest, [leader])
+        leader = self._backend.leader
+        for part in parts:
+            self._catch_up(part.slot, [leader])
         self._compute(parts, [leader])
         for part in parts:
             self._share(part.slot, leader, self._followers, part.position, part.tokens)
