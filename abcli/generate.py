@@ -26,8 +26,8 @@ FinishReason = Literal["stop", "length"]
 class Tokenizer(Protocol):
     """What the loop needs to know of a vocabulary."""
 
-    def piece(self, token: int) -> bytes:
-        """The bytes a token stands for."""
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes a token stands for; none for control tokens unless `special`."""
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
@@ -328,7 +328,8 @@ class Generator(Owner):
         else:
             answer.tokens.append(token)
             answer.statistics.completion_tokens += 1
-            text = running.stream.feed(self._tokenizer.piece(token))
+            shown = token in running.config.steering.shown_tokens
+            text = running.stream.feed(self._tokenizer.piece(token, special=shown))
             if running.stream.stopped or running.sampler.finished:
                 answer.finish_reason = "stop"
             elif answer.statistics.completion_tokens == running.config.max_tokens or self._is_full(answer.slot):

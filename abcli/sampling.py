@@ -95,19 +95,30 @@ class SamplingConfig(SamplingNumbers):
 
 
 @dataclass(frozen=True)
+class Steering:
+    """What a chat's format asks of one answer: the control tokens that are part of its text."""
+
+    shown_tokens: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
-    """One answer: how to sample it and when to stop; -1 new tokens means until the context is full."""
+    """One answer: how to sample it and when to stop; -1 new tokens means until the context is full.
+
+    `steering` is made for each answer, from its conversation, and no setting of anyone's.
+    """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_tokens: int = -1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    steering: Steering = field(default_factory=Steering)
 
 
 SETTINGS: Mapping[str, Setting] = {item.name: item.metadata["setting"] for item in dataclasses.fields(SamplingNumbers)}
 """The numbers by the names of their fields."""
 _FIELDS = {setting.short: name for name, setting in SETTINGS.items()}
-LIMITS = tuple(item.name for item in dataclasses.fields(GenerationConfig) if item.name != "sampling")
+LIMITS = ("max_tokens", "stop", "ignore_eos")
 FIELDS: tuple[str, ...] = tuple(item.name for item in dataclasses.fields(SamplingConfig))
 
 

@@ -171,7 +171,7 @@ class FakeEngine(Engine):
 class ByteTokenizer:
     """Token = byte."""
 
-    def piece(self, token: int) -> bytes:
+    def piece(self, token: int, *, special: bool = False) -> bytes:
         return bytes([token]) if token < END else b""
 
     def is_end(self, token: int) -> bool:
