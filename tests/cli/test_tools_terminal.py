@@ -53,7 +53,7 @@ def test_a_tool_is_run_refused_stopped_and_fails(
     program = tmp_path / "weather.py"
     program.write_text(PROGRAM)
     line = f"{sys.executable} {program}"
-    settings = ("-k", 1, "-c", 2048, "--temp", 0, "-n", 60, "--no-stats", "--no-parallel-tool-calls")
+    settings = ("-k", 1, "-c", 2048, "--temp", 0, "-n", 40, "--no-stats", "--no-parallel-tool-calls")
     choice = ("--tools", tools, "--tool-choice", "get_weather", "--tool-exec", f"get_weather={line}")
     screen = terminal("chat", real_model, *settings, *choice, "--session", "work")
     screen.until_prompt()
