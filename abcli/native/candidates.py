@@ -36,8 +36,9 @@ def likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
     Every token that is as large as one of them is among them. At most one in 128 tokens can be asked for.
     """
+    # Block i is every so-many-th number from the i-th on: numpy compares whole rows of those at once.
     whole = len(logits) // _BLOCK * _BLOCK
-    maxima = logits[:whole].reshape(-1, _BLOCK).max(axis=1)
+    maxima = logits[:whole].reshape(_BLOCK, -1).max(axis=0)
     # So many blocks have a number of this size, so as many numbers are at least that large.
     bound = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
     return np.flatnonzero(logits >= bound)

@@ -153,6 +153,8 @@ buffer_free = ggml_function("ggml_backend_buffer_free", None, _pointer)
 type_device = ggml_function("ggml_backend_buft_get_device", _pointer, _pointer)
 # ggml_backend_buffer_type_t ggml_backend_dev_buffer_type(ggml_backend_dev_t device);
 device_buffer_type = ggml_function("ggml_backend_dev_buffer_type", _pointer, _pointer)
+# ggml_backend_buffer_type_t ggml_backend_dev_host_buffer_type(ggml_backend_dev_t device); NULL if it has none.
+device_host_buffer_type = ggml_function("ggml_backend_dev_host_buffer_type", _pointer, _pointer)
 # enum ggml_backend_dev_type ggml_backend_dev_type(ggml_backend_dev_t device);
 device_type = ggml_function("ggml_backend_dev_type", _int, _pointer)
 # const char * ggml_backend_dev_name(ggml_backend_dev_t device);

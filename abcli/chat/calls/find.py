@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
 from dataclasses import replace
-from typing import Any, Protocol
 
+from abcli.chat.calls.differences import first_tag, last_tag, tags
+from abcli.chat.calls.find_calls import find_calls
 from abcli.chat.calls.format import HERMES, CallFormat, Thoughts
-from abcli.errors import TemplateError
+from abcli.chat.calls.known_formats import KNOWN_FORMATS
+from abcli.chat.calls.probes import ANSWER, THOUGHT, Probes, Render
 
-
-class Render(Protocol):
-    """Renders a conversation through a chat template; raises TemplateError where the template fails or refuses."""
-
-    def __call__(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        add_generation_prompt: bool = False,
-        **variables: Any,
-    ) -> str:
-        """The text for messages and tools as the template takes them, as plain JSON values."""
-
-
-_NAME = "qzfunctionqz"
-_CALL = {"id": "qzid12345", "type": "function", "function": {"name": _NAME, "arguments": {"qzkeyqz": "qzvalueqz"}}}
-_MESSAGES = ({"role": "user", "content": "qzquestionqz"}, {"role": "assistant", "content": "", "tool_calls": [_CALL]})
+_THOUGHT_TAG = r"<[^<>\s]*(?:think|channel)[^<>\s]*>"
+_EMPTY_THOUGHT = re.compile(rf"({_THOUGHT_TAG}\w*)\s*({_THOUGHT_TAG})\s*\Z", re.IGNORECASE)
+# Spoken of in the system message.
+_MISTRAL = Thoughts("[THINK]", "[/THINK]")
 
 
 def find_format(render: Render) -> CallFormat:
-    """The format that a template writes, or the Hermes models' as a fallback for a template that knows no tools."""
-    try:
-        written = render(_MESSAGES)
-    except TemplateError:
-        written = ""
-    thoughts = Thoughts("<think>", "</think>")
-    return replace(HERMES, thoughts=thoughts, fallback=HERMES.call_begin + _NAME not in written)
+    """The format that a template writes, or the Hermes models' as a fallback for a template that shows none."""
+    probes = Probes(render)
+    thoughts = _thoughts(probes)
+    known = next((form for text, form in KNOWN_FORMATS.items() if text in probes.everything), None)
+    if known is not None:
+        return known if known.channels else replace(known, thoughts=thoughts)
+    framing = _framing(probes, thoughts)
+    found = find_calls(probes, (thoughts.begin, thoughts.end, *framing)) or replace(HERMES, fallback=True)
+    return replace(found, thoughts=thoughts, framing=framing)
+
+
+def _thoughts(probes: Probes) -> Thoughts:
+    """What is around a thought in an answer; what is left of it where none is wanted; or what most models write."""
+    before, thought, after = probes.answer(reasoning_content=THOUGHT).partition(THOUGHT)
+    begin, end = last_tag(before), first_tag(after)
+    if thought and end:
+        prompt = probes.prompt().rstrip()
+        # Where words begin it, they are the prompt's last line.
+        words = not begin or (begin in prompt and not prompt.endswith(begin))
+        return Thoughts(prompt.splitlines()[-1] if words else begin, end)
+    prompts = [probes.prompt(enable_thinking=False), probes.prompt(enable_thinking=True), probes.prompt()]
+    for prompt in prompts:
+        if empty := _EMPTY_THOUGHT.search(prompt):
+            return Thoughts(empty.group(1), empty.group(2))
+    return _MISTRAL if _MISTRAL.begin in probes.everything else Thoughts()
+
+
+def _framing(probes: Probes, thoughts: Thoughts) -> tuple[str, ...]:
+    """The markers around what is said."""
+    before, _, after = probes.answer().partition(ANSWER)
+    begin = last_tag(before)
+    if not begin or begin in (thoughts.begin, thoughts.end) or begin in probes.prompt():
+        return ()
+    return tuple(dict.fromkeys((begin, *tags(after))))

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
+
+from abcli.chat.calls.channels import Channels
+
+Notation = Literal["json", "python", "gemma"]
+
+# Stand in the texts of a format for what differs from call to call: an id, the number of the call, a key,
+# the function's name.
+ID = "\ufdd4"
+NUMBER = "\ufdd5"
+KEY = "\ufdd6"
+NAME = "\ufdd7"
+# What Llama's models may set before calls that are nothing but JSON.
+_PYTHON_TAG = "<|python_tag|>"
+_NAMED = re.compile(r"<\w+=")
+# Where a marker is taken apart: white space, behind a tag, and at the brackets of JSON at its edges.
+_BETWEEN_PIECES = re.compile(
+    rf"\s+|(?<=[^\]]>)(?=<|functions\.)|(?<=^[\]}}])(?=[^<]|<[^\]])|(?<=.)(?=[\[{{]+$)"
+    rf"|(?<=[{ID}{NUMBER}])(?=.)|(?<=.)(?=[{ID}{NUMBER}])"
+)
 
 
 @dataclass(frozen=True)
 class Thoughts:
     """What stands before and after a thought, without white space around it."""
 
-    begin: str
-    end: str
+    begin: str = "<think>"
+    end: str = "</think>"
 
     def opened_by(self, prompt: str) -> bool:
         """Whether the answer to a rendered prompt begins inside a thought, because the template has opened it."""
@@ -22,12 +43,25 @@ class Thoughts:
 class Tags:
     """Arguments that are written one by one: `key_begin` KEY `key_end` VALUE `value_end`.
 
-    A value is a text as it is, unless the schema says that it is something else: then it is JSON.
+    A text is written as it is, anything else as JSON. Where the template says which it is, `kinds` has its word for
+    each of JSON's types, which stands between `key_end` and `kind_end`. With KEY in `value_end`, lists and objects are
+    tags within tags.
     """
 
     key_begin: str
     key_end: str
     value_end: str
+    kinds: tuple[tuple[str, str], ...] = ()
+    kind_end: str = ""
+
+    @property
+    def nested(self) -> bool:
+        """Whether a value that is not plain consists of tags."""
+        return KEY in self.value_end
+
+    def end_of(self, key: str) -> str:
+        """What ends the value of a key."""
+        return self.value_end.replace(KEY, key)
 
 
 @dataclass(frozen=True)
@@ -35,8 +69,10 @@ class CallFormat:
     """What a template writes around calls, character by character.
 
     `section_begin`, calls with `between` from one to the next, `section_end`; each call is `call_begin` NAME `name_end`
-    ARGUMENTS `call_end`. Arguments are the text of a JSON object, or `tags`. Where all of a call is one JSON object,
-    `keys` are those of its name and its arguments, and the texts around contain its braces.
+    ARGUMENTS `call_end`. Arguments are the text of a JSON object, `tags`, or members in another `notation`. Where all
+    of a call is one JSON object, `keys` are those of its name and its arguments, and the texts around contain its
+    braces. `framing` are markers around what is said, which say nothing; with `channels` the answer is messages.
+    Without `thoughts` what is thought is taken for something said.
     """
 
     name: str
@@ -48,8 +84,11 @@ class CallFormat:
     between: str = ""
     keys: tuple[str, str] | None = None
     tags: Tags | None = None
+    notation: Notation = "json"
+    channels: Channels | None = None
     several: bool = True
-    thoughts: Thoughts | None = None
+    thoughts: Thoughts | None = Thoughts()
+    framing: tuple[str, ...] = ()
     fallback: bool = False
     """Whether the template knows no tools, so that the system message has to list them (`fallback.tools_text`)."""
 
@@ -66,14 +105,27 @@ class CallFormat:
 
     @cached_property
     def call_marker(self) -> str:
-        """What a call is recognised by, if it has anything before its name or its object."""
+        """What comes before the name of a call, or before its object; empty if there is nothing."""
         return self.object_begin if self.keys else self.call_begin
 
     @cached_property
+    def bare(self) -> bool:
+        """Whether a call is nothing but a JSON object, with which the answer begins."""
+        return self.keys is not None and not self.section_begin.strip() and not self.object_begin.strip()
+
+    @cached_property
     def openers(self) -> tuple[str, ...]:
-        """What begins calls, each a text without white space."""
-        markers = (self.section_begin.split()[:1], self.call_marker.split()[:1])
-        return tuple(dict.fromkeys(marker[0] for marker in markers if marker))
+        """What begins calls, each without white space."""
+        if self.bare:
+            return (_PYTHON_TAG,)
+        first = [*parts(self.section_begin)[:1], *parts(self.call_marker)[:1]]
+        # Qwen's models leave out what comes before this.
+        return tuple(dict.fromkeys([*first, *filter(_NAMED.fullmatch, parts(self.call_marker))]))
+
+
+def parts(marker: str) -> list[str]:
+    """A marker as the pieces between which models may set white space; placeholders are pieces."""
+    return [piece for piece in _BETWEEN_PIECES.split(marker) if piece]
 
 
 HERMES = CallFormat(

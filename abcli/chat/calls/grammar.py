@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from abcli.chat.calls.format import CallFormat
-from abcli.chat.control_text import ControlText
+from abcli.chat.calls.argument_rules import ArgumentRules
+from abcli.chat.calls.format import NAME, CallFormat
+from abcli.chat.calls.rules import Rules
 from abcli.chat.messages import Tool
 from abcli.errors import UsageError
 
@@ -16,7 +17,8 @@ Choice: TypeAlias = "Literal['auto', 'required'] | Tool"
 
 # Between a thought and what follows it.
 _GAP = r"/\n{0,2}/"
-_TEXT = r"TEXT: /(.|\n)*/"
+# What is said where a brace would begin a call.
+_SAID_WITHOUT_BRACE = r"/([^{](.|\n)*)?/"
 # With one of these, what `properties` does not name may be named elsewhere.
 _COMBINED = ("additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref")
 
@@ -40,75 +42,55 @@ def call_grammar(
     chosen = [choice] if isinstance(choice, Tool) else list(tools)
     if not chosen:
         raise UsageError("there are no tools to call", "give some")
-    rules = _Rules(form, ControlText(special_tokens))
-    calls = rules.calls(chosen, several=parallel and form.several)
-    opening = form.section_begin + form.call_begin
+    rules = Rules(special_tokens)
+    calls = _calls(form, rules, chosen, several=parallel and form.several)
+    opening = form.section_begin + ("" if NAME in form.call_begin else form.call_begin)
+    answer = f"{rules.written(opening)} {calls}"
     if choice == "auto":
-        start = f"TEXT | {rules.after_text(opening.lstrip())} {calls}"
-    else:
-        start = f"{rules.written(opening)} {calls}"
-    return rules.grammar(start, thought_opened)
+        said = _before_calls(form, rules, opening, calls)
+        answer = " | ".join([*said, answer] if form.channels or form.bare else said)
+    name = rules.rule(answer, name="answer")
+    thoughts = form.thoughts
+    if thoughts is None or (form.channels and thoughts.end not in form.between):
+        return rules.grammar(name)
+    rest = f"{rules.until(form.between)} {name}" if form.channels else f"{rules.until(thoughts.end)} {_GAP} {name}"
+    return rules.grammar(rest if thought_opened else f"{name} | {rules.written(thoughts.begin)} {rest}")
 
 
-class _Rules:
-    """The rules of one grammar."""
+def _before_calls(form: CallFormat, rules: Rules, opening: str, calls: str) -> list[str]:
+    """Answers in which something is said, and calls may follow."""
+    begin, *ends = form.framing or ("",)
+    if form.channels:
+        return [f"{rules.written(begin)} TEXT", f"{rules.written(begin)} {rules.until(form.between)} {calls}"]
+    if form.bare:
+        return [_SAID_WITHOUT_BRACE]
+    found = ["TEXT", f"{rules.until(opening)} {calls}"]
+    if begin and ends:
+        after = f"({rules.written(''.join(ends[1:]))})?" if ends[1:] else ""
+        framed = rules.rule(f"{rules.written(begin)} {rules.until(ends[0])}")
+        found += [f"{framed} {after}", f"{framed} {rules.written(opening)} {calls} {after}"]
+    return found
 
-    def __init__(self, form: CallFormat, control: ControlText) -> None:
-        self._form = form
-        self._control = control
-        self._rules: list[str] = []
 
-    def grammar(self, start: str, thought_opened: bool) -> str:
-        """All of the grammar; `start` is what comes after a thought."""
-        thoughts = self._form.thoughts
-        lines = [f"start: {start}"]
-        if thoughts:
-            rest = f"{self.after_text(thoughts.end)} {_GAP} answer"
-            begin = self.written(thoughts.begin)
-            lines = [f"start: {rest}" if thought_opened else f"start: answer | {begin} {rest}", f"answer: {start}"]
-        return "\n".join([*lines, *self._rules, _TEXT])
-
-    def calls(self, tools: Sequence[Tool], *, several: bool) -> str:
-        """Calls, from the first one's name on."""
-        form = self._form
-        self._add("call", " | ".join(self._call(tool) for tool in tools))
-        more = f"({self.written(form.between + form.call_begin)} call)*" if several else ""
-        return f"call {more} {self.written(form.section_end)}"
-
-    def written(self, text: str) -> str:
-        """A text that has to come, its special tokens as such."""
-        parts = self._control.split(text)
-        return " ".join(f"<[{part}]>" if isinstance(part, int) else json.dumps(part) for part in parts)
-
-    def after_text(self, marker: str) -> str:
-        """Any text up to a marker, and the marker."""
-        first = self._control.split(marker)[0]
-        if isinstance(first, int):
-            return f"TEXT {self.written(marker)}"
-        # What has no white space in it is what the text ends with.
-        word = first.split()[0]
-        behind = first[len(word) :]
-        name = f"until_{len(self._rules)}"
-        self._rules.append(f"{name}[lazy]: TEXT {json.dumps(word)}")
-        return f"{name} {self.written(behind + marker[len(first) :])}"
-
-    def _add(self, name: str, rule: str) -> str:
-        self._rules.append(f"{name}: {rule}")
-        return name
-
-    def _call(self, tool: Tool) -> str:
-        form = self._form
+def _calls(form: CallFormat, rules: Rules, tools: Sequence[Tool], *, several: bool) -> str:
+    """Calls, from the first one's name on, or all of them where the name is in their beginning, too."""
+    arguments = ArgumentRules(form, rules)
+    begun = form.call_begin if NAME in form.call_begin else ""
+    written = []
+    for tool in tools:
         name = json.dumps(tool.name, ensure_ascii=False)[1:-1] if form.keys else tool.name
-        parts = [self.written(name + form.name_end), self._arguments(tool), self.written(form.call_end)]
-        return " ".join(filter(None, parts))
+        is_json = not form.tags and form.notation == "json"
+        values = _schema(tool) if is_json else arguments.of(tool)
+        head = rules.written(begun.replace(NAME, name) + name + form.name_end)
+        written.append(f"{head} {values} {rules.written(form.call_end)}")
+    call = rules.rule(" | ".join(written), name="call")
+    between = rules.written(form.between + ("" if begun else form.call_begin))
+    return f"{call} {f'({between} {call})*' if several else ''} {rules.written(form.section_end)}"
 
-    def _arguments(self, tool: Tool) -> str:
-        return f"%json {json.dumps(arguments_schema(tool), ensure_ascii=False)}"
 
-
-def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """The schema of a tool's arguments, an object that has nothing but what the schema names, if it names anything."""
-    schema = {"type": "object", **tool.parameters}
+def _schema(tool: Tool) -> str:
+    """The arguments as a JSON object, which has nothing but what the schema names, if it names anything."""
+    schema: dict[str, Any] = {"type": "object", **tool.parameters}
     if not any(key in schema for key in _COMBINED):
         schema["additionalProperties"] = False
-    return schema
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"

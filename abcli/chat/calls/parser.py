@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from abcli.chat.calls.bodies import CallReader
+from abcli.chat.calls.channels import Channels
 from abcli.chat.calls.events import ContentText, Event, ThoughtText, joined
-from abcli.chat.calls.format import CallFormat
+from abcli.chat.calls.format import CallFormat, parts
 from abcli.chat.calls.recorder import Recorder
-from abcli.chat.calls.source import NotACallError, Source, Steps
+from abcli.chat.calls.source import NotACallError, Source, Steps, unheard
 from abcli.chat.messages import Tool, ToolCall
 
 
@@ -31,8 +32,8 @@ class AnswerParser:
         self._recorder = Recorder(self._events.append)
         self._reader = CallReader(form, {tool.name: tool for tool in tools}, self._source, self._recorder)
         self._said = _Trimmed(lambda text: self._events.append(ContentText(text)))
-        self._cut = False
-        self._steps = self._answer(thought_opened)
+        self._functions = frozenset(tool.name for tool in tools)
+        self._steps = self._messages(form.channels) if form.channels else self._answer(thought_opened)
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -46,8 +47,7 @@ class AnswerParser:
 
     def finish(self, cut: bool) -> list[Event]:
         """The rest, now that nothing more comes; `cut`: the answer did not end by itself."""
-        self._cut = cut
-        self._source.closed = True
+        self._source.close(cut)
         return self._go_on()
 
     def _go_on(self) -> list[Event]:
@@ -57,17 +57,50 @@ class AnswerParser:
         return events
 
     def _answer(self, thought_opened: bool) -> Steps[None]:
-        thoughts = self._format.thoughts
+        thoughts, framing = self._format.thoughts, self._format.framing
+        openers = self._format.openers if self._looks_for_calls else ()
+        begin = [thoughts.begin] if thoughts else []
         if thoughts and thought_opened:
             yield from self._thought(thoughts.end)
-        markers = [thoughts.begin] if thoughts else []
-        markers += self._format.openers if self._looks_for_calls else ()
-        while found := (yield from self._source.until(markers, self._said.hear)):
+        if self._format.bare and self._looks_for_calls:
+            self._said.hear((yield from self._source.space()))
+            if (yield from self._source.sees("{")):
+                yield from self._calls("")
+        while found := (yield from self._source.until([*begin, *framing, *openers], self._said.hear)):
             if thoughts and found == thoughts.begin:
                 yield from self._thought(thoughts.end)
-            else:
+            elif found in openers:
                 yield from self._calls(found)
+            else:
+                self._said.interrupt()
         self._said.finish()
+
+    def _messages(self, channels: Channels) -> Steps[None]:
+        """An answer that is a row of messages."""
+        source = self._source
+        while True:
+            header: list[str] = []
+            found = yield from source.until([channels.message, channels.begin], header.append)
+            if found == channels.begin:
+                continue
+            if not found:
+                break
+            kind, name = channels.kind("".join(header), self._functions)
+            if kind == "call" and self._looks_for_calls:
+                yield from self._message_to(name)
+            said = kind == "said" or (kind == "thought" and not self._format.thoughts)
+            text = self._said if said else _Trimmed(lambda text: self._events.append(ThoughtText(text)))
+            text.interrupt()
+            yield from source.until(channels.ends, text.hear if kind in ("said", "thought") else unheard)
+            self._said.interrupt()
+        self._said.finish()
+
+    def _message_to(self, name: str) -> Steps[None]:
+        """Read the call that a message to a function is."""
+        try:
+            yield from self._reader.read_message(name)
+        except NotACallError:
+            self._recorder.drop()
 
     def _thought(self, end: str) -> Steps[None]:
         thought = _Trimmed(lambda text: self._events.append(ThoughtText(text)))
@@ -85,7 +118,7 @@ class AnswerParser:
             self._recorder.drop()
             said = self._source.since_mark()
             # At the end of the answer it was the end that made it none.
-            if self._cut:
+            if self._source.cut:
                 self._source.skip()
             else:
                 self._said.hear(said)
@@ -94,17 +127,21 @@ class AnswerParser:
 
     def _section(self, opener: str) -> Steps[None]:
         form, source = self._format, self._source
-        in_section = opener == form.openers[0] and bool(form.section_begin)
+        in_section = bool(form.section_begin) and opener == form.openers[0]
         if in_section:
-            yield from source.expect(" ".join(form.section_begin.split()[1:]))
-        begun = not in_section
-        while True:
-            yield from self._reader.read(begun=begun)
-            source.mark()
-            if not in_section or (yield from source.optional(form.section_end)):
+            yield from source.expect(parts(form.section_begin)[1:])
+            if (yield from source.optional(parts(form.section_end))):
                 return
-            begun = False
-            yield from source.optional(form.between)
+            opener = ""
+        while True:
+            yield from self._reader.read(opener)
+            source.mark()
+            if in_section and (yield from source.optional(parts(form.section_end))):
+                return
+            yield from source.optional(parts(form.between))
+            if not in_section:
+                return
+            opener = ""
 
 
 class _Trimmed:

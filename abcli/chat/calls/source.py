@@ -31,6 +31,17 @@ class Source:
         self._at = 0
         self._mark: int | None = None
         self.closed = False
+        self.cut = False
+
+    def close(self, cut: bool) -> None:
+        """Nothing more comes; `cut`: the answer did not end by itself."""
+        self.closed, self.cut = True, cut
+
+    def ended(self) -> Steps[bool]:
+        """Whether the answer has ended here, by itself."""
+        if self._at < len(self._text) or (yield from self.more()):
+            return False
+        return not self.cut
 
     def feed(self, text: str) -> None:
         """Add a piece."""
@@ -38,6 +49,11 @@ class Source:
         self._text = self._text[keep:] + text
         self._at -= keep
         self._mark = None if self._mark is None else 0
+
+    @property
+    def rest(self) -> str:
+        """What has come and is not read."""
+        return self._text[self._at :]
 
     def mark(self, back: int = 0) -> None:
         """Remember this place, or one that many characters before."""
@@ -62,13 +78,7 @@ class Source:
 
     def space(self) -> Steps[str]:
         """Read white space."""
-        found = ""
-        while True:
-            match = _SPACE.match(self._text, self._at)
-            found += match.group() if match else ""
-            self._at += len(match.group()) if match else 0
-            if self._at < len(self._text) or not (yield from self.more()):
-                return found
+        return (yield from self.run(_SPACE))
 
     def sees(self, text: str) -> Steps[bool]:
         """Whether `text` comes next."""
@@ -79,6 +89,16 @@ class Source:
                 return False
         return False
 
+    def peek(self) -> Steps[str]:
+        """The next character, empty at the end of the answer."""
+        if self._at == len(self._text):
+            yield from self.more()
+        return self._text[self._at : self._at + 1]
+
+    def back(self, length: int) -> None:
+        """Have the last characters read again."""
+        self._at -= length
+
     def took(self, text: str) -> Steps[bool]:
         """Read `text` if it comes next."""
         if not (yield from self.sees(text)):
@@ -86,22 +106,32 @@ class Source:
         self._at += len(text)
         return True
 
-    def optional(self, marker: str) -> Steps[bool]:
-        """Read a marker as `expect` does, if it comes next; of one that is cut off, what there is."""
-        for number, part in enumerate(marker.split()):
+    def optional(self, pieces: Sequence[str]) -> Steps[bool]:
+        """Read the pieces of a marker as `expect` does, if they come next; of one that is cut off, what there is."""
+        for number, piece in enumerate(pieces):
             yield from self.space()
-            if not (yield from self.took(part)):
-                if self.closed and part.startswith(self._text[self._at :]):
+            if not (yield from self.took(piece)):
+                if self.closed and piece.startswith(self._text[self._at :]):
                     self._at = len(self._text)
                 return number > 0
         return True
 
-    def expect(self, marker: str) -> Steps[None]:
-        """Read a marker, with any white space around and within it. Raises NotACallError if it does not come next."""
-        for part in marker.split():
+    def expect(self, pieces: Sequence[str]) -> Steps[None]:
+        """Read the pieces of a marker, with any white space before each. Raises NotACallError if they do not come."""
+        for piece in pieces:
             yield from self.space()
-            if not (yield from self.took(part)):
+            if not (yield from self.took(piece)):
                 raise NotACallError
+
+    def run(self, pattern: re.Pattern[str]) -> Steps[str]:
+        """Read as far as a pattern matches, one of single characters that are repeated."""
+        found = ""
+        while True:
+            match = pattern.match(self._text, self._at)
+            found += match.group() if match else ""
+            self._at += len(match.group()) if match else 0
+            if self._at < len(self._text) or not (yield from self.more()):
+                return found
 
     def until(self, markers: Sequence[str], hear: Hear) -> Steps[str]:
         """Read up to the first of the markers and over it; empty at the end of the answer.
@@ -143,7 +173,7 @@ class Source:
         if (yield from self.sees("{")) or (yield from self.sees("[")) or (yield from self.sees('"')):
             yield from self._nested(heard)
         else:
-            yield from self._scalar(heard)
+            heard((yield from self.run(_SCALAR)))
         if not is_json(value):
             raise NotACallError
         return value
@@ -153,13 +183,6 @@ class Source:
         if not (yield from self.sees('"')):
             raise NotACallError
         return str(json.loads((yield from self.json(unheard))))
-
-    def _scalar(self, hear: Hear) -> Steps[None]:
-        while True:
-            found = _SCALAR.match(self._text, self._at)
-            self._pass(found.end() if found else self._at, hear)
-            if self._at < len(self._text) or not (yield from self.more()):
-                return
 
     def _nested(self, hear: Hear) -> Steps[None]:
         depth, in_text = 0, False

@@ -69,9 +69,9 @@ class Device(Owner):
             self._positions = self.memory(4 * capacity)
             self._lengths: dict[int, int] = {capacity: self.tensor(llama.GGML_TYPE_I32, (capacity,), self._positions)}
             self._capacity = capacity
-            # A tensor i32 [1] that holds 1.
-            self.one = self.tensor(llama.GGML_TYPE_I32, (1,), self.memory(4))
-            api.tensor_set(self.one, np.ones(1, np.int32).ctypes.data, 0, 4)
+            # A tensor i32 [2] that holds 0 and 1.
+            self.turns = self.tensor(llama.GGML_TYPE_I32, (2,), self.memory(8))
+            api.tensor_set(self.turns, np.arange(2, dtype=np.int32).ctypes.data, 0, 8)
             self._deltas: dict[DeltaKey, int] = {}
             self._stack = stack.pop_all()
 
@@ -114,6 +114,15 @@ class Device(Owner):
             raise NativeError("the device has no memory for a small table", "use fewer buckets or `engine=contexts`")
         (stack or self._tensors).callback(api.buffer_free, buffer)
         return int(buffer)
+
+    def host_numbers(self, count: int, stack: ExitStack) -> NDArray[np.float32]:
+        """Memory (float32 [count]) that the device writes to as fast as it can; it lives as long as `stack`."""
+        kind = api.device_host_buffer_type(self._handle)
+        buffer = api.buffer_alloc(kind, 4 * count) if kind else None
+        if not buffer:
+            return np.empty(count, np.float32)
+        stack.callback(api.buffer_free, buffer)
+        return np.ctypeslib.as_array((ctypes.c_float * count).from_address(api.buffer_base(buffer)))
 
     def tensor(
         self, type_id: int, shape: tuple[int, ...], buffer: int, offset: int = 0, stack: ExitStack | None = None

@@ -87,10 +87,10 @@ class _Mixture(Owner):
         # per slot the agreement.
         sizes = (slots * vocabulary, slots * buckets, slots * buckets, slots)
         self._starts = np.cumsum([0, *sizes]).tolist()
-        self._numbers: NDArray[np.float32] = np.empty(self._starts[-1] - self._starts[1], np.float32)
         with ExitStack() as stack:
             buffer = device.memory(4 * self._starts[-1], stack)
             self._results = device.tensor(llama.GGML_TYPE_F32, (self._starts[-1],), buffer, stack=stack)
+            self._numbers = device.host_numbers(self._starts[-1], stack)
 
             def build(context: int) -> list[int]:
                 rows = api.new_3d(context, llama.GGML_TYPE_F32, vocabulary, buckets * slots, 1)
@@ -108,13 +108,12 @@ class _Mixture(Owner):
 
     def compute(self, rows: Sequence[NDArray[np.float32]]) -> list[float] | None:
         """See `LogitsMixer.mix`."""
-        vocabulary, buckets, slots = self._shape
+        _, buckets, slots = self._shape
         self._graph.compute()
-        api.tensor_get(self._results, self._numbers.ctypes.data, 4 * self._starts[1], self._numbers.nbytes)
-        split = slots * buckets
-        numbers = self._numbers.astype(np.float64)
-        confidences, peaks = numbers[:split].reshape(slots, buckets), numbers[split : 2 * split].reshape(slots, buckets)
-        if not (np.isfinite(peaks).all() and (confidences > 0).all() and np.isfinite(numbers[2 * split :]).all()):
+        api.tensor_get(self._results, self._numbers.ctypes.data, 0, self._numbers.nbytes)
+        merged, *maxima, agreements = np.split(self._numbers, self._starts[1:-1])
+        confidences, peaks = (part.reshape(slots, buckets).astype(np.float64) for part in maxima)
+        if not (np.isfinite(peaks).all() and (confidences > 0).all() and np.isfinite(agreements).all()):
             return None
         weights = confidences if self._rule == "confidence" else np.ones_like(confidences)
         normalizers = peaks - np.log(confidences)
@@ -122,10 +121,9 @@ class _Mixture(Owner):
         offsets = (weights * normalizers).sum(axis=1) / weights.sum(axis=1)
         if self._rule == "confidence":
             offsets += np.log(buckets)
-        for slot, (row, offset) in enumerate(zip(rows, offsets, strict=True)):
-            api.tensor_get(self._results, row.ctypes.data, 4 * vocabulary * slot, row.nbytes)
-            row += np.float32(offset)
-        return [min(float(agreement), 1.0) for agreement in numbers[2 * split :]]
+        for row, part, offset in zip(rows, merged.reshape(slots, -1), offsets, strict=True):
+            np.add(part, np.float32(offset), out=row)
+        return [min(float(agreement), 1.0) for agreement in agreements]
 
     def _nodes(self, context: int, rows: int) -> list[int]:
         """Log of the mean of the weighted probabilities, largest probabilities, largest logits, agreement."""

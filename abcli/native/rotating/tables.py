@@ -1,8 +1,9 @@
 """Cosines and sines of the angles by which each row of a batch is turned on, where llama.cpp computes the rows.
 
 A row x that RoPE has turned by its context's base b0 becomes that of base b by turning pair i on by
-p * (theta_i(b) - theta_i(b0)): x' = cos * x + sin * quarter(x), where quarter turns every pair by 90 degrees. ggml's
-own rotation does that, by the same angle for all rows.
+p * (theta_i(b) - theta_i(b0)): x' = cos * x + sin * quarter(x), where quarter turns every pair by 90 degrees. One
+rotation of ggml's own gives x and quarter(x), one product and one sum the rest: on a GPU, what counts is how many
+operations there are.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from numpy.typing import NDArray
 from abcli.errors import NativeError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
-from abcli.native.rotating.devices import ALIGNMENT, Device, Devices
+from abcli.native.rotating.devices import Device, Devices
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 
-# A rotation, two products, a sum and two views.
-NODES_PER_ROTATION = 6
+# A rotation, a product, a sum and four views.
+NODES_PER_ROTATION = 7
 # More steps than this lie nowhere between a rotation and the weights that its numbers come from.
 _MAX_STEPS = 16
 
@@ -58,21 +59,28 @@ class Rotation:
         for table, numbers in zip(out, (np.cos(angles), np.sin(angles)), strict=True):
             table[:, first] = table[:, second] = numbers
 
-    def turn(self, context: int, rows: int, cosines: int, sines: int, one: int) -> int:
-        """The tensor f32 [width, heads, rows] `rows`, turned by the tables f32 [width, 1, rows].
+    def turn(self, context: int, rows: int, table: int, turns: int) -> int:
+        """The tensor f32 [width, heads, rows] `rows`, turned by `table`, f32 [width, 1, 2 * rows]: cosines, then sines.
 
-        `one` is a tensor i32 [1] that holds 1. It takes `NODES_PER_ROTATION` nodes.
+        `turns` is a tensor i32 [2] that holds 0 and 1. It takes `NODES_PER_ROTATION` nodes.
         """
         _, heads, count, _ = TensorStruct.from_address(rows).ne
         mode = api.MODE_NEOX if self.parameters.neox else api.MODE_NORMAL
-        # All rows stand at one position here: its cosines are computed once.
-        flat = api.reshape_3d(context, rows, self.width, heads * count, 1)
-        quarter = api.rope(
-            context, flat, one, None, self.parameters.dimensions, mode, 0, 1.0, np.pi / 2, 0.0, 1.0, 0.0, 0.0
+        step, whole = 4 * self.width, 4 * self.width * heads * count
+        # All rows stand at one position here, and again at another one, where they are turned by 90 degrees: ggml's
+        # operations go by the steps, though it makes no view itself that is larger than its source.
+        twice = api.view_4d(context, rows, self.width, heads * count, 1, 1, step, whole, whole, 0)
+        view = TensorStruct.from_address(twice)
+        view.ne[2], view.nb[2] = 2, 0
+        both = api.rope(
+            context, twice, turns, None, self.parameters.dimensions, mode, 0, 1.0, np.pi / 2, 0.0, 1.0, 0.0, 0.0
         )
-        quarter = api.reshape_3d(context, quarter, self.width, heads, count)
-        along = api.multiply(context, rows, cosines)
-        return int(api.add(context, along, api.multiply(context, quarter, sines)))
+        both = api.multiply(context, api.reshape_3d(context, both, self.width, heads, 2 * count), table)
+        parts = [
+            api.view_4d(context, both, self.width, heads, count, 1, step, step * heads, whole, offset)
+            for offset in (0, whole)
+        ]
+        return int(api.add(context, *parts))
 
 
 class _Table:
@@ -81,40 +89,27 @@ class _Table:
     def __init__(self, device: Device, rotation: Rotation, capacity: int) -> None:
         self.rotation = rotation
         self._device = device
-        size = 2 * self._step(capacity)
-        self._buffer = device.memory(size)
-        self._whole = device.tensor(llama.GGML_TYPE_F32, (size // 4, 1, 1), self._buffer)
-        self._tensors: dict[int, tuple[int, int]] = {}
-        # What is uploaded, and the numbers of the tables in it; for `_rows` rows.
-        self._rows = 0
-        self._host: NDArray[np.float32] = np.empty(0, np.float32)
-        self._numbers: NDArray[np.float32] = np.empty(0, np.float32)
+        count = 2 * capacity * rotation.width
+        self._buffer = device.memory(4 * count)
+        self._whole = device.tensor(llama.GGML_TYPE_F32, (count,), self._buffer)
+        self._tensors: dict[int, int] = {}
+        # Cosines and sines [2, rows, width], as they are uploaded.
+        self._numbers: NDArray[np.float32] = np.empty((2, 0, rotation.width), np.float32)
 
-    def tensors(self, rows: int) -> tuple[int, int]:
-        """Tensors f32 [width, 1, rows] over the cosines and the sines of so many rows."""
+    def tensor(self, rows: int) -> int:
+        """The tensor f32 [width, 1, 2 * rows] over the cosines and sines of so many rows."""
         if rows not in self._tensors:
-            shape = (self.rotation.width, 1, rows)
-            cosines, sines = (
-                self._device.tensor(llama.GGML_TYPE_F32, shape, self._buffer, offset)
-                for offset in (0, self._step(rows))
-            )
-            self._tensors[rows] = cosines, sines
+            shape = (self.rotation.width, 1, 2 * rows)
+            self._tensors[rows] = self._device.tensor(llama.GGML_TYPE_F32, shape, self._buffer)
         return self._tensors[rows]
 
     def upload(self, angles: NDArray[np.float64]) -> None:
         """Fill the tables with what belongs to `angles` [rows, pairs]."""
-        rows, width = len(angles), self.rotation.width
-        if rows != self._rows:
-            self._rows = rows
-            self._host = np.zeros((2, self._step(rows) // 4), np.float32)
-            self._numbers = self._host[:, : rows * width].reshape(2, rows, width)
+        if len(angles) != self._numbers.shape[1]:
+            self._numbers = np.zeros((2, len(angles), self.rotation.width), np.float32)
             self._numbers[0] = 1.0
         self.rotation.fill(self._numbers, angles)
-        api.tensor_set(self._whole, self._host.ctypes.data, 0, self._host.nbytes)
-
-    def _step(self, rows: int) -> int:
-        """The bytes from the cosines to the sines."""
-        return -(-rows * 4 * self.rotation.width // ALIGNMENT) * ALIGNMENT
+        api.tensor_set(self._whole, self._numbers.ctypes.data, 0, self._numbers.nbytes)
 
 
 class Tables:
@@ -144,7 +139,7 @@ class Tables:
         if table is None:
             table = self._tables[device, rotation] = _Table(device, rotation, self._capacity)
             table.upload(self._angles(rotation))
-        return rotation.turn(context, rows, *table.tensors(count), device.one)
+        return rotation.turn(context, rows, table.tensor(count), device.turns)
 
     def fill(self, layout: Layout, positions: NDArray[np.int32]) -> None:
         """Say what the rows of the next batch are; `positions` int32 [rows] is where they stand."""

@@ -18,6 +18,6 @@ def test_all_tools_are_listed_with_how_to_call_them() -> None:
 
 
 def test_a_template_without_tools_gets_it() -> None:
-    form = find_format(lambda messages, tools=None, **variables: "".join(item["content"] for item in messages))
+    form = find_format(lambda messages, tools=None, **variables: "".join(item["content"] or "" for item in messages))
     assert form.fallback
     assert form.call_begin == HERMES.call_begin
