@@ -55,7 +55,7 @@ def test_a_gate_lets_one_bucket_decide(tiny_model: Path, abcli: Command) -> None
     assert (always["text"], always["asked"]) == (single["text"], 0)
     for wrong in ("1.5", "nan", "maybe"):
         outcome = abcli("run", *arguments, "--gate", wrong)
-        assert outcome.code == 1
+        assert outcome.code == 2
         assert b"--gate" in outcome.errors
         assert b"from 0 to 1, or off" in outcome.errors
 
