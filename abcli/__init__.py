@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from abcli.version import __version__
 
 if TYPE_CHECKING:
-    from abcli.answer import Answer, Piece, Timings, Usage
+    from abcli.chat.answer import Answer, Piece, Timings, Usage
     from abcli.chat.controller import Chat
-    from abcli.chat.messages import Message
+    from abcli.chat.messages import Message, Tool, ToolCall
     from abcli.config import LoraConfig
     from abcli.engine.engine import Engine
     from abcli.errors import (
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 # Where each name comes from, imported when it is first used: the command line needs few of them.
 _HOMES = {
-    "abcli.answer": ("Answer", "Piece", "Timings", "Usage"),
+    "abcli.chat.answer": ("Answer", "Piece", "Timings", "Usage"),
     "abcli.chat.controller": ("Chat",),
-    "abcli.chat.messages": ("Message",),
+    "abcli.chat.messages": ("Message", "Tool", "ToolCall"),
     "abcli.config": ("LoraConfig",),
     "abcli.engine.engine": ("Engine",),
     "abcli.errors": (
@@ -87,6 +87,8 @@ __all__ = [
     "TemplateError",
     "Timings",
     "Tokenizer",
+    "Tool",
+    "ToolCall",
     "UnsupportedModelError",
     "Usage",
     "UsageError",

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Literal, Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.config import MergeRule
-from abcli.engine.engine import Engine, Progress
+from abcli.engine.engine import Engine, Gate, Progress
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
 from abcli.merge import Merger
@@ -26,8 +27,8 @@ FinishReason = Literal["stop", "length"]
 class Tokenizer(Protocol):
     """What the loop needs to know of a vocabulary."""
 
-    def piece(self, token: int) -> bytes:
-        """The bytes a token stands for."""
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes a token stands for; none for control tokens unless `special`."""
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
@@ -42,6 +43,9 @@ class Sampler(Protocol):
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         """Let penalties see the prompt."""
+
+    def confidence(self, logits: NDArray[np.float32]) -> float:
+        """The probability (0..1) of the likeliest token in logits [vocab] that may come next."""
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """Choose a token from logits [vocab] and remember it."""
@@ -67,8 +71,11 @@ class Statistics:
     completion_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    steps: int = 0
+    """How many tokens were chosen, the one that ended the answer included."""
+    asked_steps: int = 0
+    """For how many of them all buckets were asked; none with a single one."""
     agreement_sum: float = 0.0
-    agreement_count: int = 0
 
     @property
     def prefilled_tokens(self) -> int:
@@ -77,8 +84,13 @@ class Statistics:
 
     @property
     def agreement(self) -> float:
-        """The mean share (0..1) of probability mass on which the buckets agree."""
-        return self.agreement_sum / self.agreement_count if self.agreement_count else 1.0
+        """The mean share (0..1) of probability mass on which the buckets agree, where all were asked."""
+        return self.agreement_sum / self.asked_steps if self.asked_steps else 1.0
+
+    @property
+    def asked(self) -> float:
+        """The share (0..1) of the tokens for which all buckets were asked."""
+        return self.asked_steps / self.steps if self.steps else 0.0
 
 
 @dataclass
@@ -247,7 +259,8 @@ class Generator(Owner):
             raise CancelledError
         try:
             any_token = any(item.sampler.may_choose_any for item in self._running.values())
-            logits = self._engine.step(tokens, None if any_token else self._rule) if self._running else {}
+            rule = None if any_token else self._rule
+            logits = self._engine.step(tokens, rule, self._gates()) if self._running else {}
         except CancelledError:
             self._cancelled = False
             raise
@@ -294,6 +307,25 @@ class Generator(Owner):
             self._engine.drop(slot)
             running.sampler.close()
 
+    def _gates(self) -> dict[int, Gate]:
+        """What lets the native bucket decide alone, by slot; at 1 it never does."""
+        return {
+            slot: partial(self._decides, item, item.config.gate)
+            for slot, item in self._running.items()
+            if item.config.gate is not None and item.config.gate < 1 and len(self._engine.bases) > 1
+        }
+
+    @staticmethod
+    def _decides(running: _Running, gate: float, logits: NDArray[np.float32]) -> bool:
+        """Whether the native bucket's logits [vocab] are sure enough of the next token."""
+        if running.config.max_tokens == 0:
+            return True
+        try:
+            return running.sampler.confidence(logits) > gate
+        except AbcliError:
+            # Sampling meets it again, where it concerns this answer alone.
+            return True
+
     def _sample(self, running: _Running, logits: NDArray[np.float32]) -> None:
         """Choose the next token; what goes wrong concerns this answer and must not end the others."""
         try:
@@ -304,14 +336,16 @@ class Generator(Owner):
     def _choose(self, running: _Running, logits: NDArray[np.float32]) -> None:
         if running.config.max_tokens == 0:
             return
+        statistics = running.answer.statistics
+        statistics.steps += 1
         # One row is all there is, or merged already; the sampler refuses numbers that are none.
         chosen, agreement = logits[0], self._engine.agreement(running.answer.slot)
         if len(logits) > 1:
             merged = self._merger.merge(logits, self._rule, self._pool_weights)
             chosen, agreement = merged.logits, merged.agreement
         if agreement is not None:
-            running.answer.statistics.agreement_sum += agreement
-            running.answer.statistics.agreement_count += 1
+            statistics.agreement_sum += agreement
+            statistics.asked_steps += 1
         running.next_token = running.sampler.sample(chosen)
 
     def _emit(self, running: _Running) -> Piece:
@@ -328,7 +362,8 @@ class Generator(Owner):
         else:
             answer.tokens.append(token)
             answer.statistics.completion_tokens += 1
-            text = running.stream.feed(self._tokenizer.piece(token))
+            shown = token in running.config.steering.shown_tokens
+            text = running.stream.feed(self._tokenizer.piece(token, special=shown))
             if running.stream.stopped or running.sampler.finished:
                 answer.finish_reason = "stop"
             elif answer.statistics.completion_tokens == running.config.max_tokens or self._is_full(answer.slot):

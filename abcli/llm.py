@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.answer import Answer, Piece, finished_answer
+from abcli.chat.answer import Answer, Piece
+from abcli.chat.asking import Asked, Asker, plain_asked, split_settings
 from abcli.chat.conversation import Overflow
 from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
+from abcli.chat.options import ChatOptions
 from abcli.chat.template import ChatTemplate, load_template
 from abcli.config import (
     DEFAULT_CONTEXT,
@@ -41,7 +43,7 @@ from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
 from abcli.rope.bases import asked_buckets
-from abcli.sampling import GenerationConfig, SamplingConfig, check_sampling, generation_config
+from abcli.sampling import GenerationConfig, SamplingConfig, check_sampling
 from abcli.turn import Turn
 
 if TYPE_CHECKING:
@@ -202,14 +204,20 @@ class LLM(Owner):
             return ChatTemplate(self._template_source, self._native, self._warn)
         return load_template(self._native, self._chat_template, self._warn)
 
+    @cached_property
+    def asker(self) -> Asker:
+        """Puts conversations to the model through its chat template. Raises TemplateError as `template`."""
+        return Asker(self.template)
+
     def generate(
         self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
     ) -> Answer:
-        """The answer to a prompt or a conversation; see `generation_config` for the settings.
+        """The answer to a prompt or a conversation; see `generation_config` and `ChatOptions` for the settings.
 
-        With `raw` the text is continued as it is, without a chat template. `on_progress` gets (tokens done, tokens in
-        all) while the prompt is computed. Raises PromptError, TemplateError, UsageError, GrammarError,
-        ContextFullError, CancelledError and NativeError.
+        `tools` are `Tool`s, mappings as OpenAI's clients write them, or Python functions with type hints. With `raw`
+        the text is continued as it is, without a chat template. `on_progress` gets (tokens done, tokens in all) while
+        the prompt is computed. Raises PromptError, TemplateError, UsageError, GrammarError, ContextFullError,
+        CancelledError and NativeError.
         """
         answer: Answer | None = None
         for piece in self.stream(prompt, raw=raw, on_progress=on_progress, **settings):
@@ -221,10 +229,34 @@ class LLM(Owner):
         self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
     ) -> Iterator[Piece]:
         """The answer piece by piece, as `generate`; the last piece has the whole. Closing it early is allowed."""
-        tokens, config = self.prompt_tokens(prompt, raw=raw), generation_config(**settings)
-        for piece in self.decode(tokens, config, on_progress):
-            finished = piece.answer.finish_reason is not None
-            yield Piece(piece.text, finished_answer(piece.answer) if finished else None)
+        options, config = split_settings(settings)
+        yield from self.answer(self.ask(prompt, options, config, raw=raw), on_progress)
+
+    def ask(
+        self,
+        prompt: Prompt,
+        options: ChatOptions | None = None,
+        config: GenerationConfig | None = None,
+        *,
+        raw: bool = False,
+        parse_special: bool = False,
+    ) -> Asked:
+        """What `answer` answers: a prompt's tokens, how to decode its answer, and who reads it. Raises as `generate`.
+
+        With `raw` and `parse_special` control tokens in the text are read as such.
+        """
+        config = config or GenerationConfig()
+        if raw:
+            if options is not None and options != ChatOptions():
+                raise UsageError("a raw text has no place for tools and thoughts", "give messages", setting="raw")
+            return plain_asked(self.prompt_tokens(prompt, raw=True, parse_special=parse_special), config)
+        messages = as_messages(prompt)
+        with self._turn.text():
+            return self.asker.ask(messages, options or ChatOptions(), config)
+
+    def answer(self, asked: Asked, on_progress: Progress | None = None) -> Iterator[Piece]:
+        """The answer to what is asked, piece by piece; raises as `generate`."""
+        yield from asked.reader().read(self.decode(asked.tokens, asked.generation, on_progress))
 
     def generate_many(
         self,
@@ -239,26 +271,27 @@ class LLM(Owner):
         `on_done` is called with the number of answers after each. Raises as `generate` does, for the first prompt that
         fails; the others are given up then.
         """
-        config = generation_config(**settings)
+        options, config = split_settings(settings)
         self.check(config.sampling)
-        waiting = deque((place, self.prompt_tokens(prompt, raw=raw)) for place, prompt in enumerate(prompts))
+        waiting = deque((place, self.ask(prompt, options, config, raw=raw)) for place, prompt in enumerate(prompts))
         found: dict[int, Answer] = {}
-        places: dict[int, int] = {}
+        places: dict[int, tuple[int, Asked]] = {}
         with self._turn.take():
             try:
                 while waiting or places:
                     free = [slot for slot in range(self.engine.slots) if slot not in places]
                     while waiting and free:
-                        place, tokens = waiting.popleft()
-                        slot = self._nearest(tokens, free)
+                        place, asked = waiting.popleft()
+                        slot = self._nearest(asked.tokens, free)
                         free.remove(slot)
-                        places[slot] = place
-                        self.generator.start(slot, tokens, config)
+                        places[slot] = place, asked
+                        self.generator.start(slot, asked.tokens, asked.generation)
                     for piece in self.generator.step():
                         if piece.answer.error is not None:
                             raise piece.answer.error
                         if piece.answer.finish_reason is not None:
-                            found[places.pop(piece.answer.slot)] = finished_answer(piece.answer)
+                            place, asked = places.pop(piece.answer.slot)
+                            found[place] = asked.reader().whole(piece.answer)
                             if on_done is not None:
                                 on_done(len(found))
             finally:
@@ -281,7 +314,8 @@ class LLM(Owner):
         """
         from abcli.chat.controller import Chat
 
-        chat = Chat(self, self.template, self.piece, generation_config(**settings), self.check, overflow=overflow)
+        options, generation = split_settings(settings)
+        chat = Chat(self, self.template, self.asker, generation, options, overflow=overflow)
         chat.conversation.replace(as_messages(messages) if messages else [])
         if system is not None:
             chat.conversation.system = system

@@ -95,19 +95,33 @@ class SamplingConfig(SamplingNumbers):
 
 
 @dataclass(frozen=True)
+class Steering:
+    """What a chat's format asks of one answer: the control tokens that are part of its text."""
+
+    shown_tokens: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
-    """One answer: how to sample it and when to stop; -1 new tokens means until the context is full."""
+    """One answer: how to sample it and when to stop; -1 new tokens means until the context is full.
+
+    Where the native bucket's likeliest token has more than the probability `gate`, that bucket decides alone; without a
+    gate all buckets are asked for every token. `steering` is made for each answer, from its conversation, and no
+    setting of anyone's.
+    """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     max_tokens: int = -1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    gate: float | None = None
+    steering: Steering = field(default_factory=Steering)
 
 
 SETTINGS: Mapping[str, Setting] = {item.name: item.metadata["setting"] for item in dataclasses.fields(SamplingNumbers)}
 """The numbers by the names of their fields."""
 _FIELDS = {setting.short: name for name, setting in SETTINGS.items()}
-LIMITS = tuple(item.name for item in dataclasses.fields(GenerationConfig) if item.name != "sampling")
+LIMITS = ("max_tokens", "stop", "ignore_eos", "gate")
 FIELDS: tuple[str, ...] = tuple(item.name for item in dataclasses.fields(SamplingConfig))
 
 
@@ -173,11 +187,31 @@ def encode_breaker(breaker: str) -> bytes:
     return data
 
 
+def check_gate(value: Any) -> float | None:
+    """A gate's probability, or None for None and "off". Raises UsageError for anything else."""
+    if value is None or value == "off":
+        return None
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise UsageError(
+            f"`gate` {value!r:.80} is impossible", "choose a probability from 0 to 1, or off", setting="gate"
+        )
+    return float(value)
+
+
+def parse_gate(text: str) -> float | None:
+    """The gate that a text such as "0.9" or "off" means. Raises UsageError."""
+    try:
+        return check_gate(float(text))
+    except ValueError:
+        return check_gate(text)
+
+
 def generation_config(
     sampling: SamplingConfig | None = None, generation: GenerationConfig | None = None, **settings: Any
 ) -> GenerationConfig:
     """How to answer: llama.cpp's sampler settings by name (`temperature` or `temp`, `top_k`, ...), `max_tokens`,
-    `stop` (a text or several) and `ignore_eos`, on top of whole configurations. `json_schema` may be a mapping.
+    `stop` (a text or several), `ignore_eos` and `gate` (a probability, or "off"), on top of whole configurations.
+    `json_schema` may be a mapping.
 
     Raises UsageError for a setting that is not known or has a value of another type.
     """
@@ -199,6 +233,8 @@ def generation_config(
             raise UsageError(f"there is no setting `{name}`", f"choose one of: {known}", setting=name)
     if "stop" in limits:
         limits["stop"] = tuple(limits["stop"])
+    if "gate" in limits:
+        limits["gate"] = check_gate(limits["gate"])
     most = limits.get("max_tokens", -1)
     if type(most) is not int or most < -1:
         raise UsageError(f"`max_tokens` {most!r} is impossible", "choose 0 or more, or -1", setting="max_tokens")

@@ -32,7 +32,6 @@ LAYERS: dict[str, int] = {
     "generate": 6,
     # Design has chat beside generate; a chat is built on the loop, so it stands above it.
     "chat": 8,
-    "answer": 7,
     "prepare": 7,
     "llm": 9,
     "machine": 9,

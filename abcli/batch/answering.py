@@ -55,7 +55,7 @@ class Run:
                 self.items,
                 llm.engine,
                 llm.generator,
-                lambda job: llm.prompt_tokens(job.messages),
+                lambda job: llm.ask(job.messages, job.options, job.generation),
                 switch,
                 reuse=reuse_rule(llm),
                 totals=self.totals,

@@ -10,7 +10,8 @@ from typing import Any
 
 from abcli.chat.message_format import given, read_messages, read_text, shown
 from abcli.chat.messages import Message
-from abcli.errors import AbcliError, PromptError
+from abcli.chat.options import OPTIONS, ChatOptions, chat_options
+from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.grammar.constraint import KINDS
 from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig, check_sampling
 
@@ -18,7 +19,7 @@ OPENAI_URL = "/v1/chat/completions"
 
 # OpenAI's fields that change nothing in an answer of a local model.
 _IGNORED = (
-    *("metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    *("metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
     *("safety_identifier", "service_tier", "store", "stream_options", "user"),
 )
 # The one value with which each of these says that it is not used.
@@ -27,8 +28,6 @@ _NEUTRAL: dict[str, Any] = {
     "stream": False,
     "logprobs": False,
     "top_logprobs": 0,
-    "tools": [],
-    "tool_choice": "none",
     "modalities": ["text"],
 }
 _NO_REQUEST = f'write {{"custom_id", "method": "POST", "url": "{OPENAI_URL}", "body": {{"messages": [...]}}}}'
@@ -49,6 +48,7 @@ class Request:
 
     messages: tuple[Message, ...]
     generation: GenerationConfig
+    options: ChatOptions = field(default_factory=ChatOptions)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -65,12 +65,14 @@ def find_identifier(record: Mapping[str, Any], name: str) -> str | None:
     return _text(value, name) if isinstance(value, str) else str(value)
 
 
-def text_request(prompt: str, generation: GenerationConfig) -> Request:
+def text_request(prompt: str, generation: GenerationConfig, options: ChatOptions) -> Request:
     """One prompt under the run's settings. Raises PromptError for an empty one."""
-    return Request((Message("user", _checked_prompt(_text(prompt, "the prompt"))),), generation)
+    return Request((Message("user", _checked_prompt(_text(prompt, "the prompt"))),), generation, options)
 
 
-def own_request(record: Mapping[str, Any], generation: GenerationConfig, vocabulary_size: int) -> Request:
+def own_request(
+    record: Mapping[str, Any], generation: GenerationConfig, options: ChatOptions, vocabulary_size: int
+) -> Request:
     """A line of ours. Raises PromptError, UsageError or GrammarError for one that cannot be answered as it asks."""
     if ("prompt" in record) == ("messages" in record):
         problem = "both prompt and messages" if "prompt" in record else "neither prompt nor messages"
@@ -80,11 +82,14 @@ def own_request(record: Mapping[str, Any], generation: GenerationConfig, vocabul
     else:
         messages = _messages(record["messages"])
     settings = {key: value for key, value in record.items() if key not in ("id", "prompt", "messages", "metadata")}
+    options = _taken_options(settings, options)
     _refuse_unknown(settings, (*_SIMPLE, *_OTHER_SETTINGS), "put data of your own into metadata")
-    return Request(messages, _generation(settings, generation, vocabulary_size))
+    return Request(messages, _generation(settings, generation, vocabulary_size), options)
 
 
-def openai_request(record: Mapping[str, Any], generation: GenerationConfig, vocabulary_size: int) -> Request:
+def openai_request(
+    record: Mapping[str, Any], generation: GenerationConfig, options: ChatOptions, vocabulary_size: int
+) -> Request:
     """A line of an OpenAI batch (platform.openai.com/docs/api-reference/batch), llama.cpp's settings allowed too.
 
     Raises PromptError, UsageError or GrammarError for one that cannot be answered as it asks.
@@ -107,8 +112,9 @@ def openai_request(record: Mapping[str, Any], generation: GenerationConfig, voca
             raise PromptError("both response_format and json_schema are given", "give only one of them")
         if schema is not None:
             settings["json_schema"] = schema
+    options = _taken_options(settings, options)
     _refuse_unknown(settings, (*_SIMPLE, *_OTHER_SETTINGS), "it might change the answer; leave it out")
-    return Request(_messages(body["messages"]), _generation(settings, generation, vocabulary_size), extra)
+    return Request(_messages(body["messages"]), _generation(settings, generation, vocabulary_size), options, extra)
 
 
 def _openai_body(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,6 +170,15 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
         _check(sampled, vocabulary_size)
         answer["sampling"] = sampled
     return replace(base, **answer) if answer else base
+
+
+def _taken_options(settings: dict[str, Any], base: ChatOptions) -> ChatOptions:
+    """`base` with the options among the line's settings, which are taken out of them."""
+    own = given({name: settings.pop(name) for name in OPTIONS if name in settings})
+    try:
+        return chat_options(own, base)
+    except UsageError as error:
+        raise PromptError(error.message.replace("`", ""), error.hint.replace("`", "")) from None
 
 
 def _sampling(name: str, value: Any) -> Any:

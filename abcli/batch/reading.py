@@ -29,6 +29,7 @@ from abcli.batch.records import (
 )
 from abcli.batch.templates import Template, check_fields
 from abcli.chat.files import refuse_foreign
+from abcli.chat.options import ChatOptions
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.grammar.check import check
 from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig
@@ -113,6 +114,7 @@ class JobReader(Iterator[Job | BadLine]):
         context: str = "",
         system: str | None = None,
         vocabulary_size: int = _ANY_VOCABULARY,
+        options: ChatOptions | None = None,
         on_remark: Callable[[str], None] | None = None,
     ) -> None:
         """See `read_jobs`."""
@@ -123,6 +125,7 @@ class JobReader(Iterator[Job | BadLine]):
         self._context = context
         self._system = system
         self._vocabulary_size = vocabulary_size
+        self._options = options or ChatOptions()
         self._on_remark = on_remark
         self._remarks: set[str] = set()
         self._index = 0
@@ -169,7 +172,8 @@ class JobReader(Iterator[Job | BadLine]):
             messages = formats.with_shared_text(request.messages, self._context, self._system)
             generation = self._seeded(request.generation, identifier)
             self._remark(check(generation.sampling))
-            return Job(index, record.line, identifier, messages, generation, {**extra, **request.extra})
+            extra = {**extra, **request.extra}
+            return Job(index, record.line, identifier, messages, generation, request.options, extra)
         except AbcliError as error:
             return BadLine(index, record.line, identifier, error.message, error.hint, extra)
 
@@ -201,11 +205,11 @@ class JobReader(Iterator[Job | BadLine]):
         if isinstance(value, str):
             if self._template is not None or self.format == "openai":
                 raise PromptError("the item is a text, not an object", "make every item an object")
-            return formats.text_request(value, self._defaults)
+            return formats.text_request(value, self._defaults, self._options)
         if self._template is not None:
-            return formats.text_request(self._template.fill(value), self._defaults)
+            return formats.text_request(self._template.fill(value), self._defaults, self._options)
         build = formats.openai_request if self.format == "openai" else formats.own_request
-        return build(value, self._defaults, self._vocabulary_size)
+        return build(value, self._defaults, self._options, self._vocabulary_size)
 
     def _seeded(self, generation: GenerationConfig, identifier: str) -> GenerationConfig:
         if self._seed < 0 or generation.sampling.seed >= 0:
@@ -228,6 +232,7 @@ def read_jobs(
     context: str = "",
     system: str | None = None,
     vocabulary_size: int = _ANY_VOCABULARY,
+    options: ChatOptions | None = None,
     on_remark: Callable[[str], None] | None = None,
 ) -> JobReader:
     """Read the prompts in `path` (None or "-": standard input); gzip and zstd are recognised.
@@ -236,7 +241,8 @@ def read_jobs(
     `seed_for` it. `separator` is the line between blocks of text (an empty one: blank lines). With a template the
     input is a table or JSON objects, whose fields it names. `context` comes before the first message of the user of
     every job, `system` is the system message of those without one. `vocabulary_size` bounds the tokens of a
-    logit_bias. `on_remark` gets, once each, what is not enforced of the schemas.
+    logit_bias; `options` are those of lines without their own. `on_remark` gets, once each, what is not enforced of
+    the schemas.
 
     Raises PromptError for an input that cannot be read at all, UsageError for settings that do not go together;
     a line that cannot be used becomes a BadLine. BatchError is raised if reading fails later.
@@ -250,6 +256,7 @@ def read_jobs(
         context=context,
         system=system,
         vocabulary_size=vocabulary_size,
+        options=options,
         on_remark=on_remark,
     )
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from abcli.batch.jobs import BadLine, Job, Result
+from abcli.batch.jobs import BadLine, Job, Result, result_of
 from abcli.batch.prefixes import HeldPrompts, PrefixKeys, ReuseRule, prefix_keys
+from abcli.chat.asking import Asked
 from abcli.engine.engine import Engine
 from abcli.errors import AbcliError, CancelledError, ContextFullError, NativeError, OutOfMemoryError
-from abcli.generate import Answer, Generator
+from abcli.generate import Answer as RunningAnswer
+from abcli.generate import Generator
 
 LOOK_AHEAD = 256
 # How many blocks more than the oldest prompt another must share with a slot to be taken first.
@@ -23,8 +25,7 @@ _REMEMBERED = 10_000
 # They concern the model or the machine, not one prompt.
 _FATAL = (NativeError, OutOfMemoryError, CancelledError)
 
-Tokenize = Callable[[Job], Sequence[int]]
-
+Ask = Callable[[Job], Asked]
 
 Item = TypeVar("Item")
 
@@ -88,7 +89,7 @@ class Totals:
 @dataclass(frozen=True)
 class _Waiting:
     job: Job
-    tokens: Sequence[int]
+    asked: Asked
     keys: PrefixKeys
     digest: bytes
     """Stands for the prompt and its settings if any two answers would be the same, else empty."""
@@ -119,7 +120,7 @@ class Scheduler:
         jobs: Iterable[Job | BadLine | None],
         engine: Engine,
         generator: Generator,
-        tokenize: Tokenize,
+        ask: Ask,
         switch: StopSwitch,
         *,
         reuse: ReuseRule | None = None,
@@ -127,7 +128,7 @@ class Scheduler:
         totals: Totals | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
-        """`tokenize` gives a job's prompt and may raise AbcliError, which becomes the job's error.
+        """`ask` gives what is asked for a job and may raise AbcliError, which becomes the job's error.
 
         `jobs` gives None if there is no job now, but may be later; while the scheduler is `idle` it should wait.
         Among `look_ahead` jobs those are found that share what they begin with. `totals` are counted up as it goes;
@@ -139,7 +140,7 @@ class Scheduler:
         self._jobs = iter(jobs)
         self._engine = engine
         self._generator = generator
-        self._tokenize = tokenize
+        self._ask = ask
         self._switch = switch
         self._reuse = reuse or ReuseRule()
         self._look_ahead = look_ahead
@@ -209,15 +210,15 @@ class Scheduler:
     def _admit(self, job: Job) -> None:
         """Let a job wait for a slot, unless its answer or an error is already known."""
         try:
-            tokens = self._tokenize(job)
-            if len(tokens) > self._engine.context_size:
-                raise ContextFullError(len(tokens), self._engine.context_size)
+            asked = self._ask(job)
+            if len(asked.tokens) > self._engine.context_size:
+                raise ContextFullError(len(asked.tokens), self._engine.context_size)
         except _FATAL:
             raise
         except AbcliError as error:
             self._fail(job, error)
             return
-        digest = _digest(job, tokens)
+        digest = _digest(job, asked)
         if digest:
             known = self._known.get(digest)
             if known is None:
@@ -230,7 +231,7 @@ class Scheduler:
                 self._known.move_to_end(digest)
                 self._repeat(known.result, job)
                 return
-        self._waiting.append(_Waiting(job, tokens, prefix_keys(tokens), digest, self._begun))
+        self._waiting.append(_Waiting(job, asked, prefix_keys(asked.tokens), digest, self._begun))
 
     def _begin_waiting(self) -> None:
         """Give every free slot a prompt, as long as there are any whose shared beginning is not being computed yet."""
@@ -277,7 +278,7 @@ class Scheduler:
         self._begun += 1
         self._take_over(item, slot, source)
         try:
-            answer = self._generator.start(slot, item.tokens, item.job.generation)
+            answer = self._generator.start(slot, item.asked.tokens, item.asked.generation)
         except _FATAL:
             raise
         except AbcliError as error:
@@ -285,7 +286,7 @@ class Scheduler:
             self._end(item, error)
             return
         self._free.remove(slot)
-        self._held.hold(slot, item.tokens, item.keys)
+        self._held.hold(slot, item.asked.tokens, item.keys)
         self._running[slot] = _Running(item)
         self._computing.add(slot)
         self.totals.prompt_tokens += answer.statistics.prompt_tokens
@@ -293,10 +294,10 @@ class Scheduler:
 
     def _take_over(self, item: _Waiting, slot: int, source: int | None) -> None:
         """Leave in `slot` what the prompt may have of what the slot or `source` holds, but no more."""
-        usable = 0
+        usable, tokens = 0, item.asked.tokens
         if self._sharing:
-            usable = self._reuse.usable(self._held.prompt(slot), item.tokens)
-            if source is not None and (more := self._reuse.usable(self._held.prompt(source), item.tokens)) > usable:
+            usable = self._reuse.usable(self._held.prompt(slot), tokens)
+            if source is not None and (more := self._reuse.usable(self._held.prompt(source), tokens)) > usable:
                 self._engine.copy(source, slot)
                 usable = more
         # A recurrent model cannot go back to a shared beginning, so there is no use in copying.
@@ -311,7 +312,7 @@ class Scheduler:
             self._note(piece.answer)
         self._on_step()
 
-    def _note(self, answer: Answer) -> None:
+    def _note(self, answer: RunningAnswer) -> None:
         """Count what an answer has gained, and end it if it is complete."""
         running = self._running[answer.slot]
         self.totals.completion_tokens += answer.statistics.completion_tokens - running.counted
@@ -322,7 +323,7 @@ class Scheduler:
         self._free.append(answer.slot)
         self._end(running.item, answer.error or answer)
 
-    def _end(self, item: _Waiting, outcome: Answer | AbcliError) -> None:
+    def _end(self, item: _Waiting, outcome: RunningAnswer | AbcliError) -> None:
         """Make a result for a job, and for those with the same prompt that wait for it."""
         known = self._known.get(item.digest)
         followers = known.followers if known is not None else []
@@ -332,7 +333,7 @@ class Scheduler:
             for job in (item.job, *followers):
                 self._fail(job, outcome)
             return
-        result = _result(item.job, outcome)
+        result = result_of(item.job, item.asked.reader().whole(outcome))
         self.totals.answered += 1
         self._ready.append(result)
         if known is not None:
@@ -371,24 +372,10 @@ class Scheduler:
         self._ready.append(result)
 
 
-def _result(job: Job, answer: Answer) -> Result:
-    return Result(
-        index=job.index,
-        line=job.line,
-        identifier=job.identifier,
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        seed=answer.seed,
-        prompt_tokens=answer.statistics.prompt_tokens,
-        completion_tokens=answer.statistics.completion_tokens,
-        extra=job.extra,
-    )
-
-
-def _digest(job: Job, tokens: Sequence[int]) -> bytes:
+def _digest(job: Job, asked: Asked) -> bytes:
     """Equal for jobs whose answers must be equal; empty if chance has a say in the answer."""
     sampling = job.generation.sampling
     if sampling.temperature > 0 or sampling.xtc_probability > 0:
         return b""
     same = replace(job.generation, sampling=replace(sampling, seed=0))
-    return hashlib.blake2b(repr((same, list(tokens))).encode(), digest_size=16).digest()
+    return hashlib.blake2b(repr((same, job.options, list(asked.tokens))).encode(), digest_size=16).digest()

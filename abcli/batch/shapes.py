@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -31,15 +32,16 @@ class Shape:
 
         As text an answer is one line in which a backslash, a line feed and a carriage return are written as
         two characters, or, with a separator, the answer as it is and then the separator's line; a failed line is
-        an empty answer.
+        an empty answer, and each call of a tool is a line of JSON behind the answer.
         """
         if self.format == "jsonl":
             return _json_line(_own(result))
         if self.format == "openai":
             return _json_line(self._openai(result))
+        text = "\n".join([*filter(None, [result.text]), *map(_call_text, result.tool_calls)])
         if self.separator is not None:
-            return f"{result.text}\n{self.separator}\n".encode("utf-8", "replace")
-        escaped = re.sub(r"[\\\n\r]", lambda found: _ESCAPED[found.group()], result.text)
+            return f"{text}\n{self.separator}\n".encode("utf-8", "replace")
+        escaped = re.sub(r"[\\\n\r]", lambda found: _ESCAPED[found.group()], text)
         return f"{escaped}\n".encode("utf-8", "replace")
 
     def _openai(self, result: Result) -> dict[str, Any]:
@@ -58,7 +60,10 @@ class Shape:
             }
         else:
             status = 200
-            answer = {"role": "assistant", "content": result.text, "refusal": None}
+            content = result.text or (None if result.tool_calls else "")
+            answer = {"role": "assistant", "content": content, "refusal": None, **_thoughts_and_calls(result)}
+            if result.reasoning:
+                answer["reasoning_content"] = answer.pop("reasoning")
             choice = {"index": 0, "message": answer, "logprobs": None, "finish_reason": result.finish_reason}
             body = {
                 "id": f"chatcmpl-{identity}",
@@ -107,8 +112,18 @@ def _own(result: Result) -> dict[str, Any]:
     identity = {"id": result.extra.get("id", result.identifier), "line": result.line}
     if result.error:
         return {**identity, "error": {"message": result.error, "hint": result.hint}}
-    answer = {"text": result.text, "finish_reason": result.finish_reason}
+    answer = {"text": result.text, **_thoughts_and_calls(result), "finish_reason": result.finish_reason}
     return {**identity, **answer, "usage": _usage(result), "seed": result.seed}
+
+
+def _thoughts_and_calls(result: Result) -> dict[str, Any]:
+    """What few answers have."""
+    found = {"reasoning": result.reasoning, "tool_calls": list(result.tool_calls)}
+    return {name: value for name, value in found.items() if value}
+
+
+def _call_text(call: Mapping[str, Any]) -> str:
+    return json.dumps(call["function"], ensure_ascii=False)
 
 
 def _usage(result: Result) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from abcli.atomic import write_atomically
 from abcli.errors import BatchError, UsageError
-from abcli.sampling import GenerationConfig
+from abcli.sampling import LIMITS, GenerationConfig
 from abcli.version import __version__
 
 _FORMAT = 1
@@ -43,9 +43,7 @@ def sidecar_path(output: Path) -> Path:
 
 def describe_generation(generation: GenerationConfig) -> dict[str, Any]:
     """The settings of answers as names and JSON values, -1 for a random seed."""
-    settings = asdict(generation)
-    sampling = settings.pop("sampling")
-    return {**sampling, **settings}
+    return {**asdict(generation.sampling), **{name: getattr(generation, name) for name in LIMITS}}
 
 
 def describe_versions() -> dict[str, Any]:

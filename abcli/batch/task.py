@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import randbelow
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from abcli.batch.sidecar import describe_generation
 from abcli.batch.templates import Template
 from abcli.batch.writing import Output, open_output
 from abcli.chat.known_templates import KNOWN_TEMPLATES
+from abcli.chat.options import ChatOptions, option_fields
 from abcli.chat.template import template_source
 from abcli.hub.locate import portable_name
 from abcli.prepare import Prepared
@@ -55,6 +56,8 @@ class Task:
     generation: GenerationConfig
     found: Prepared
     chat_template: str | None
+    options: ChatOptions = field(default_factory=ChatOptions)
+    """What the template is told beside the messages; lines may say otherwise."""
     on_remark: Callable[[str], None] | None = None
     """Gets, once each, what is not enforced of the lines' schemas."""
 
@@ -129,6 +132,7 @@ class Task:
             context=self.parts.context,
             system=self.parts.system,
             vocabulary_size=self.found.model.header.vocabulary_size,
+            options=self.options,
             on_remark=self.on_remark,
         )
 
@@ -154,6 +158,7 @@ class Task:
             "context": _digest(parts.context.encode()) if parts.context else None,
             "system": parts.system,
             **generation,
+            **option_fields(self.options),
         }
 
 

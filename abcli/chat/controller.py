@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Generator as Generating
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from abcli.answer import Answer, finished_answer
+from abcli.chat.answer import Answer, Piece
+from abcli.chat.asking import Asker
 from abcli.chat.continuation import continued
 from abcli.chat.conversation import Conversation, Fitted, Overflow, fit
+from abcli.chat.messages import Message, ToolCall
+from abcli.chat.options import ChatOptions, chat_options
 from abcli.chat.session import Session
 from abcli.chat.template import ChatTemplate
-from abcli.chat.thoughts import split_thought
 from abcli.engine.engine import Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
-from abcli.generate import Piece
+from abcli.generate import Piece as RunningPiece
 from abcli.grammar.constraint import KINDS
 from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of
 
@@ -23,6 +25,7 @@ from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of
 Pieces = Generating[Piece, None, None]
 
 _SLOT = 0
+_OPTIONS = ("thinking", "thinking_budget", "reasoning_effort", "reasoning_format", "tool_choice")
 
 
 class Decoder(Protocol):
@@ -37,8 +40,14 @@ class Decoder(Protocol):
 
     def decode(
         self, tokens: Sequence[int], config: GenerationConfig, on_progress: Progress | None, slot: int | None
-    ) -> Iterator[Piece]:
+    ) -> Iterator[RunningPiece]:
         """The pieces of the answer to `tokens`."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for; nothing for control tokens."""
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Raise UsageError or GrammarError for settings that no sampler can have."""
 
 
 class Chat:
@@ -48,18 +57,17 @@ class Chat:
         self,
         decoder: Decoder,
         template: ChatTemplate,
-        piece: Callable[[int], bytes],
+        asker: Asker,
         generation: GenerationConfig,
-        check_sampling: Callable[[SamplingConfig], None],
+        options: ChatOptions,
         *,
         overflow: Overflow = "error",
     ) -> None:
-        """`piece` gives a token's bytes; `check_sampling` raises UsageError for settings no sampler can have."""
         self._decoder = decoder
         self._template = template
-        self._piece = piece
-        self._check_sampling = check_sampling
+        self._asker = asker
         self.generation = generation
+        self.options = options
         self.overflow = overflow
         self.conversation = Conversation()
         self.dropped_turns = 0
@@ -76,9 +84,16 @@ class Chat:
 
     def send(self, text: str) -> Answer:
         """The whole answer to `text`; raises as `ask` does."""
-        for piece in self.ask(text):
-            answer = piece.answer
-        return finished_answer(answer)
+        return _last(self.ask(text))
+
+    def send_results(self, results: Sequence[str]) -> Answer:
+        """The whole answer to what came of the calls; raises as `reply` does."""
+        return _last(self.reply(results))
+
+    @property
+    def pending_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of the last answer that wait for results."""
+        return self.conversation.pending_calls
 
     def ask(self, text: str, on_progress: Progress | None = None) -> Pieces:
         """Answer `text`; if nothing at all came of it, the conversation is as before.
@@ -88,12 +103,21 @@ class Chat:
         """
         if not text.strip():
             raise PromptError("the message is empty", "type some text")
+        before = self.conversation.messages
         self.conversation.add_user(text)
-        try:
-            yield from self._answer(on_progress)
-        finally:
-            if self.conversation.messages[-1].role == "user":
-                self.conversation.undo()
+        yield from self._answer(before, on_progress)
+
+    def reply(self, results: Sequence[str], on_progress: Progress | None = None) -> Pieces:
+        """Answer what came of the pending calls, in their order; if nothing came of it, they are pending again.
+
+        Raises UsageError for another number of results, else as `ask`.
+        """
+        if not results or len(results) != len(self.pending_calls):
+            pending = len(self.pending_calls)
+            raise UsageError(f"{pending} calls wait for results, not {len(results)}", "give one result for each")
+        before = self.conversation.messages
+        self.conversation.add_results(results)
+        yield from self._answer(before, on_progress)
 
     def regenerate(self, on_progress: Progress | None = None) -> Pieces:
         """Answer the last message once more; the old answer comes back if nothing replaces it.
@@ -104,25 +128,31 @@ class Chat:
             raise UsageError("there is no answer to regenerate", "ask something first")
         before = list(self.conversation.messages)
         self.conversation.regenerate()
-        try:
-            yield from self._answer(on_progress)
-        finally:
-            if self.conversation.messages[-1].role == "user":
-                self.conversation.replace(before)
+        yield from self._answer(before, on_progress)
 
-    def _answer(self, on_progress: Progress | None) -> Pieces:
-        fitted = self._fit()
-        self.dropped_turns = fitted.dropped_turns
-        tokens = continued(self._decoder.held(_SLOT), fitted.tokens, self._piece)
-        answer = None
+    def _answer(self, before: Sequence[Message], on_progress: Progress | None) -> Pieces:
+        """Answer the conversation, which is that of `before` again if nothing comes of it."""
+        answered = False
         try:
-            for piece in self._decoder.decode(tokens, self.generation, on_progress, _SLOT):
-                answer = piece.answer
-                yield piece
+            fitted = self._fit()
+            self.dropped_turns = fitted.dropped_turns
+            tokens = continued(self._decoder.held(_SLOT), fitted.tokens, self._decoder.piece)
+            asked = self._asker.asked(tokens, self.options, self.generation)
+            reader = asked.reader()
+            running = None
+            try:
+                for piece in self._decoder.decode(tokens, asked.generation, on_progress, _SLOT):
+                    running = piece.answer
+                    yield reader.add(piece)
+            finally:
+                if running is not None and running.finish_reason is None:
+                    reader.stop(running)
+                answered = bool(reader.said or reader.thought or reader.calls)
+                if answered:
+                    self.conversation.add_assistant(reader.said, reader.thought, reader.calls)
         finally:
-            if answer is not None and answer.text:
-                thought, text = split_thought(answer.text, opened=self._template.opens_thought())
-                self.conversation.add_assistant(text, thought)
+            if not answered:
+                self.conversation.replace(before)
 
     def _fit(self) -> Fitted:
         reserve, limit = 1, self.generation.max_tokens
@@ -131,7 +161,8 @@ class Chat:
             reserve = min(limit, quarter) if limit > 0 else quarter
         messages = self.conversation.messages
         try:
-            return fit(messages, self._template, self.context_size, reserve, self.overflow, self.dropped_turns)
+            template = _Told(self._template, self.options)
+            return fit(messages, template, self.context_size, reserve, self.overflow, self.dropped_turns)
         except ContextFullError as error:
             advice = "shorten the message, or start with a larger `ctx_size`"
             if self.overflow == "error" and self.conversation.turns > 1:
@@ -144,7 +175,8 @@ class Chat:
         values: dict[str, object] = {setting.short: getattr(sampling, name) for name, setting in SETTINGS.items()}
         for name in (*KINDS, "schema_lenient"):
             values[name] = getattr(sampling, name)
-        return {"system": self.conversation.system or "", "predict": self.generation.max_tokens, **values}
+        options = {name: getattr(self.options, name) for name in _OPTIONS}
+        return {"system": self.conversation.system or "", "predict": self.generation.max_tokens, **options, **values}
 
     def set(self, name: str, text: str) -> None:
         """Change one setting for the answers to come. Raises UsageError for a wrong name or value."""
@@ -161,11 +193,14 @@ class Chat:
                 raise UsageError(f"predict {value} is impossible", "choose 0 or more, or -1")
             self.generation = replace(self.generation, max_tokens=value)
             return
+        if name in _OPTIONS:
+            self.options = chat_options({name: value}, self.options)
+            return
         changes: dict[str, Any] = {field_of(name): value}
         if name in KINDS:  # one takes the place of another
             changes = {**dict.fromkeys(KINDS, ""), **changes}
         sampling = replace(self.generation.sampling, **changes)
-        self._check_sampling(sampling)
+        self._decoder.check(sampling)
         self.generation = replace(self.generation, sampling=sampling)
 
     def store(self, session: Session) -> Session:
@@ -176,6 +211,27 @@ class Chat:
         """Continue the conversation of `session`; the settings stay."""
         self.conversation.replace(session.messages)
         self.dropped_turns = 0
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A template with the options of a chat."""
+
+    template: ChatTemplate
+    options: ChatOptions
+
+    def tokens(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+        """See `ChatTemplate.tokens`."""
+        return self.template.tokens(messages, self.options, add_generation_prompt=add_generation_prompt)
+
+
+def _last(pieces: Pieces) -> Answer:
+    """The whole answer."""
+    answer: Answer | None = None
+    for piece in pieces:
+        answer = piece.answer
+    assert answer is not None  # noqa: S101 - the last piece has it
+    return answer
 
 
 def _parsed(name: str, text: str, kind: type) -> object:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal, Protocol
 
-from abcli.chat.messages import Message
+from abcli.chat.messages import Message, ToolCall
 from abcli.errors import ContextFullError, UsageError
 
 Overflow = Literal["error", "shift"]
+
+
+_NO_RESULT = "There is no result."
 
 
 class Tokenizing(Protocol):
@@ -46,16 +50,35 @@ class Conversation:
         self._history = history
 
     def add_user(self, text: str) -> None:
-        """The user says `text`. Raises UsageError while an answer is due: templates want roles to alternate."""
+        """The user says `text`. Raises UsageError while an answer is due: templates want roles to alternate.
+
+        Calls that had no result get one that says so.
+        """
+        self.add_results([_NO_RESULT for _call in self.pending_calls])
         if self._history and self._history[-1].role == "user":
             raise UsageError("the last message has no answer yet", "/regen answers it, /undo drops it")
         self._history.append(Message("user", text))
 
-    def add_assistant(self, text: str, thought: str = "") -> None:
-        """The answer to the last message, and the thought before it. Raises UsageError if that is not the user's."""
-        if not self._history or self._history[-1].role != "user":
+    def add_assistant(self, text: str, thought: str = "", calls: Sequence[ToolCall] = ()) -> None:
+        """The answer to the last message, the thought before it, and its calls of tools.
+
+        Raises UsageError if the last message is neither the user's nor a tool's.
+        """
+        if not self._history or self._history[-1].role not in ("user", "tool"):
             raise UsageError("there is no message to answer", "type one first")
-        self._history.append(Message("assistant", text, thought))
+        self._history.append(Message("assistant", text, thought, tuple(calls)))
+
+    @property
+    def pending_calls(self) -> tuple[ToolCall, ...]:
+        """The calls of the last answer that have no result yet."""
+        results = list(takewhile(lambda message: message.role == "tool", reversed(self._history)))
+        last = self._history[-1 - len(results)] if len(results) < len(self._history) else None
+        return last.tool_calls[len(results) :] if last is not None else ()
+
+    def add_results(self, results: Sequence[str]) -> None:
+        """What came of the calls that are pending, in their order."""
+        for call, result in zip(self.pending_calls, results, strict=True):
+            self._history.append(Message("tool", result, tool_call_id=call.id, name=call.name))
 
     def undo(self) -> list[Message]:
         """Drop the user's last message and what followed it; returns the dropped, empty if there was none."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import inspect
-import json
 import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
-from abcli.chat.tools import Tool, checked, read_tool
+from abcli.chat.messages import Tool
+from abcli.chat.tools import checked, read_tool
 from abcli.errors import PromptError
 
 _PLAIN: dict[Any, dict[str, Any]] = {
@@ -75,7 +75,7 @@ def tool_of_function(function: Callable[..., Any]) -> Tool:
         if parameter.default is parameter.empty:
             required.append(parameter.name)
     whole = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    return Tool(name, summary, json.dumps(whole, ensure_ascii=False))
+    return Tool(name, summary, whole)
 
 
 def _schema(hint: Any, place: str, level: int = 0) -> dict[str, Any]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from abcli.chat.control_text import ControlText, Marks, unused_marks
-from abcli.chat.messages import Message, ToolCall
+from abcli.chat.messages import Message, Tool, ToolCall
 from abcli.chat.options import ChatOptions
-from abcli.chat.tools import Tool
 from abcli.errors import PromptError
 
 # Templates look for these words of JSON Schema, so nothing may stand before them.
@@ -30,7 +29,7 @@ def marks_for(messages: Sequence[Message], options: ChatOptions) -> Marks:
     """Marks that occur in nothing of the conversation. Raises PromptError if every character is used."""
     texts = [options.chat_template_kwargs, options.reasoning_effort]
     for tool in options.tools:
-        texts += (tool.name, tool.description, tool.parameters)
+        texts += (tool.name, tool.description, json.dumps(tool.parameters, ensure_ascii=False))
     for message in messages:
         texts += (message.content, message.reasoning_content, message.tool_call_id, message.name)
         for call in message.tool_calls:
@@ -97,7 +96,7 @@ def _changed_calls(message: Message, change_name: Change, change: Change) -> tup
 
 def _changed_options(options: ChatOptions, change_name: Change, change: Change, change_other: Change) -> ChatOptions:
     tools = tuple(
-        Tool(change_name(tool.name), change_name(tool.description), _changed_json(tool.parameters, change))
+        Tool(change_name(tool.name), change_name(tool.description), _changed(tool.parameters, change))
         for tool in options.tools
     )
     kwargs = options.chat_template_kwargs
@@ -110,13 +109,13 @@ def _changed_options(options: ChatOptions, change_name: Change, change: Change, 
 
 
 def _changed_json(text: str, change: Change) -> str:
-    """JSON with the keys and texts in it changed; a key of two that become one is lost, so none may."""
+    return json.dumps(_changed(json.loads(text), change), ensure_ascii=False)
 
-    def changed(value: Any) -> Any:
-        if isinstance(value, str):
-            return change(value)
-        if isinstance(value, dict):
-            return {change(key): changed(item) for key, item in value.items()}
-        return [changed(item) for item in value] if isinstance(value, list) else value
 
-    return json.dumps(changed(json.loads(text)), ensure_ascii=False)
+def _changed(value: Any, change: Change) -> Any:
+    """A JSON value with the keys and texts in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _changed(item, change) for key, item in value.items()}
+    return [_changed(item, change) for item in value] if isinstance(value, list) else value

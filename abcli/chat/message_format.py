@@ -53,11 +53,13 @@ def message_fields(message: Message) -> dict[str, Any]:
         if value := getattr(message, name):
             fields[name] = value
     if message.tool_calls:
-        fields["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in message.tool_calls
-        ]
+        fields["tool_calls"] = [call_fields(call) for call in message.tool_calls]
     return fields
+
+
+def call_fields(call: ToolCall) -> dict[str, Any]:
+    """`call` as JSON values."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def given(record: Mapping[str, Any]) -> dict[str, Any]:

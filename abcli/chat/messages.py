@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -24,8 +24,8 @@ class Tool:
     """A function that a model may call; `parameters` is the JSON schema of its arguments, an object's."""
 
     name: str
-    description: str
-    parameters: Mapping[str, Any]
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}}, hash=False)
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from abcli.chat.functions import as_tools
 from abcli.chat.message_format import shown
-from abcli.chat.tools import Tool, read_tools, tool_fields
+from abcli.chat.messages import Tool
+from abcli.chat.tools import read_tools
 from abcli.errors import UsageError
 
 Thinking = Literal["auto", "on", "off"]
@@ -45,15 +46,18 @@ class ChatOptions:
         """What the template gets beside the messages; what has no value is left undefined."""
         found: dict[str, Any] = {}
         if self.usable_tools:
-            tools = [tool_fields(tool) for tool in self.usable_tools]
-            # SmolLM3 and FireFunction have their own names for them.
-            found = {"tools": tools, "xml_tools": tools, "functions": json.dumps(tools, ensure_ascii=False, indent=2)}
+            found = tool_variables([tool.fields for tool in self.usable_tools])
         if self.thinking != "auto":
             # DeepSeek's and Granite's templates call it otherwise.
             found["enable_thinking"] = found["thinking"] = self.thinking == "on"
         if self.reasoning_effort:
             found["reasoning_effort"] = self.reasoning_effort
         return {**found, **json.loads(self.chat_template_kwargs or "{}")}
+
+
+def tool_variables(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What templates get to know tools by; SmolLM3 and FireFunction have their own names for them."""
+    return {"tools": tools, "xml_tools": tools, "functions": json.dumps(tools, ensure_ascii=False, indent=2)}
 
 
 OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(ChatOptions))
@@ -179,5 +183,5 @@ def option_fields(options: ChatOptions) -> dict[str, Any]:
     """What differs from the defaults, as JSON values that `chat_options` reads back."""
     found = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) != getattr(ChatOptions(), name)}
     if options.tools:
-        found["tools"] = [tool_fields(tool) for tool in options.tools]
+        found["tools"] = [tool.fields for tool in options.tools]
     return found

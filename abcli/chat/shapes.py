@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from abcli.chat.messages import Message, ToolCall
+from abcli.chat.calls.fallback import tools_text
+from abcli.chat.messages import Message, Tool, ToolCall
 
 _BETWEEN = "\n\n"
 _ID_LENGTH = 9
@@ -18,13 +19,13 @@ def shapes(messages: tuple[Message, ...]) -> Iterator[tuple[tuple[Message, ...],
 
     The last is what llama.cpp does for a template without system messages.
     """
-    head = next((at for at, message in enumerate(messages) if message.role != "system"), len(messages))
-    rest = [_as_user(message) for message in messages[head:]]
+    head = _head(messages)
+    rest = [_as_user(message) for message in messages[len(head) :]]
     steps = (
         (messages, ""),
         (_joined(messages), "messages of one role in a row are joined"),
-        (_joined([*messages[:head], *rest]), "later system messages are sent as the user's"),
-        (_joined([*map(_as_user, messages[:head]), *rest]), "the system message goes before the user's first"),
+        (_joined([*head, *rest]), "later system messages are sent as the user's"),
+        (_joined([*map(_as_user, head), *rest]), "the system message goes before the user's first"),
     )
     seen: list[tuple[Message, ...]] = []
     # Mistral's templates take no other ids, and Llama's one call a message; what knows no tools at all gets calls and
@@ -41,6 +42,18 @@ def shapes(messages: tuple[Message, ...]) -> Iterator[tuple[tuple[Message, ...],
             if rewritten not in seen:
                 seen.append(rewritten)
                 yield rewritten, "; ".join(text for text in (more, change) if text)
+
+
+def told_in_words(messages: tuple[Message, ...], tools: Sequence[Tool]) -> tuple[Message, ...]:
+    """The conversation for a template that knows no tools: the system message lists them, calls are text."""
+    told = Message("system", tools_text(tools))
+    return _joined([*_head(messages), told, *_without_tools(messages[len(_head(messages)) :])])
+
+
+def _head(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The system messages that come first."""
+    end = next((at for at, message in enumerate(messages) if message.role != "system"), len(messages))
+    return messages[:end]
 
 
 def _same(messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -10,6 +10,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from abcli.chat.calls.find import find_format
+from abcli.chat.calls.format import HERMES, CallFormat
 from abcli.chat.completeness import missing_message
 from abcli.chat.control_text import ControlText, Marks
 from abcli.chat.files import read_text_file
@@ -17,11 +19,11 @@ from abcli.chat.guarding import Breaker, Guard, marks_for
 from abcli.chat.known_templates import KNOWN_TEMPLATES
 from abcli.chat.message_format import message_fields
 from abcli.chat.messages import Message, Role, ToolCall
-from abcli.chat.options import ChatOptions
+from abcli.chat.options import ChatOptions, tool_variables
 from abcli.chat.part_tokens import PartTokenizer
 from abcli.chat.sandbox import OTHER_TEMPLATE, CompiledTemplate, RefusalError
-from abcli.chat.shapes import shapes
-from abcli.chat.thoughts import CLOSE, OPEN, split_thought
+from abcli.chat.shapes import shapes, told_in_words
+from abcli.chat.thoughts import CLOSE, split_thought
 from abcli.chat.windows import WindowedRendering
 from abcli.errors import PromptError, TemplateError
 from abcli.native.model import Model
@@ -85,6 +87,7 @@ class ChatTemplate:
         self._tokenizer = PartTokenizer(model)
         self._windows = WindowedRendering(self._whole)
         self._opens_thought = lru_cache(_KEPT_ANSWERS)(self._probe_opening)
+        self._takes_tools = lru_cache(_KEPT_ANSWERS)(self._probe_tools)
         self._tell = tell
         self._told: set[str] = set()
 
@@ -127,16 +130,60 @@ class ChatTemplate:
         chosen = broken_parts if _controls(broken_parts) == _controls(own_parts) else own_parts
         return self._tokenizer.of_parts(chosen, marks)
 
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Text -> token of what grammars have to name by its number."""
+        return self._model.read_vocabulary().special_tokens
+
+    def tokens_in(self, text: str) -> frozenset[int]:
+        """The control tokens that `text` spells out."""
+        return frozenset(_controls(self._control.split(text)))
+
     def opens_thought(self, options: ChatOptions = PLAIN) -> bool:
         """Whether an answer begins inside a thought, because the template opens it."""
         return self._opens_thought(options)
 
+    def call_format(self, options: ChatOptions = PLAIN) -> CallFormat:
+        """How the model writes thoughts and calls of the tools in `options`."""
+        found = self._written_format
+        if options.usable_tools and not self._takes_tools(options):
+            return replace(HERMES, thoughts=found.thoughts, fallback=True)
+        return found
+
+    @cached_property
+    def _written_format(self) -> CallFormat:
+        return find_format(self._render_values)
+
+    def _render_values(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
+        """See `abcli.chat.calls.find.Render`."""
+        further = {**tool_variables(tools), **variables} if tools else variables
+        return self._rendered([dict(message) for message in messages], add_generation_prompt, further)
+
+    def _probe_tools(self, options: ChatOptions) -> bool:
+        """Whether the template lists the tools: some know none, some fail on what tools may say."""
+        if self._written_format.fallback:
+            return False
+        written = self._probe([self._fields(Message("user", "a"))], options)
+        return all(tool.name in written for tool in options.usable_tools)
+
     def _probe_opening(self, options: ChatOptions) -> bool:
-        return self._probe([self._fields(Message("user", "a"))], options).rstrip().endswith(OPEN)
+        thoughts = self._written_format.thoughts
+        return thoughts is not None and thoughts.opened_by(self._probe([self._fields(Message("user", "a"))], options))
 
     def _accepted(self, messages: Sequence[Message], options: ChatOptions, add_generation_prompt: bool) -> _Accepted:
         """The conversation in the first shape that the template takes with the text of every message."""
         given = tuple(self._with_thought_apart(message) for message in messages)
+        if options.usable_tools and not self._takes_tools(options):
+            self._say("the chat template knows no tools, so the system message lists them")
+            given = told_in_words(given, options.usable_tools)
+            options = replace(options, tools=(), tool_choice="auto")
         marks = marks_for(given, options)
         guard = Guard(self._control, marks)
         guarded_options = guard.options(options)
@@ -152,9 +199,8 @@ class ChatTemplate:
             _check_tools(guarded_options, guarded, marks)
             lost = missing_message(guarded_shape, guarded, marks)
             if lost is None:
-                if change and change not in self._told:
-                    self._told.add(change)
-                    self._tell(f"the chat template does not take this conversation as it is: {change}")
+                if change:
+                    self._say(f"the chat template does not take this conversation as it is: {change}")
                 return _Accepted(shape, options, marks, rendered, guarded)
             first_error = first_error or TemplateError(
                 f"the chat template leaves out message {lost + 1}, of the role {shape[lost].role}", OTHER_TEMPLATE
@@ -167,6 +213,12 @@ class ChatTemplate:
                 first_error.hint,
             ) from first_error
         raise first_error or TemplateError("there is no message", "type one")
+
+    def _say(self, remark: str) -> None:
+        """Tell it once."""
+        if remark not in self._told:
+            self._told.add(remark)
+            self._tell(remark)
 
     def _with_thought_apart(self, message: Message) -> Message:
         """An answer that was stored as the model wrote it, as templates expect it."""
@@ -199,13 +251,11 @@ class ChatTemplate:
         return self._whole(messages, options, add_generation_prompt) if text is None else text
 
     def _whole(self, messages: tuple[Message, ...], options: ChatOptions, add_generation_prompt: bool) -> str:
-        return self.rendered_fields(
+        return self._rendered(
             [self._fields(message) for message in messages], add_generation_prompt, options.variables()
         )
 
-    def rendered_fields(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool, further: Mapping[str, Any]
-    ) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], add_generation_prompt: bool, further: Mapping[str, Any]) -> str:
         """What the template makes of messages as JSON values and of `further` variables. Raises TemplateError."""
         now = datetime.now().astimezone()
         # Variables without a value are left undefined, as in llama.cpp: some templates fail on None. The last three are
@@ -260,7 +310,7 @@ class ChatTemplate:
     def _probe(self, messages: list[dict[str, Any]], options: ChatOptions = PLAIN) -> str:
         """What the template writes for `messages` up to the answer; empty if it fails."""
         try:
-            return self.rendered_fields(messages, True, options.variables())
+            return self._rendered(messages, True, options.variables())
         except TemplateError:
             return ""
 

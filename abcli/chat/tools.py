@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abcli.chat.files import read_text_file
 from abcli.chat.message_format import read_text, shown
+from abcli.chat.messages import Tool
 from abcli.errors import PromptError
 
-NO_PARAMETERS = '{"type": "object", "properties": {}}'
 MAX_TOOLS = 512
 MAX_FILE_BYTES = 4 * 1024 * 1024
 _EXAMPLE = '{"type": "function", "function": {"name": "...", "description": "...", "parameters": {...}}}'
@@ -21,27 +20,6 @@ _EXAMPLE = '{"type": "function", "function": {"name": "...", "description": "...
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 # In a request they say something else.
 _CHOICES = ("auto", "none", "required")
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A function that a model may call; `parameters` is the text of the JSON Schema of its arguments, an object's."""
-
-    name: str
-    description: str = ""
-    parameters: str = NO_PARAMETERS
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """The schema of the arguments."""
-        schema: dict[str, Any] = json.loads(self.parameters)
-        return schema
-
-
-def tool_fields(tool: Tool) -> dict[str, Any]:
-    """`tool` as JSON values, the way OpenAI's clients write it; `read_tools` reads it back."""
-    function = {"name": tool.name, "description": tool.description, "parameters": tool.schema}
-    return {"type": "function", "function": function}
 
 
 def read_tools(value: Any) -> tuple[Tool, ...]:
@@ -106,9 +84,9 @@ def read_tool(value: Any, place: str) -> Tool:
     )
 
 
-def _parameters(value: Any, place: str) -> str:
-    if value is None or value == {}:
-        return NO_PARAMETERS
+def _parameters(value: Any, place: str) -> Mapping[str, Any]:
+    if value is None:
+        return Tool("").parameters
     if not isinstance(value, Mapping):
         raise PromptError(f"{place} is {shown(value)}", "make it the JSON Schema of an object")
     kind = value.get("type", "object")
@@ -116,8 +94,9 @@ def _parameters(value: Any, place: str) -> str:
         raise PromptError(f"{place}.type is {shown(kind)}", 'arguments are an object: write "type": "object"')
     if not isinstance(value.get("properties", {}), Mapping):
         raise PromptError(f"{place}.properties is {shown(value['properties'])}", "make it an object of schemas")
-    whole = {"type": "object", "properties": {}, **value}
     try:
-        return read_text(json.dumps(whole, ensure_ascii=False), place)
+        # What is not JSON would fail later, in a template; and the caller may change what is theirs.
+        whole: dict[str, Any] = json.loads(read_text(json.dumps(dict(value), ensure_ascii=False), place))
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"{place} is not JSON: {error}", "make it the JSON Schema of an object") from None
+    return {"type": "object", "properties": {}, **whole}

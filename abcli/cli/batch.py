@@ -26,6 +26,7 @@ from abcli.batch.scheduler import StopSwitch, Totals
 from abcli.batch.slots import plan_slots
 from abcli.batch.task import Task
 from abcli.cli._batch_options import ClusterOptions, InputOptions, OutputOptions
+from abcli.cli._chat_options import ChatFlags
 from abcli.cli._flags import with_options
 from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
 from abcli.cli._setup import opened, prepared
@@ -58,6 +59,7 @@ def batch(
     bucket_options: ProfiledBucketOptions,
     sampling_options: SamplingOptions,
     answer_options: AnswerOptions,
+    chat_flags: ChatFlags,
 ) -> None:
     """Answer every prompt of a file: parse, bind the output to the settings, load, run, report."""
     destination = output_options.check()
@@ -69,9 +71,10 @@ def batch(
         raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
     generation = answer_options.config(sampling_options.config())
     check(generation.sampling)
+    options = chat_flags.options()
     parts = input_options.parts(answer_options.text)
     found = prepared(terminal, model, model_options, bucket_options)
-    task = Task(Path(source), parts, generation, found, model_options.chat_template, terminal.warn)
+    task = Task(Path(source), parts, generation, found, model_options.chat_template, options, terminal.warn)
     lines = shard_size(task.count(), parts.shard)
     # Each worker of a cluster plans its own slots.
     plan = None if on_cluster else plan_slots(wanted, found, lines)

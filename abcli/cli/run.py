@@ -9,14 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
+from abcli.chat.answer import Answer
+from abcli.chat.asking import check_together
 from abcli.chat.files import decode_prompt, read_text_file
-from abcli.chat.message_format import Prompt
-from abcli.chat.messages import Message
+from abcli.chat.message_format import Prompt, call_fields
+from abcli.chat.messages import Message, ToolCall
+from abcli.chat.options import ChatOptions
+from abcli.cli._chat_options import ChatFlags
 from abcli.cli._flags import flag
 from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions, check_argument
 from abcli.cli._setup import opened, prepared
 from abcli.errors import AbcliError, PromptError, UsageError
-from abcli.generate import Answer
 from abcli.grammar.check import check
 from abcli.hub.locate import looks_like_model
 from abcli.llm import LLM
@@ -48,6 +51,7 @@ def run(
     bucket_options: ProfiledBucketOptions,
     sampling_options: SamplingOptions,
     answer_options: AnswerOptions,
+    chat_flags: ChatFlags,
 ) -> None:
     """Answer one prompt: parse, load, generate, print."""
     model, text = split_words(words or [], has_model=model_options.model is not None, has_prompt=prompt is not None)
@@ -55,32 +59,35 @@ def run(
         raise UsageError("the prompt is given twice", "give --prompt or PROMPT")
     text = prompt if prompt is not None else text
     text = gather_prompt(answer_options.text(text, "the prompt") if text is not None else None, file)
-    _check_raw(raw=raw, parse_special=parse_special, system=system)
+    options = chat_flags.options()
+    _check_raw(raw=raw, parse_special=parse_special, system=system, options=options)
     generation = answer_options.config(sampling_options.config())
     check(generation.sampling)
+    check_together(options, generation.sampling)
     terminal = Terminal()
     found = prepared(terminal, model, model_options, bucket_options)
     with opened(terminal, found, model_options) as llm:
         messages = [Message("system", answer_options.text(system, "--system"))] if system is not None else []
         prompt_given: Prompt = text if raw else [*messages, Message("user", text)]
-        tokens = llm.prompt_tokens(prompt_given, raw=raw, parse_special=parse_special)
+        asked = llm.ask(prompt_given, options, generation, raw=raw, parse_special=parse_special)
         with on_interrupt(llm.cancel), terminal.prefill_progress() as progress:
-            answer = None
             try:
-                for piece in llm.decode(tokens, generation, progress):
-                    answer = piece.answer
+                for piece in llm.answer(asked, progress):
                     if not as_json:
                         terminal.write_answer(piece.text)
             except AbcliError:
                 terminal.end_line()
                 raise
-        if answer is None:
+        answer, running = piece.answer, piece.running
+        if answer is None or running is None:
             return
         if as_json:
             terminal.write(json.dumps(_report(llm, answer), ensure_ascii=False) + "\n")
         terminal.end_line()
+        if not as_json:
+            terminal.write("".join(_call_line(call) for call in answer.tool_calls))
         if stats if stats is not None else terminal.interactive and not as_json:
-            terminal.statistics(answer.statistics, len(llm.held(answer.slot)), llm.context_size, len(llm.bases))
+            terminal.statistics(running.statistics, len(llm.held(running.slot)), llm.context_size, len(llm.bases))
 
 
 def split_words(words: list[str], *, has_model: bool, has_prompt: bool) -> tuple[str | None, str | None]:
@@ -125,33 +132,43 @@ def _standard_input() -> str:
     return decode_prompt(sys.stdin.buffer.read(), "standard input")
 
 
-def _check_raw(*, raw: bool, parse_special: bool, system: str | None) -> None:
+def _check_raw(*, raw: bool, parse_special: bool, system: str | None, options: ChatOptions) -> None:
+    if raw and options != ChatOptions():
+        raise UsageError("--raw has no place for tools and thoughts", "drop their flags, or --raw")
     if raw and system is not None:
         raise UsageError("--raw has no place for --system", "write it into the prompt")
     if parse_special and not raw:
         raise UsageError("--parse-special only works with --raw", "a chat template brings its own control tokens")
 
 
+def _call_line(call: ToolCall) -> str:
+    """A call as a line of JSON."""
+    value = {"name": call.name, "arguments": json.loads(call.arguments)}
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
 def _report(llm: LLM, answer: Answer) -> dict[str, Any]:
     """The object that --json prints."""
-    statistics = answer.statistics
+    usage = answer.usage
     return {
         "text": answer.text,
+        "reasoning": answer.reasoning,
+        "tool_calls": [call_fields(call) for call in answer.tool_calls],
         "finish_reason": answer.finish_reason,
         "model": str(llm.model.path),
         "lora": [{"path": str(adapter.path), "scale": adapter.scale} for adapter in llm.model.adapters],
         "bases": list(llm.bases),
         "merge": llm.buckets.merge,
         "seed": answer.seed,
-        "agreement": round(statistics.agreement, 6),
+        "agreement": round(answer.agreement, 6),
         "usage": {
-            "prompt_tokens": statistics.prompt_tokens,
-            "completion_tokens": statistics.completion_tokens,
-            "total_tokens": statistics.prompt_tokens + statistics.completion_tokens,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         },
         "timings": {
             "load_s": round(llm.load_seconds, 6),
-            "prefill_s": round(statistics.prefill_seconds, 6),
-            "decode_s": round(statistics.decode_seconds, 6),
+            "prefill_s": round(answer.timings.prefill, 6),
+            "decode_s": round(answer.timings.decode, 6),
         },
     }

@@ -33,12 +33,14 @@ class Sharing:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Tokens that continue `slot` at `position`; the logits after the last go to `logits` [columns, vocab] if given."""
+    """Tokens that continue `slot` at `position`; the logits [vocab] after the last go to `logits`, one array for each
+    column, if given.
+    """
 
     slot: int
     position: int
     tokens: Sequence[int]
-    logits: NDArray[np.float32] | None = None
+    logits: Sequence[NDArray[np.float32]] | None = None
 
 
 class Backend(Protocol):
@@ -53,6 +55,8 @@ class Backend(Protocol):
     """The RoPE base of each column."""
     buckets: int
     leader: int
+    native: int
+    """The bucket whose base is nearest to the model's own: it decides alone where it is sure."""
     sharing: Sharing
     turning: str
     """How rows of one batch come to have several bases, and why so; empty where they need not."""
@@ -66,7 +70,8 @@ class Backend(Protocol):
     def compute(
         self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
     ) -> Mapping[int, float]:
-        """Append each part's tokens to its slot in each of `columns`, which are all buckets or the leader.
+        """Append each part's tokens to its slot in each of `columns`, which ascend: all buckets, the native one, all
+        but that, or the leader.
 
         With `merge`, a backend may merge the buckets' distributions where it computes them: only the merged logits then
         go to the first row of `logits` (see `abcli.merge`). The agreement of each slot for which it did so.
@@ -82,8 +87,8 @@ class Backend(Protocol):
     def length(self, slot: int, column: int) -> int:
         """The number of tokens that a column holds of a slot."""
 
-    def truncate(self, slot: int, length: int) -> bool:
-        """Forget what follows the first `length` tokens in every column; False where a part cannot be forgotten."""
+    def truncate(self, slot: int, length: int, columns: Sequence[int] | None = None) -> bool:
+        """Forget what follows the first `length` tokens in `columns`, else in all; False where a part cannot be."""
 
     def copy(self, source: int, target: int) -> None:
         """Make slot `target` hold what slot `source` holds in every column."""

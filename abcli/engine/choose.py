@@ -331,7 +331,7 @@ def _text(model: Model, context: FusedContext, pieces: int = 1) -> Logs:
         if end == start:
             continue
         logits = np.empty((len(columns), model.vocabulary_size), np.float32)
-        context.compute([SlotPart(0, PROBE_POSITION + start, tokens[start:end])], columns, [logits])
+        context.compute([SlotPart(0, PROBE_POSITION + start, tokens[start:end])], columns, [list(logits)])
         if end >= head:
             found.append(logits.astype(np.float64))
         start = end

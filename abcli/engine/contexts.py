@@ -21,6 +21,7 @@ from abcli.native.model import Model
 from abcli.native.owner import Owner
 from abcli.native.rotating.keys import aligned_bytes
 from abcli.native.state import parse_state
+from abcli.rope.bases import nearest_bucket
 from abcli.rope.parameters import rope_parameters
 
 
@@ -52,6 +53,7 @@ class ContextsBackend(Owner):
                 self._pool = stack.enter_context(pool)
             self._shared: SharedPrefill | None = None
             self.leader = 0
+            self.native = nearest_bucket(buckets.bases, model.checked.header.native_base)
             self.sharing = self._try_sharing(model, config, buckets, make, stack)
             self.bases = tuple(context.base for context in self._contexts)
             self._piece = min(self._contexts[0].batch_size, self._contexts[0].ubatch_size)
@@ -85,10 +87,11 @@ class ContextsBackend(Owner):
         """See `Backend.length`."""
         return self._contexts[column].length(slot)
 
-    def truncate(self, slot: int, length: int) -> bool:
+    def truncate(self, slot: int, length: int, columns: Sequence[int] | None = None) -> bool:
         """See `Backend.truncate`."""
+        asked = range(len(self._contexts)) if columns is None else columns
         # Every context is asked: a generator would stop at the first refusal and leave the others longer.
-        return all([context.truncate(slot, length) for context in self._contexts])  # noqa: C419
+        return all([self._contexts[column].truncate(slot, length) for column in asked])  # noqa: C419
 
     def copy(self, source: int, target: int) -> None:
         """See `Backend.copy`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import log
@@ -25,6 +25,9 @@ MIN_GAIN = 128
 
 # Called with (tokens done, tokens in all) after each piece of a prompt.
 Progress = Callable[[int, int], None]
+# Called with the native bucket's logits [vocab]: whether they decide alone.
+Gate = Callable[[NDArray[np.float32]], bool]
+NO_GATES: Mapping[int, Gate] = {}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class _Prompt:
 class Engine(Owner):
     """N buckets decoding the same tokens in several slots, and reading prompts piece by piece meanwhile.
 
-    Logits are float32 [buckets, vocab] views of a buffer that stays valid until the next step or prefill. After an
+    Logits are float32 [buckets, vocab] views of a buffer that stays valid until the next step or prefill. What the
+    native bucket decoded alone is owed to the others: they get it when they are next asked, and never if they are not.
+    After an
     exception every slot holds what it held before the call, and what was waiting waits; a slot of a recurrent model, or
     one that was being filled from the prompt cache, may be empty. One thread at a time may use an engine; only
     `cancel` may be called from any thread or signal handler.
@@ -69,6 +74,7 @@ class Engine(Owner):
         self._stack.callback(backend.close)
         self._buckets = range(backend.buckets)
         self._followers = [column for column in range(len(backend.bases)) if column != backend.leader]
+        self._others = [bucket for bucket in self._buckets if bucket != backend.native]
         self._least_shared = least_shared
         self._cache = cache
         self._cancellable = False
@@ -133,13 +139,19 @@ class Engine(Owner):
         self._waiting[slot] = _Prompt(tuple(left), self.sharing.shared and len(left) >= self._least_shared)
         return len(left)
 
-    def step(self, tokens: Mapping[int, int], merge: MergeRule | None = None) -> dict[int, NDArray[np.float32]]:
+    def step(
+        self,
+        tokens: Mapping[int, int],
+        merge: MergeRule | None = None,
+        gates: Mapping[int, Gate] = NO_GATES,
+    ) -> dict[int, NDArray[np.float32]]:
         """Append one token to each slot named, and one piece in all to the prompts that wait.
 
         The logits [buckets, vocab] of each slot named, in the mapping's order, and of each whose prompt is complete
-        now; but for rounding they do not depend on what else is computed. With no slot named, at least one prompt must
-        wait. With `merge`, a slot's logits may be merged already: they are then [1, vocab], and `agreement` tells its
-        agreement. Raises as `begin` does.
+        now; but for rounding they do not depend on what else is computed. In a slot that has a gate the native bucket
+        comes first: its logits [1, vocab] are all if the gate lets them decide. With `merge`, a slot's logits may be
+        merged already: they are then [1, vocab], and `agreement` tells its agreement. With no slot named, at least one
+        prompt must wait. Raises as `begin` does, and what a gate raises.
         """
         if not (tokens or self._waiting) or any(slot in self._waiting for slot in tokens):
             raise ValueError("a step needs a slot or a waiting prompt, and no slot is named whose prompt waits")
@@ -148,13 +160,19 @@ class Engine(Owner):
         with self._computing():
             rows = dict(tokens)
             complete = self._advance(rows)
-            self._agreements = {}
-            if rows:
-                parts = [self._part(slot, (token,), output=True) for slot, token in rows.items()]
-                self._agreements = self._compute(parts, self._buckets, merge)
+            decided = self._append(rows, merge, gates)
             for slot in complete:
+                # Every bucket has computed the end of an exact prompt, but the gate is asked all the same.
+                if slot in gates and slot not in rows and gates[slot](self._logits[slot, self._native]):
+                    decided.add(slot)
                 self._store(slot, len(self._waiting.pop(slot).tokens))
-        return {slot: self._logits[slot, : 1 if slot in self._agreements else None] for slot in (*tokens, *complete)}
+        return {slot: self._logits[slot, self._given(slot, decided)] for slot in (*tokens, *complete)}
+
+    def _given(self, slot: int, decided: Collection[int]) -> slice:
+        """Which of a slot's rows are the step's logits."""
+        if slot in decided:
+            return slice(self._native, self._native + 1)
+        return slice(1 if slot in self._agreements else None)
 
     def agreement(self, slot: int) -> float | None:
         """The agreement of a slot whose logits the last step merged; None for any other."""
@@ -208,6 +226,8 @@ class Engine(Owner):
         The last token of a shared prompt is left to every bucket: it is put into `rows`.
         """
         pieces = self._next_pieces()
+        for slot in pieces:
+            self._catch_up(slot, self._native, self._others)
         exact, led, complete = [], [], []
         for slot, piece in pieces.items():
             prompt = self._waiting[slot]
@@ -248,27 +268,65 @@ class Engine(Owner):
                 room -= (end - prompt.done) / size
         return pieces
 
-    def _part(self, slot: int, tokens: Sequence[int], *, output: bool) -> Part:
-        return Part(slot, len(self._tokens[slot]), tokens, self._logits[slot] if output else None)
+    def _append(self, rows: Mapping[int, int], merge: MergeRule | None, gates: Mapping[int, Gate]) -> set[int]:
+        """Append a token to each slot; those whose native bucket decides alone, so that it alone has the token."""
 
-    def _compute(
-        self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
-    ) -> Mapping[int, float]:
-        agreements = self._backend.compute(parts, columns, merge)
+        def compute(slots: Collection[int], columns: Sequence[int], merge: MergeRule | None) -> Mapping[int, float]:
+            parts = [
+                Part(slot, len(self._tokens[slot]), (rows[slot],), [self._logits[slot, column] for column in columns])
+                for slot in slots
+            ]
+            return self._backend.compute(parts, columns, merge) if parts else {}
+
+        decided: set[int] = set()
+        columns: Sequence[int] = self._buckets
+        if self._others and not gates.keys().isdisjoint(rows):
+            compute(rows, [self._native], None)
+            decided = {slot for slot in rows if slot in gates and gates[slot](self._logits[slot, self._native])}
+            # What is computed in two batches cannot be merged where it is computed.
+            columns, merge = self._others, None
+        asked = [slot for slot in rows if slot not in decided]
+        for slot in asked:
+            self._catch_up(slot, self._native, self._others)
+        self._agreements = compute(asked, columns, merge)
+        for slot, token in rows.items():
+            self._tokens[slot].append(token)
+        return decided
+
+    def _catch_up(self, slot: int, source: int, targets: Sequence[int]) -> None:
+        """Let the columns `targets` take over from `source` what they are behind; where they cannot, compute it."""
+        tokens = self._tokens[slot]
+        held = self._backend.length(slot, targets[0]) if targets else len(tokens)
+        if held == len(tokens):
+            return
+        try:
+            if self.sharing.shared:
+                self._share(slot, source, targets, held, tokens[held:])
+                return
+            size = self._backend.piece(len(targets))
+            for start in range(held, len(tokens), size):
+                self._backend.compute([Part(slot, start, tokens[start : start + size])], targets)
+        except BaseException:
+            # Some may hold it, and some have cells for it without numbers.
+            self._backend.truncate(slot, held, targets)
+            raise
+
+    def _part(self, slot: int, tokens: Sequence[int], *, output: bool) -> Part:
+        return Part(slot, len(self._tokens[slot]), tokens, list(self._logits[slot]) if output else None)
+
+    def _compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
+        self._backend.compute(parts, columns)
         for part in parts:
             self._tokens[part.slot] += part.tokens
-        return agreements
 
     def _lead(self, parts: Sequence[Part]) -> None:
         """The leader computes, and the others take it over."""
         backend = self._backend
         bases, leader = backend.bases, backend.leader
         if leader not in self._buckets:
-            # It takes over from the nearest bucket what was decoded without it.
             nearest = min(self._buckets, key=lambda column: abs(log(bases[column] / bases[leader])))
             for part in parts:
-                held = backend.length(part.slot, leader)
-                self._share(part.slot, nearest, [leader], held, self._tokens[part.slot][held:])
+                self._catch_up(part.slot, nearest, [leader])
         self._compute(parts, [leader])
         for part in parts:
             self._share(part.slot, leader, self._followers, part.position, part.tokens)
@@ -323,6 +381,10 @@ class Engine(Owner):
         if not self._backend.truncate(slot, length):
             self._backend.truncate(slot, length := 0)
         del self._tokens[slot][length:]
+
+    @property
+    def _native(self) -> int:
+        return self._backend.native
 
     @property
     def _cancel(self) -> CancelFlag:

@@ -18,6 +18,7 @@ from abcli.native.llama import CancelFlag, version
 from abcli.native.model import Model
 from abcli.native.owner import Owner
 from abcli.native.rotating.context import FusedContext, SlotPart
+from abcli.rope.bases import nearest_bucket
 
 _HINT = "use `engine=contexts` with this model"
 # What names the rank of compressed keys and values in a GGUF header.
@@ -40,9 +41,12 @@ class FusedBackend(Owner):
         check_servable(model, config, self.buckets)
         self.cancel = CancelFlag()
         self._slot_cells = config.context_size
+        self.native = nearest_bucket(buckets.bases, model.checked.header.native_base)
         self._dropped: NDArray[np.float32] = np.empty((self.buckets, model.vocabulary_size), np.float32)
-        # Whether it is yet to be proved that cells lie where shared keys were put.
-        self._unproved = False
+        # Slots in which it is yet to be proved that cells lie where shared keys were put, and those in which it is:
+        # what is appended there lies behind.
+        self._unproved: set[int] = set()
+        self._proved: set[int] = set()
         with ExitStack() as stack:
 
             def make() -> None:
@@ -67,36 +71,50 @@ class FusedBackend(Owner):
         """See `Backend.compute`."""
         # A batch is kept in one piece only for ascending sequences without gaps.
         parts = sorted(parts, key=lambda part: part.slot)
-        leading = len(columns) < self.buckets
         if all(len(part.tokens) == 1 and part.logits is not None for part in parts):
-            return self._compute_rows(parts, merge)
+            unproved = self._unproved.intersection(part.slot for part in parts)
+            batches = self._context.neighbours(columns)
+            agreements: dict[int, float] = {}
+            for neighbours in batches:
+                rule = merge if len(batches) == 1 else None
+                agreements |= self._compute_rows(parts, columns, neighbours, rule, careful=bool(unproved))
+            self._unproved -= unproved
+            self._proved |= unproved
+            return agreements
         groups = _alike(parts, self._piece, self._slot_cells) if self.buckets == 1 else ([part] for part in parts)
         for group in groups:
             batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
             rows = [part.logits for part in group if part.logits is not None]
             if len(group) > 1:
                 self._run(partial(self._context.compute_side_by_side, batch, [row[0] for row in rows]))
-            else:
-                self._run(partial(self._context.compute, batch, columns, rows or None, careful=leading))
+                continue
+            for neighbours in self._context.neighbours(columns):
+                logits = [_rows_of(row, columns, neighbours) for row in rows] or None
+                careful = list(columns) == [self.leader]
+                self._run(partial(self._context.compute, batch, neighbours, logits, careful=careful))
         return {}
 
     def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
         """See `Backend.share`."""
-        self._unproved = True
+        if slot not in self._proved:
+            self._unproved.add(slot)
         self._run(partial(self._context.share, slot, source, targets, start, tokens))
 
     def length(self, slot: int, column: int) -> int:
         """See `Backend.length`."""
         return self._context.length(self._context.sequence(slot, column))
 
-    def truncate(self, slot: int, length: int) -> bool:
+    def truncate(self, slot: int, length: int, columns: Sequence[int] | None = None) -> bool:
         """See `Backend.truncate`."""
-        sequences = [self._context.sequence(slot, column) for column in range(len(self.bases))]
+        self._proved.discard(slot)
+        asked = range(len(self.bases)) if columns is None else columns
+        sequences = [self._context.sequence(slot, column) for column in asked]
         # Every sequence is asked: a generator would stop at the first refusal and leave the others longer.
         return all([self._context.truncate(sequence, length) for sequence in sequences])  # noqa: C419
 
     def copy(self, source: int, target: int) -> None:
         """See `Backend.copy`."""
+        self._proved.discard(target)
         self._context.copy_slot(source, target)
 
     def read_cells(self, slot: int, start: int, end: int) -> NDArray[np.uint8]:
@@ -107,33 +125,42 @@ class FusedBackend(Owner):
         """See `Backend.append_cells`."""
         self._run(partial(self._context.write_cells, slot, self.leader, start, tokens, data))
 
-    def _compute_rows(self, parts: Sequence[Part], merge: MergeRule | None) -> dict[int, float]:
-        """Neighbouring slots go into one batch; idle ones between them get a token that is dropped again."""
+    def _compute_rows(
+        self,
+        parts: Sequence[Part],
+        columns: Sequence[int],
+        neighbours: Sequence[int],
+        merge: MergeRule | None,
+        *,
+        careful: bool,
+    ) -> dict[int, float]:
+        """Compute those of `columns` that are `neighbours`.
+
+        Neighbouring slots go into one batch; idle ones between them get a token that is dropped again.
+        """
         merged: dict[int, float] = {}
-        careful, self._unproved = self._unproved, False
         rows = {part.slot: part for part in parts}
         between = [slot for slot in range(parts[0].slot, parts[-1].slot) if slot not in rows]
-        lengths = {slot: self.length(slot, 0) for slot in between}
+        lengths = {slot: {self.length(slot, column) for column in neighbours} for slot in between}
+        # A slot that was decoded by the native bucket alone has columns of two lengths.
         idle = {
-            slot: Part(slot, length, parts[0].tokens, self._dropped)
+            slot: Part(slot, max(length), parts[0].tokens, list(self._dropped[: len(columns)]))
             for slot, length in lengths.items()
-            if length < self._slot_cells
+            if len(length) == 1 and max(length) < self._slot_cells
         }
-        for slots in _runs(list(rows), self.piece(self.buckets), idle, _BATCH_ROWS // self.buckets):
+        limit = self.piece(len(neighbours)) if self._context.slots_follow(neighbours) else 1
+        for slots in _runs(list(rows), limit, idle, _BATCH_ROWS // len(neighbours)):
             group = [rows.get(slot) or idle[slot] for slot in slots]
             batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
-            logits = [part.logits for part in group if part.logits is not None]
+            logits = [_rows_of(part.logits, columns, neighbours) for part in group if part.logits is not None]
 
-            def compute(
-                batch: list[SlotPart] = batch, logits: list[NDArray[np.float32]] = logits, careful: bool = careful
-            ) -> None:
-                columns = range(self.buckets)
-                agreements = self._context.compute(batch, columns, logits, careful=careful, merge=merge)
+            def compute(batch: list[SlotPart] = batch, logits: list[list[NDArray[np.float32]]] = logits) -> None:
+                agreements = self._context.compute(batch, neighbours, logits, careful=careful, merge=merge)
                 merged.update(zip((part.slot for part in batch), agreements or (), strict=False))
 
             self._run(compute)
             for slot in idle.keys() & set(slots):
-                self.truncate(slot, lengths[slot])
+                self.truncate(slot, idle[slot].position, neighbours)
         return merged
 
     def _run(self, job: Callable[[], object]) -> None:
@@ -170,7 +197,8 @@ def _open(
     extra = None
     if base not in bases:
         base, extra = (bases[0], None) if exact else (base, base)
-    context = FusedContext(model, bases, config, base, threads, cancel, extra)
+    apart = nearest_bucket(bases, model.checked.header.native_base) if config.gated and len(bases) > 1 else None
+    context = FusedContext(model, bases, config, base, threads, cancel, extra, apart)
     leader = len(bases) if extra is not None else bases.index(base)
     if exact:
         return leader, context, Sharing(False)
@@ -182,7 +210,7 @@ def _open(
     if not obstacle:
         return leader, context, Sharing(True, f"at base {base:g}; {context.turning_layers} layers follow the base")
     if extra is not None:
-        leader, context = 0, FusedContext(model, bases, config, bases[0], threads, cancel)
+        leader, context = 0, FusedContext(model, bases, config, bases[0], threads, cancel, None, apart)
     return leader, context, Sharing(False, obstacle)
 
 
@@ -192,6 +220,13 @@ def _experts_obstacle(model: Model, context: FusedContext) -> str:
         # What was not computed leaves the choice undefined, and llama.cpp reads it to copy weights.
         return "the model has experts, and a graph cannot be left out as a whole"
     return ""
+
+
+def _rows_of(
+    logits: Sequence[NDArray[np.float32]], columns: Sequence[int], chosen: Sequence[int]
+) -> list[NDArray[np.float32]]:
+    """Those of `logits`, which are of `columns`, that are of the columns `chosen`."""
+    return [row for row, column in zip(logits, columns, strict=True) if column in chosen]
 
 
 def _alike(parts: Sequence[Part], limit: int, slot_cells: int) -> Iterator[list[Part]]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # can grow tenfold with each token.
 MAX_GRAMMAR_SECONDS = 1.0
 
+# Of a GBNF grammar only so many candidates are asked for what comes next: it takes its time for a whole vocabulary.
+_ASKED_CANDIDATES = 64
+
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -61,11 +64,15 @@ class SamplerChain(Owner):
         self._any = constraint is not None or bool(config.logit_bias)
         self._grammar: _Grammar | Matcher | None = None
         with ExitStack() as stack:
-            self._chain = _own(stack, llama.llama_sampler_chain_init, llama.llama_sampler_chain_default_params())
+            self._chain = _own(stack, _make_chain)
             biases = _biases(model, config)
             self._biased = np.unique([bias.token for bias in biases]).astype(np.int64)
             self._enough = enough_candidates(config, penalty_last_n, len(self._biased), size)
-            for make in _samplers(model, config, self.seed, penalty_last_n, dry_last_n, biases):
+            # What moves logits is a chain within the chain, to be applied alone too.
+            self._moving = _append(self._chain, _make_chain)
+            for make in _moving_samplers(model, config, penalty_last_n, dry_last_n, biases):
+                _append(self._moving, make)
+            for make in _choosing_samplers(config, self.seed):
                 _append(self._chain, make)
             if constraint is not None:
                 self._grammar = _follower(stack, model, constraint)
@@ -96,6 +103,30 @@ class SamplerChain(Owner):
                     "let alternatives differ in their first characters",
                 )
         return token
+
+    def confidence(self, logits: NDArray[np.float32]) -> float:
+        """The probability (0 to 1) of the likeliest token in `logits` (float32 `[vocabulary]`), which is left to come.
+
+        Biases, penalties and what the answer has to follow count, temperature and truncation do not. Of a GBNF grammar
+        only the likeliest candidates are asked, so that the probability may be larger than is said. Raises as `sample`.
+        """
+        self._check(logits)
+        self._fill(logits)
+        llama.llama_sampler_apply(self._moving, ctypes.byref(self._array))
+        moved = self._candidates["logit"]
+        peak = moved.max()
+        if peak == -np.inf:
+            return 0.0
+        shares = np.exp(moved - peak)
+        if isinstance(self._grammar, _Grammar):
+            count = min(_ASKED_CANDIDATES, len(shares))
+            for token in np.argpartition(shares, -count)[-count:]:
+                if not self._grammar.allows(int(token)):
+                    shares[token] = 0
+        elif self._grammar is not None:
+            shares[~self._grammar.mask()] = 0
+        total = float(shares.sum())
+        return float(shares.max()) / total if total > 0 else 0.0
 
     @property
     def finished(self) -> bool:
@@ -185,17 +216,15 @@ class SamplerChain(Owner):
             raise NativeError("the sampler is closed", "make a new one")
 
 
-def _samplers(
-    model: Model, config: SamplingConfig, seed: int, penalty_last_n: int, dry_last_n: int, biases: list[Any]
+def _moving_samplers(
+    model: Model, config: SamplingConfig, penalty_last_n: int, dry_last_n: int, biases: list[Any]
 ) -> Iterator[Callable[[], Any]]:
-    """What makes each sampler of the chain, in the order of common_sampler_init."""
+    """What makes each sampler that moves logits, in the order of common_sampler_init, where these come first."""
     if biases:
         array = (llama.llama_logit_bias * len(biases))(*biases)
         yield lambda: llama.llama_sampler_init_logit_bias(model.vocabulary_size, len(biases), array)
     if config.mirostat == 2:
         # As in llama.cpp, mirostat takes the place of all truncation and penalties.
-        yield lambda: llama.llama_sampler_init_temp(config.temperature)
-        yield lambda: llama.llama_sampler_init_mirostat_v2(seed, config.mirostat_tau, config.mirostat_eta)
         return
     yield lambda: llama.llama_sampler_init_penalties(
         model.vocabulary_size,
@@ -205,6 +234,14 @@ def _samplers(
         config.presence_penalty,
     )
     yield lambda: _make_dry(model, config, dry_last_n)
+
+
+def _choosing_samplers(config: SamplingConfig, seed: int) -> Iterator[Callable[[], Any]]:
+    """What makes each of the samplers that follow: truncation, temperature and the choice."""
+    if config.mirostat == 2:
+        yield lambda: llama.llama_sampler_init_temp(config.temperature)
+        yield lambda: llama.llama_sampler_init_mirostat_v2(seed, config.mirostat_tau, config.mirostat_eta)
+        return
     yield lambda: llama.llama_sampler_init_top_n_sigma(config.top_n_sigma)
     yield lambda: llama.llama_sampler_init_top_k(config.top_k)
     yield lambda: llama.llama_sampler_init_typical(config.typical_p, 0)
@@ -293,12 +330,17 @@ def _own(stack: ExitStack, make: Callable[..., Any], *arguments: Any) -> Any:
     return handle
 
 
-def _append(chain: Any, make: Callable[[], Any]) -> None:
+def _make_chain() -> Any:
+    return llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+
+
+def _append(chain: Any, make: Callable[[], Any]) -> Any:
     with ExitStack() as stack:
         handle = _own(stack, make)
         # void llama_sampler_chain_add(struct llama_sampler * chain, struct llama_sampler * smpl)
         llama.llama_sampler_chain_add(chain, handle)
         stack.pop_all()  # the chain frees it from now on
+    return handle
 
 
 def _no_token() -> NativeError:

@@ -110,6 +110,13 @@ def resolve_buckets(config: BucketConfig, native_base: float, prefill_base: floa
     return Buckets(choose_bases(config, native_base), computing, config.merge, config.weights)
 
 
+def nearest_bucket(bases: Sequence[float], base: float) -> int:
+    """The bucket whose base is, by its logarithm, nearest to `base`; of several the first."""
+    if len(bases) == 1:
+        return 0
+    return min(range(len(bases)), key=lambda bucket: abs(math.log(bases[bucket] / base)))
+
+
 def parse_numbers(text: str, flag: str) -> tuple[float, ...]:
     """The finite numbers of a comma-separated list such as "50000,100000"; `flag` is named in a UsageError."""
     numbers = []

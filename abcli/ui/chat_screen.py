@@ -195,7 +195,7 @@ class ChatScreen:
                         self.terminal.warn(
                             f"the context is full: left out are the oldest {counted(self.chat.dropped_turns, 'turn')}"
                         )
-                    answer = piece.answer
+                    answer = piece.running
                     self.terminal.write_answer(piece.text)
             finally:
                 self.terminal.end_line()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.reading import seed_for
+from abcli.chat.options import ChatOptions, chat_options
 from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig
 from tests.batch.inputs import OWN, job, jobs, openai, write
 
@@ -189,9 +191,9 @@ def test_openai_response_formats(tmp_path: Path) -> None:
         (openai(n=True), "n is true"),
         (openai(stream=True), "stream is true"),
         (openai(logprobs=True), "logprobs is true"),
-        (openai(tools=[{"type": "function"}]), "tools is"),
-        (openai(tool_choice="auto"), "tool_choice is"),
-        (openai(reasoning_effort="low"), '"reasoning_effort" is not known'),
+        (openai(tools=[{"type": "function"}]), "tools[0].function is missing"),
+        (openai(tool_choice="required"), "tool_choice=required needs tools"),
+        (openai(reasoning_effort=1), "reasoning_effort is 1"),
         (openai(max_tokens=1, max_completion_tokens=2), "differ"),
         (openai(response_format={"type": "xml"}), "response_format"),
         (openai(response_format={"type": "json_schema"}), "response_format"),
@@ -234,3 +236,16 @@ def test_texts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert isinstance(second, Job)
     assert (first.messages[0].content, second.messages[0].content) == ("p", "p\ufeff")
     assert first.generation.sampling.json_schema == '{"const": 1}'
+
+
+def test_lines_may_have_tools(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    choice = {"type": "function", "function": {"name": "f"}}
+    body = {"tools": [tool], "tool_choice": choice, "parallel_tool_calls": False, "reasoning_effort": "low"}
+    options = job(write(tmp_path, [openai(**body)])).options
+    assert options == chat_options(body)
+    assert (options.tools[0].name, options.tool_choice, options.parallel_tool_calls) == ("f", "f", False)
+    assert job(write(tmp_path, [openai(**dict.fromkeys(body))])).options == ChatOptions()
+    (plain,) = jobs(write(tmp_path, [{"prompt": "a", "thinking": "off"}]), options=options)
+    assert isinstance(plain, Job)
+    assert plain.options == replace(options, thinking="off")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from abcli.batch.jobs import BadLine, Job, Result
 from abcli.batch.prefixes import BLOCK, ReuseRule
 from abcli.batch.scheduler import Scheduler, StopSwitch
+from abcli.chat.asking import Asked, plain_asked
 from abcli.chat.messages import Message
 from abcli.errors import CancelledError, GrammarError, NativeError, PromptError, UsageError
 from abcli.generate import Generator
@@ -39,11 +40,11 @@ def job(index: int, prompt: str, sampling: SamplingConfig = SAMPLED, max_tokens:
     return Job(index, index + 1, str(index), (Message("user", prompt),), GenerationConfig(sampling, max_tokens))
 
 
-def tokenize(item: Job) -> list[int]:
+def ask(item: Job) -> Asked:
     text = item.messages[0].content
     if not text:
         raise PromptError("the prompt is empty")
-    return list(text.encode())
+    return plain_asked(list(text.encode()), item.generation)
 
 
 class PickySampler(GreedySampler):
@@ -88,7 +89,7 @@ class Bench:
 
     def scheduler(self, items: Iterable[Job | BadLine]) -> Scheduler:
         return Scheduler(
-            items, self.engine, self.generator, tokenize, self.switch, reuse=self.reuse, look_ahead=self.look_ahead
+            items, self.engine, self.generator, ask, self.switch, reuse=self.reuse, look_ahead=self.look_ahead
         )
 
     def run(self, items: Iterable[Job | BadLine]) -> list[Result]:
@@ -321,7 +322,7 @@ def test_many_bad_lines_are_not_read_all_at_once() -> None:
 def test_the_models_failure_ends_the_run() -> None:
     bench = Bench()
 
-    def fail(_tokens: object) -> NDArray[np.float32]:
+    def fail(*_arguments: object) -> NDArray[np.float32]:
         raise NativeError("llama.cpp failed to decode")
 
     bench.engine.step = fail  # type: ignore[method-assign]

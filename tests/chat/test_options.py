@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from abcli.chat.messages import Tool
 from abcli.chat.options import ChatOptions, chat_options, option_fields
-from abcli.chat.tools import Tool
 from abcli.errors import PromptError, UsageError
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abcli.chat.functions import as_tools, tool_of_function
-from abcli.chat.tools import NO_PARAMETERS, Tool, read_tools, read_tools_file, tool_fields
+from abcli.chat.messages import Tool
+from abcli.chat.tools import read_tools, read_tools_file
 from abcli.errors import PromptError
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -26,15 +27,13 @@ NAMES = st.text("abcXYZ019_.:/-", min_size=1, max_size=20).filter(lambda name: n
 def test_a_list_of_tools_is_read() -> None:
     bare = {"name": "stop", "parameters": None}
     tools = read_tools([WEATHER, bare, {"type": "function", "function": {"name": "go", "strict": True}}])
-    assert tools == (Tool("get_weather", "Weather", json.dumps(SCHEMA)), Tool("stop"), Tool("go"))
-    assert tools[0].schema == SCHEMA
-    assert json.loads(NO_PARAMETERS) == tools[1].schema
+    assert tools == (Tool("get_weather", "Weather", SCHEMA), Tool("stop"), Tool("go"))
     assert read_tools({"tools": [WEATHER]}) == tools[:1]
 
 
 @given(st.lists(st.builds(Tool, NAMES, st.text(st.characters(exclude_categories=["Cs"]))), unique_by=lambda t: t.name))
 def test_what_is_written_is_read_back(tools: list[Tool]) -> None:
-    assert read_tools(json.loads(json.dumps([tool_fields(tool) for tool in tools]))) == tuple(tools)
+    assert read_tools(json.loads(json.dumps([tool.fields for tool in tools]))) == tuple(tools)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +124,7 @@ def draw(
 def test_a_function_says_all_a_tool_needs() -> None:
     tool = tool_of_function(draw)
     assert (tool.name, tool.description) == ("draw", "Draw something on a sheet. Longer.")
-    schema = tool.schema
+    schema = tool.parameters
     assert schema["required"] == ["title", "corners"]
     properties = schema["properties"]
     assert properties["title"] == {"type": "string", "description": "What stands above, in one line."}
@@ -152,7 +151,10 @@ def test_other_ways_to_write_a_docstring() -> None:
 
     tool = tool_of_function(add)
     assert tool.description == "Add two numbers."
-    assert [item["description"] for item in tool.schema["properties"].values()] == ["the first, of two", "the second"]
+    assert [item["description"] for item in tool.parameters["properties"].values()] == [
+        "the first, of two",
+        "the second",
+    ]
 
 
 def untyped(value):  # type: ignore[no-untyped-def]

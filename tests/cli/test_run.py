@@ -51,7 +51,15 @@ def test_json_has_the_documented_keys(tiny_model: Path, abcli: Command) -> None:
     arguments = (tiny_model, "hello", "-n", 8, "-s", 1)
     found = report(abcli, *arguments)
     numbers = {"bases": list, "merge": str, "seed": int, "agreement": float, "usage": dict, "timings": dict}
-    kinds = {"text": str, "finish_reason": str, "model": str, "lora": list, **numbers}
+    kinds = {
+        "text": str,
+        "reasoning": str,
+        "tool_calls": list,
+        "finish_reason": str,
+        "model": str,
+        "lora": list,
+        **numbers,
+    }
     assert {key: type(value) for key, value in found.items()} == kinds
     assert found["text"] == answer(abcli, *arguments)
     assert found["finish_reason"] == "length"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.support.fakes import VOCABULARY, FakeBackend
 
 CONTEXT = 40
 SLOTS = 3
-BASES = (1e4, 2e4)
+BASES = (1e4, 2e4, 3e4)
 
 
 def answer(tokens: Sequence[int], column: int) -> int:
@@ -46,15 +47,21 @@ def make(backend: FakeBackend, *, context_size: int = CONTEXT, cache: PromptCach
     )
 
 
-def check(engine: Engine, backend: FakeBackend, found: dict[int, Any]) -> None:
-    """Every bucket holds what the engine says, the leader no more, and the logits are of these tokens."""
+def check(engine: Engine, backend: FakeBackend, found: dict[int, Any], behind: Collection[int] = ()) -> None:
+    """Every bucket holds what the engine says, the leader no more, nor, in slots that may be `behind`, buckets other
+    than the native one; the logits are of these tokens.
+    """
     for slot in range(engine.slots):
         held = list(engine.tokens(slot))
         for column in range(len(backend.bases)):
             there = backend.held[column][slot]
-            assert there == held if column < backend.buckets else there == held[: len(there)]
+            assert there == held[: len(there)]
+            if column == backend.native or (column < backend.buckets and slot not in behind):
+                assert there == held
+        assert len({len(backend.held[b][slot]) for b in range(backend.buckets) if b != backend.native}) <= 1
     for slot, logits in found.items():
-        assert [row.argmax() for row in logits] == [answer(engine.tokens(slot), b) for b in range(backend.buckets)]
+        buckets = range(backend.buckets) if len(logits) == backend.buckets else [backend.native]
+        assert [row.argmax() for row in logits] == [answer(engine.tokens(slot), b) for b in buckets]
 
 
 TOKEN = st.integers(0, 250)
@@ -72,10 +79,12 @@ class Slots(RuleBasedStateMachine):
         kind=st.sampled_from([FakeBackend, NarrowBackend]),
     )
     def make(self, data: st.DataObject, shared: bool, piece: int, kind: type[FakeBackend]) -> None:
+        buckets = data.draw(st.integers(1 + shared, 3))
         self.backend = kind(
             answer,
-            BASES[: data.draw(st.integers(1 + shared, 2))],
+            BASES[:buckets],
             SLOTS,
+            native=data.draw(st.integers(0, buckets - 1)),
             leader=data.draw(st.sampled_from([None, 1.5e4])) if shared else None,
             shared=shared,
             piece=piece,
@@ -84,6 +93,7 @@ class Slots(RuleBasedStateMachine):
         self.engine = make(self.backend)
         self.held: list[list[int]] = [[] for _ in range(SLOTS)]
         self.waiting: list[list[int]] = [[] for _ in range(SLOTS)]
+        self.behind: set[int] = set()
 
     @rule(slot=SLOT, prompt=PROMPT)
     def begin(self, slot: int, prompt: list[int]) -> None:
@@ -100,14 +110,26 @@ class Slots(RuleBasedStateMachine):
         """The slots of `tokens` that can be named in a step."""
         return {i: t for i, t in tokens.items() if not self.waiting[i] and len(self.held[i]) < CONTEXT}
 
-    @rule(tokens=st.dictionaries(SLOT, TOKEN))
-    def step(self, tokens: dict[int, int]) -> None:
+    @rule(tokens=st.dictionaries(SLOT, TOKEN), gates=st.dictionaries(SLOT, st.booleans()))
+    def step(self, tokens: dict[int, int], gates: dict[int, bool]) -> None:
         rows = self.rows(tokens)
         if not (rows or any(self.waiting)):
             return
         calls = len(self.backend.calls)
         before = [len(item) for item in self.waiting]
-        found = self.engine.step(rows)
+        asked: dict[int, int] = {}
+
+        def gate(slot: int, logits: Any) -> bool:
+            asked[slot] = int(logits.argmax())
+            return gates[slot]
+
+        found = self.engine.step(rows, gates={slot: partial(gate, slot) for slot in gates})
+        assert asked.keys() == found.keys() & gates.keys() or self.backend.buckets == 1
+        for slot, logits in found.items():
+            decided = gates.get(slot, False) and self.backend.buckets > 1
+            assert len(logits) == (1 if decided else self.backend.buckets)
+            # The end of an exact prompt is there in every bucket all the same.
+            self.behind = self.behind | {slot} if decided else self.behind - {slot}
         for slot, token in rows.items():
             self.held[slot].append(token)
         for slot in range(SLOTS):
@@ -119,13 +141,20 @@ class Slots(RuleBasedStateMachine):
         work = [
             sum(sizes) / self.backend.piece(1 if kind == "lead" else self.backend.buckets)
             for kind, sizes in self.backend.calls[calls:]
-            if kind != "rows"
+            if kind in ("piece", "lead")
         ]
         assert sum(work) <= 1.001
-        check(self.engine, self.backend, found)
+        for slot, token in asked.items():
+            assert token == answer(self.engine.tokens(slot), self.backend.native)
+        check(self.engine, self.backend, found, self.behind)
 
-    @rule(tokens=st.dictionaries(SLOT, TOKEN), error=st.sampled_from([NativeError, CancelledError]), late=st.booleans())
-    def failing_step(self, tokens: dict[int, int], error: type[Exception], late: bool) -> None:
+    @rule(
+        tokens=st.dictionaries(SLOT, TOKEN),
+        gates=st.dictionaries(SLOT, st.booleans()),
+        error=st.sampled_from([NativeError, CancelledError]),
+        late=st.booleans(),
+    )
+    def failing_step(self, tokens: dict[int, int], gates: dict[int, bool], error: type[Exception], late: bool) -> None:
         rows = self.rows(tokens)
         if not (rows or any(self.waiting)):
             return
@@ -139,7 +168,7 @@ class Slots(RuleBasedStateMachine):
 
         self.backend.fail = fail
         with pytest.raises(error):
-            self.engine.step(rows)
+            self.engine.step(rows, gates={slot: lambda _logits, let=let: let for slot, let in gates.items()})
         self.backend.fail = lambda _verb: None
         for slot in range(SLOTS):
             kept = list(self.engine.tokens(slot))
@@ -167,6 +196,7 @@ class Slots(RuleBasedStateMachine):
         self.engine.copy(slot, other)
         if slot != other:
             self.held[other], self.waiting[other] = list(self.held[slot]), []
+            self.behind = self.behind | {other} if slot in self.behind else self.behind - {other}
 
     @rule(slot=SLOT)
     def drop(self, slot: int) -> None:
@@ -182,14 +212,15 @@ class Slots(RuleBasedStateMachine):
         self.held[slot] += prompt
         assert seen == sorted(set(seen))
         assert seen[-1] == len(prompt)
-        check(self.engine, self.backend, found)
+        self.behind.discard(slot)
+        check(self.engine, self.backend, found, self.behind)
 
     @invariant()
     def is_equal(self) -> None:
         if hasattr(self, "engine"):
             assert [list(self.engine.tokens(slot)) for slot in range(SLOTS)] == self.held
             assert [self.engine.waiting(slot) for slot in range(SLOTS)] == list(map(len, self.waiting))
-            check(self.engine, self.backend, {})
+            check(self.engine, self.backend, {}, self.behind)
 
 
 TestSlots = Slots.TestCase
@@ -263,7 +294,7 @@ def test_what_on_progress_raises_leaves_the_slot_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         engine.prefill(0, list(range(20)), progress)
     assert (list(engine.tokens(0)), engine.waiting(0)) == ([1, 2], 0)
-    assert engine.prefill(0, [3]).argmax(axis=1).tolist() == [answer([1, 2, 3], 0), answer([1, 2, 3], 1)]
+    assert engine.prefill(0, [3]).argmax(axis=1).tolist() == [answer([1, 2, 3], bucket) for bucket in range(3)]
 
 
 def test_closing_closes_the_backend() -> None:

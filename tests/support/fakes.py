@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from abcli.config import MergeRule
 from abcli.engine.backend import Part, Sharing
-from abcli.engine.engine import Engine
+from abcli.engine.engine import NO_GATES, Engine, Gate
 from abcli.errors import CancelledError
 from abcli.native.llama import CancelFlag
 from abcli.native.state import StateError
@@ -19,6 +19,8 @@ from abcli.sampling import SamplingConfig
 END = 256
 VOCABULARY = 257
 PIECE = 4
+# What a column holds in cells that have no keys yet.
+NO_TOKEN = -1
 
 # Given the tokens of a slot and the number of a bucket: the token that bucket finds most likely.
 NextToken = Callable[[Sequence[int], int], int]
@@ -37,6 +39,7 @@ class FakeBackend:
         slots: int = 1,
         *,
         leader: float | None = None,
+        native: int = 0,
         shared: bool = False,
         piece: int = PIECE,
         forgets_parts: bool = True,
@@ -44,6 +47,7 @@ class FakeBackend:
         self.buckets = len(bases)
         self.bases = (*bases, *([] if leader is None else [leader]))
         self.leader = 0 if leader is None else self.buckets
+        self.native = native
         self.turning = ""
         self.sharing = Sharing(shared, "as asked for" if shared else "")
         self.cancel = CancelFlag()
@@ -52,7 +56,8 @@ class FakeBackend:
         self.forgets_parts = forgets_parts
         self.held: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in self.bases]
         self.calls: list[tuple[str, list[int]]] = []
-        """What was computed: "rows", "piece" or "lead" and the number of tokens of each part."""
+        """What was computed: "rows" (or "native" or "others", if not in all buckets), "piece" (or "owed", if in the
+        others alone) or "lead", and the number of tokens of each part."""
         self.fail: Callable[[str], None] = lambda _verb: None
         self.closed = False
         self._piece = piece
@@ -63,12 +68,19 @@ class FakeBackend:
     def compute(
         self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
     ) -> Mapping[int, float]:
-        assert list(columns) in (list(range(self.buckets)), [self.leader])
+        buckets = list(range(self.buckets))
+        others = [bucket for bucket in buckets if bucket != self.native]
+        assert list(columns) in (buckets, others, [self.native], [self.leader])
         assert len({part.slot for part in parts}) == len(parts)
         sizes = [len(part.tokens) for part in parts]
         rows = all(len(part.tokens) == 1 and part.logits is not None for part in parts)
         assert rows or sum(sizes) <= self.piece(len(columns))
-        kind = "rows" if rows else "piece" if len(columns) == self.buckets else "lead"
+        if len(columns) == self.buckets:
+            kind = "rows" if rows else "piece"
+        elif rows:
+            kind = "native" if list(columns) == [self.native] else "others"
+        else:
+            kind = "lead" if self.sharing.shared else "owed"
         self.calls.append((kind, sizes))
         self._work("compute")
         for part in parts:
@@ -77,7 +89,7 @@ class FakeBackend:
                 assert len(held) == part.position
                 held += part.tokens
                 if part.logits is not None:
-                    part.logits[row] = self.logits(held, column)
+                    part.logits[row][:] = self.logits(held, column)
         return {}
 
     def logits(self, tokens: Sequence[int], column: int) -> NDArray[np.float32]:
@@ -88,19 +100,21 @@ class FakeBackend:
     def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
         assert 0 < len(tokens) <= self.piece(1)
         assert self.held[source][slot][start : start + len(tokens)] == list(tokens)
+        for target in targets:
+            assert len(self.held[target][slot]) == start
+            self.held[target][slot] += [NO_TOKEN] * len(tokens)
         self._work("share")
         for target in targets:
-            held = self.held[target][slot]
-            assert len(held) == start
-            held += tokens
+            self.held[target][slot][start:] = tokens
 
     def length(self, slot: int, column: int) -> int:
         return len(self.held[column][slot])
 
-    def truncate(self, slot: int, length: int) -> bool:
-        if not self.forgets_parts and any(0 < length < len(column[slot]) for column in self.held):
+    def truncate(self, slot: int, length: int, columns: Sequence[int] | None = None) -> bool:
+        asked = [self.held[column] for column in (range(len(self.bases)) if columns is None else columns)]
+        if not self.forgets_parts and any(0 < length < len(column[slot]) for column in asked):
             return False
-        for column in self.held:
+        for column in asked:
             del column[slot][length:]
         return True
 
@@ -160,10 +174,12 @@ class FakeEngine(Engine):
         """How many prompts each piece had a part of."""
         return [len(sizes) for kind, sizes in self.backend.calls if kind == "piece"]
 
-    def step(self, tokens: Mapping[int, int], merge: MergeRule | None = None) -> dict[int, NDArray[np.float32]]:
+    def step(
+        self, tokens: Mapping[int, int], merge: MergeRule | None = None, gates: Mapping[int, Gate] = NO_GATES
+    ) -> dict[int, NDArray[np.float32]]:
         if tokens:
             self.step_sizes.append(len(tokens))
-        found = super().step(tokens, merge)
+        found = super().step(tokens, merge, gates)
         self.advanced.append(len(found))
         return found
 
@@ -171,7 +187,7 @@ class FakeEngine(Engine):
 class ByteTokenizer:
     """Token = byte."""
 
-    def piece(self, token: int) -> bytes:
+    def piece(self, token: int, *, special: bool = False) -> bytes:
         return bytes([token]) if token < END else b""
 
     def is_end(self, token: int) -> bool:
@@ -193,6 +209,9 @@ class GreedySampler:
 
     def accept_prompt(self, tokens: Sequence[int]) -> None:
         self.prompt += tokens
+
+    def confidence(self, logits: NDArray[np.float32]) -> float:
+        return float(1 / np.exp(logits - logits.max()).sum())
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         return int(logits.argmax())

@@ -107,7 +107,7 @@ class Worker:
                 self._jobs(),
                 llm.engine,
                 llm.generator,
-                lambda job: llm.prompt_tokens(job.messages),
+                lambda job: llm.ask(job.messages, job.options, job.generation),
                 self._switch,
                 reuse=reuse_rule(llm),
                 totals=self._totals,

@@ -51,10 +51,11 @@ class SlotPart:
 
 
 class FusedContext(Sequences):
-    """Owns one `llama_context` whose sequence `slot * buckets + bucket` holds a slot under a bucket's base.
+    """Owns one `llama_context` with a sequence for each slot under each base.
 
-    A leader, if there is one, has the column after the buckets and its sequences after all others, so that the
-    buckets of neighbouring slots have sequences without gaps.
+    llama.cpp computes sequences together if their numbers have no gaps: those of the buckets of neighbouring slots have
+    none, nor have those of columns that are computed alone. These are the leader, if there is one, which has the column
+    after the buckets, and a bucket that is set apart.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class FusedContext(Sequences):
         threads: int,
         cancel: CancelFlag,
         leader: float | None = None,
+        apart: int | None = None,
     ) -> None:
         """`bases` are the buckets', `base` the context's own: equal bases cost nothing.
 
@@ -75,7 +77,13 @@ class FusedContext(Sequences):
         check_tensor_layout()
         self.bases = (*bases, *([] if leader is None else [leader]))
         self.buckets = len(bases)
-        self._slots = config.slots
+        together = [column for column in range(self.buckets) if column != apart]
+        blocks = [together, *([column] for column in range(len(self.bases)) if column not in together)]
+        # Of each column: its sequence in slot 0, and how far it is to that in the next slot.
+        self._places: dict[int, tuple[int, int]] = {}
+        for block in blocks:
+            first = config.slots * len(self._places)
+            self._places |= {column: (first + index, len(block)) for index, column in enumerate(block)}
         self._threads = threads
         sequences = config.slots * len(self.bases)
         if sequences > MAX_SEQUENCES:
@@ -134,15 +142,28 @@ class FusedContext(Sequences):
 
     def sequence(self, slot: int, column: int) -> int:
         """The sequence of a slot's bucket, or of its leader (the column after the buckets)."""
-        if column < self.buckets:
-            return slot * self.buckets + column
-        return self._slots * self.buckets + slot
+        first, step = self._places[column]
+        return first + slot * step
+
+    def neighbours(self, columns: Sequence[int]) -> list[list[int]]:
+        """`columns` in groups whose sequences of one slot have no gaps, in the order of the sequences."""
+        groups: list[list[int]] = []
+        for column in sorted(columns, key=lambda column: self.sequence(0, column)):
+            if groups and self.sequence(0, column) == self.sequence(0, groups[-1][-1]) + 1:
+                groups[-1].append(column)
+            else:
+                groups.append([column])
+        return groups
+
+    def slots_follow(self, columns: Sequence[int]) -> bool:
+        """Whether `columns`, a group of neighbours, have no gaps from slot to slot either."""
+        return self.sequence(1, columns[0]) == self.sequence(0, columns[-1]) + 1
 
     def compute(
         self,
         parts: Sequence[SlotPart],
         columns: Sequence[int],
-        logits: Sequence[NDArray[np.float32]] | None,
+        logits: Sequence[Sequence[NDArray[np.float32]]] | None,
         *,
         careful: bool = False,
         merge: MergeRule | None = None,
@@ -152,7 +173,7 @@ class FusedContext(Sequences):
         With `merge`, and on a device that can, only the merged logits go to the first row of `logits[i]`: the parts'
         agreements are then returned, else None.
 
-        Several parts have one token each and neighbouring slots in ascending order; `columns` ascend without gaps.
+        Several parts have one token each and neighbouring slots in ascending order; `columns` are neighbours.
         At most `ubatch_size` tokens in all columns together. `careful` proves that the keys go where they are
         expected. Raises as `Sequences.decode` does; the caller then truncates.
         """
@@ -203,19 +224,24 @@ class FusedContext(Sequences):
         for part in parts:
             self.truncate(self.sequence(part.slot, 0), part.position + len(part.tokens))
 
-    def reserve(self, slot: int, column: int, position: int, tokens: Sequence[int]) -> None:
-        """Give `tokens` cells without computing them; at most `ubatch_size`. Their keys and values are undefined."""
-        part = BatchPart(self.sequence(slot, column), position, tokens, output=False)
-        turned = self._turned_rows([column], len(tokens))
-        self._way.run(lambda: self.decode([part]), turned, compute=False)
+    def reserve(self, slot: int, columns: Sequence[int], position: int, tokens: Sequence[int]) -> None:
+        """Give `tokens` cells in `columns`, which are neighbours, without computing them; at most `ubatch_size` in all.
+
+        Their keys and values are undefined.
+        """
+        batch = [BatchPart(self.sequence(slot, column), position, tokens, output=False) for column in columns]
+        turned = self._turned_rows(columns, len(tokens))
+        self._way.run(lambda: self.decode(batch), turned, compute=False)
 
     def share(self, slot: int, source: int, targets: Sequence[int], position: int, tokens: Sequence[int]) -> None:
         """Append to the slot's columns `targets` what column `source` holds of `tokens`, at most `ubatch_size`.
 
         The targets hold exactly the tokens before `position`. Raises NativeError; the caller then truncates.
         """
-        for target in targets:
-            self.reserve(slot, target, position, tokens)
+        most = max(1, self.ubatch_size // len(tokens))
+        for group in self.neighbours(targets):
+            for first in range(0, len(group), most):
+                self.reserve(slot, group[first : first + most], position, tokens)
         where = Range(position, len(tokens), position)
         self._give(slot, source, targets, where)
 
@@ -236,7 +262,7 @@ class FusedContext(Sequences):
             wanted = self.keys_at(target, 0)
             self.truncate(self.sequence(0, target), 0)
             self.compute([part], [source], None)
-            self.reserve(0, target, where.start, part.tokens)
+            self.reserve(0, [target], where.start, part.tokens)
             self._give(0, source, [target], where)
             found = self.keys_at(target, 0)
         finally:
@@ -262,7 +288,7 @@ class FusedContext(Sequences):
 
         Raises StateError for bytes of another form; the caller then truncates.
         """
-        self.reserve(slot, column, start, tokens)
+        self.reserve(slot, [column], start, tokens)
         self._cells.write(self.sequence(slot, column), Range(start, len(tokens), start), data)
 
     def _give(self, slot: int, source: int, targets: Sequence[int], where: Range) -> None:

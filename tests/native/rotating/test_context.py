@@ -139,7 +139,7 @@ def test_a_key_elsewhere_than_at_its_position_is_noticed(model: Model) -> None:
 
 def test_reserved_cells_cost_no_computation(model: Model) -> None:
     with fused(model) as context:
-        context.reserve(0, 1, 0, TOKENS)
+        context.reserve(0, [1], 0, TOKENS)
         assert context.length(context.sequence(0, 1)) == len(TOKENS)
         assert context.length(context.sequence(0, 0)) == 0
 
