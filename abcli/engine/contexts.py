@@ -80,8 +80,9 @@ class ContextsBackend(Owner):
         """See `Backend.share`."""
         if self._shared is None:
             raise RuntimeError("this backend cannot share a prefill")
-        contexts = [self._contexts[target] for target in targets]
-        self._shared.transfer(self._contexts[source], contexts, slot, start, start + len(tokens))
+        contexts, end = [self._contexts[target] for target in targets], start + len(tokens)
+        for first in range(start, end, self._piece):
+            self._shared.transfer(self._contexts[source], contexts, slot, first, min(first + self._piece, end))
 
     def length(self, slot: int, column: int) -> int:
         """See `Backend.length`."""
