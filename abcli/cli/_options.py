@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -28,12 +27,12 @@ from abcli.config import (
 )
 from abcli.errors import PromptError, UsageError
 from abcli.hub.locate import locate_model
+from abcli.hub.names import HubName
 from abcli.prepare import check_context, check_gpu_layers
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import asked_buckets, parse_numbers
 from abcli.sampling import DEFAULT_DRY_BREAKERS, SETTINGS, GenerationConfig, SamplingConfig, SamplingNumbers
 from abcli.text import unescaped
-from abcli.ui.download import fetch_shown
 from abcli.ui.terminal import Terminal
 
 _CONTEXT = ContextConfig()
@@ -107,7 +106,7 @@ class ModelOptions(ModelNameOptions):
         # What is wrong with the flags is said before a model is fetched.
         self.context_config()
         check_gpu_layers(self.gpu_layers)
-        path = locate_model(name, partial(fetch_shown, Terminal()))
+        path = locate_model(name, _fetch)
         return ModelConfig(path, self.gpu_layers, parse_loras(self.lora))
 
     def context_config(self) -> ContextConfig:
@@ -301,6 +300,13 @@ class AnswerOptions:
     def text(self, text: str, what: str) -> str:
         """A prompt from the command line. Raises PromptError."""
         return read_escapes(check_argument(text, what), what) if self.escape else check_argument(text, what)
+
+
+def _fetch(name: HubName) -> Path:
+    # What fetches is imported where something is to be fetched.
+    from abcli.ui.download import fetch_shown
+
+    return fetch_shown(Terminal(), name)
 
 
 def parse_logit_bias(text: str) -> tuple[int, float]:

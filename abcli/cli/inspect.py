@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from abcli.chat.calls.format import CallFormat
 from abcli.cli._flags import flag
 from abcli.cli._lora import LoraFlag, parse_loras
 from abcli.cli._model_name import ModelNameOptions
@@ -26,12 +27,12 @@ from abcli.config import (
     FlashAttention,
     ModelConfig,
 )
-from abcli.errors import UsageError
+from abcli.errors import TemplateError, UsageError
 from abcli.gguf.check import check_kind_of_file
 from abcli.gguf.checked import check_model
 from abcli.gguf.description import AdapterInspection, Inspection, inspect_adapter
 from abcli.gguf.description import inspect as inspect_files
-from abcli.gguf.header import read_header
+from abcli.gguf.header import Header, read_header
 from abcli.gguf.lora import is_adapter, read_adapter
 from abcli.hub.locate import locate_model
 from abcli.machine import Prediction, Room, free_room, predict
@@ -102,16 +103,39 @@ def inspect(
     )
     found, prediction, room = inspect_files(model.files), predict(model, config, wanted), free_room(gpu_layers)
     adapters = [inspect_adapter(adapter) for adapter in model.adapters]
+    form = _call_format(model.header)
     if as_json:
-        terminal.write(_json(_report(path, found, adapters, prediction, room)))
+        report = _report(path, found, adapters, prediction, room)
+        terminal.write(_json({**report, "tool_calls": _calls_report(form)}))
     else:
-        texts = [inspection_text(found), *map(adapter_text, adapters), cost_text(prediction, room)]
+        texts = [inspection_text(found, form), *map(adapter_text, adapters), cost_text(prediction, room)]
         terminal.write("\n".join(texts))
 
 
 def _is_adapter(path: Path) -> bool:
     check_kind_of_file(path)
     return is_adapter(read_header(path))
+
+
+def _call_format(header: Header) -> CallFormat | None:
+    """How the chat template writes calls of tools, None without one that works."""
+    if not header.chat_template:
+        return None
+    # The sandbox for templates takes a while to import.
+    from abcli.chat.calls.rendering import format_of_source
+
+    try:
+        return format_of_source(header.chat_template)
+    except TemplateError:
+        return None
+
+
+def _calls_report(form: CallFormat | None) -> dict[str, Any] | None:
+    """The object about calls and thoughts."""
+    if form is None:
+        return None
+    thoughts = asdict(form.thoughts) if form.thoughts else None
+    return {"format": form.name, "fallback": form.fallback, "several": form.several, "thoughts": thoughts}
 
 
 def _json(report: dict[str, Any]) -> str:

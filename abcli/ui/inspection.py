@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from abcli.chat.calls.format import CallFormat
 from abcli.gguf.description import (
     AdapterInspection,
     Inspection,
@@ -43,8 +44,8 @@ _MAX_KINDS = 30
 _MAX_RANGES = 8
 
 
-def inspection_text(found: Inspection) -> str:
-    """A line per property, then a table of the types of tensors."""
+def inspection_text(found: Inspection, form: CallFormat | None = None) -> str:
+    """A line per property, then a table of the types of tensors; `form` is the chat template's."""
     rows = [
         ("model", _shown(found.name) if found.name else "-"),
         ("architecture", found.architecture),
@@ -64,6 +65,8 @@ def inspection_text(found: Inspection) -> str:
         if numbers is not None:
             which = f"{len(numbers)} of {found.layers} layers ({_ranges(numbers)})"
         rows.insert(-2, ("sliding window", f"{which} see the last {found.window.tokens:,} tokens"))
+    if form is not None:
+        rows.append(("tool calls", _calls(form, thinks=found.template is not None and found.template.thinking)))
     if found.licence:
         rows.insert(1, ("licence", _shown(found.licence)))
     rows += [
@@ -183,6 +186,15 @@ def _template(template: Template | None) -> str:
     parts = [f"{template.characters:,} characters", f"mentions {' and '.join(known)}" if known else ""]
     parts.append(f"others: {', '.join(_shown(name) for name in template.others)}" if template.others else "")
     return ", ".join(filter(None, parts))
+
+
+def _calls(form: CallFormat, *, thinks: bool) -> str:
+    parts = [f"{form.name}, the template having none" if form.fallback else form.name]
+    if not form.several:
+        parts.append("one at a time")
+    if thinks and form.thoughts is not None:
+        parts.append(f"thoughts between {form.thoughts.begin.strip()} and {form.thoughts.end}")
+    return "; ".join(printable(one_line(part)) for part in parts)
 
 
 def _type_table(types: Iterable[TypeShare]) -> str:

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from abcli.errors import AbcliError
 from abcli.text import counted
@@ -116,6 +115,8 @@ class Terminal:
         if not self.console.is_interactive:
             yield lambda _done, _total: None
             return
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
         bar = Progress(
             TextColumn("reading the prompt"),
             BarColumn(),

@@ -41,6 +41,37 @@ def test_text_shows_what_is_asked_about(tiny_model: Path, abcli: Command) -> Non
     assert "does not fit" not in text
 
 
+@pytest.mark.parametrize(
+    ("template", "text", "report"),
+    [
+        (
+            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<\x1b[2Jcall>"
+            '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</call>{% endfor %}'
+            "{% endfor %}{% if enable_thinking is false %}<think></think>{% endif %}",
+            "JSON after <",
+            {"fallback": False, "several": True, "thoughts": {"begin": "<think>", "end": "</think>"}},
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}",
+            "JSON in <tool_call> tags, the template having none",
+            {"fallback": True},
+        ),
+        ("{{ broken", None, None),
+    ],
+)
+def test_the_format_of_calls(
+    template: str, text: str | None, report: dict[str, object] | None, tmp_path: Path, abcli: Command
+) -> None:
+    path = write_tiny_model(tmp_path / "a.gguf", chat_template=template)
+    found = json.loads(abcli("inspect", path, "--json").output)["tool_calls"]
+    assert (found is None) == (report is None)
+    assert (report or {}).items() <= (found or {}).items()
+    shown = abcli("inspect", path).text
+    assert "\x1b" not in shown
+    assert ("tool calls" in shown) == (text is not None)
+    assert (text or "") in shown
+
+
 def test_a_set_up_that_does_not_fit_says_what_would(
     tiny_model: Path, abcli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,8 +198,7 @@ def _tags(texts: _Texts, key_begin: str, to_value: str, value_end: str) -> Tags:
 
 def _title(form: CallFormat) -> str:
     what = "tagged arguments" if form.tags else "JSON" if form.keys else "a name and JSON"
-    opener = next(iter(form.openers), "")
-    return f"{what} after {opener}" if opener else f"bare {what}"
+    return f"bare {what}" if form.bare else f"{what} after {form.openers[0]}"
 
 
 def _reads_back(form: CallFormat, texts: _Texts) -> bool:

@@ -72,6 +72,7 @@ class CallFormat:
     ARGUMENTS `call_end`. Arguments are the text of a JSON object, `tags`, or members in another `notation`. Where all
     of a call is one JSON object, `keys` are those of its name and its arguments, and the texts around contain its
     braces. `framing` are markers around what is said, which say nothing; with `channels` the answer is messages.
+    Without `thoughts` what is thought is taken for something said.
     """
 
     name: str
@@ -86,7 +87,7 @@ class CallFormat:
     notation: Notation = "json"
     channels: Channels | None = None
     several: bool = True
-    thoughts: Thoughts = Thoughts()
+    thoughts: Thoughts | None = Thoughts()
     framing: tuple[str, ...] = ()
     fallback: bool = False
     """Whether the template knows no tools, so that the system message has to list them (`fallback.tools_text`)."""

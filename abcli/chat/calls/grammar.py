@@ -50,10 +50,11 @@ def call_grammar(
         said = _before_calls(form, rules, opening, calls)
         answer = " | ".join([*said, answer] if form.channels or form.bare else said)
     name = rules.rule(answer, name="answer")
-    if form.channels and form.thoughts.end not in form.between:
+    thoughts = form.thoughts
+    if thoughts is None or (form.channels and thoughts.end not in form.between):
         return rules.grammar(name)
-    rest = f"{rules.until(form.between if form.channels else form.thoughts.end)} {'' if form.channels else _GAP} {name}"
-    return rules.grammar(rest if thought_opened else f"{name} | {rules.written(form.thoughts.begin)} {rest}")
+    rest = f"{rules.until(form.between)} {name}" if form.channels else f"{rules.until(thoughts.end)} {_GAP} {name}"
+    return rules.grammar(rest if thought_opened else f"{name} | {rules.written(thoughts.begin)} {rest}")
 
 
 def _before_calls(form: CallFormat, rules: Rules, opening: str, calls: str) -> list[str]:

@@ -59,14 +59,15 @@ class AnswerParser:
     def _answer(self, thought_opened: bool) -> Steps[None]:
         thoughts, framing = self._format.thoughts, self._format.framing
         openers = self._format.openers if self._looks_for_calls else ()
-        if thought_opened:
+        begin = [thoughts.begin] if thoughts else []
+        if thoughts and thought_opened:
             yield from self._thought(thoughts.end)
         if self._format.bare and self._looks_for_calls:
             self._said.hear((yield from self._source.space()))
             if (yield from self._source.sees("{")):
                 yield from self._calls("")
-        while found := (yield from self._source.until([thoughts.begin, *framing, *openers], self._said.hear)):
-            if found == thoughts.begin:
+        while found := (yield from self._source.until([*begin, *framing, *openers], self._said.hear)):
+            if thoughts and found == thoughts.begin:
                 yield from self._thought(thoughts.end)
             elif found in openers:
                 yield from self._calls(found)
@@ -87,7 +88,7 @@ class AnswerParser:
             kind, name = channels.kind("".join(header), self._functions)
             if kind == "call" and self._looks_for_calls:
                 yield from self._message_to(name)
-            said = kind == "said"
+            said = kind == "said" or (kind == "thought" and not self._format.thoughts)
             text = self._said if said else _Trimmed(lambda text: self._events.append(ThoughtText(text)))
             text.interrupt()
             yield from source.until(channels.ends, text.hear if kind in ("said", "thought") else unheard)

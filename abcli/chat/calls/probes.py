@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +43,10 @@ _TOOL = {
 }
 
 
+# A stranger's template may take its time for each of some forty renderings.
+_SECONDS = 10.0
+
+
 @dataclass(frozen=True)
 class Form:
     """How a template takes an answer with calls."""
@@ -58,17 +63,13 @@ class Probes:
 
     def __init__(self, render: Render) -> None:
         self._render = render
+        self._until = time.monotonic() + _SECONDS
 
     @cached_property
     def everything(self) -> str:
         """What is written for a question with tools and for an answer that calls one."""
-        form = self.form
-        question = {"role": "user", "content": QUESTION}
-        calls = self.calls(form, {KEYS[0]: VALUES[0]}) if form else ""
-        try:
-            return self._render([question], [_TOOL]) + calls
-        except TemplateError:
-            return calls
+        calls = self.calls(self.form, {KEYS[0]: VALUES[0]}) if self.form else ""
+        return self._written([{"role": "user", "content": QUESTION}]) + calls
 
     def prompt(self, **variables: Any) -> str:
         """What is written after a question when an answer is to come; empty if the template fails."""
@@ -97,8 +98,12 @@ class Probes:
         return NAMES[0] in text and VALUES[0] in text and f'\\"{KEYS[0]}' not in text
 
     def _after_question(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        text = self._written([{"role": "user", "content": QUESTION}, *messages], **variables)
+        return text.rpartition(QUESTION)[2] if QUESTION in text else ""
+
+    def _written(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """What is written for messages and a tool; empty if the template fails, or has been too slow."""
         try:
-            text = self._render([{"role": "user", "content": QUESTION}, *messages], [_TOOL], **variables)
+            return self._render(messages, [_TOOL], **variables) if time.monotonic() < self._until else ""
         except TemplateError:
             return ""
-        return text.rpartition(QUESTION)[2] if QUESTION in text else ""

@@ -108,3 +108,7 @@ def test_any_argument_comes_back(value: object, escaped: bool) -> None:
     text = f'<tool_call>\n{{"name": "get_weather", "arguments": {arguments}}}\n</tool_call>'
     ((name, found),) = parse(FORM, pieces(text, 3)).calls
     assert (name, found) == ("get_weather", arguments)
+
+
+def test_without_thoughts_in_the_format_all_is_said() -> None:
+    assert parse(replace(FORM, thoughts=None), ["<think>Hm.</think>Yes"]) == Parsed("<think>Hm.</think>Yes", "", [])

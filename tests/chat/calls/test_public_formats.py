@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from abcli.chat.calls.find import find_format
 from abcli.chat.calls.format import CallFormat
 from abcli.chat.calls.probes import Render
+from abcli.chat.calls.rendering import format_of_source, render_source
 from abcli.chat.messages import Tool
-from abcli.chat.sandbox import CompiledTemplate
 from abcli.errors import TemplateError
 from scripts.fetch_public_templates import directory
 from tests.chat.calls.conftest import parse, pieces
@@ -51,31 +50,6 @@ ARGUMENTS: list[dict[str, Any]] = [
     {},
     {"text": "12", "most": -3},
 ]
-
-
-def renderer(source: str) -> Render:
-    template = CompiledTemplate(source)
-
-    def render(
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        add_generation_prompt: bool = False,
-        **variables: Any,
-    ) -> str:
-        values = {
-            "messages": list(messages),
-            "add_generation_prompt": add_generation_prompt,
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "functions": "",
-            "datetime": "Nov 28 2026",
-            "date_string": "28 Nov 2026",
-            **({"tools": list(tools)} if tools else {}),
-        }
-        return template.render({**values, **variables}, content_size=10_000)
-
-    return render
 
 
 @pytest.fixture(params=FOUND, ids=lambda path: path.stem)
@@ -117,8 +91,8 @@ def test_most_templates_have_a_format_of_their_own() -> None:
 
 
 def test_calls_come_back(path: Path) -> None:
-    render = renderer(path.read_text(encoding="utf-8"))
-    form = find_format(render)
+    source = path.read_text(encoding="utf-8")
+    render, form = render_source(source), format_of_source(source)
     assert form.fallback == (path.stem in FALLBACKS)
     if form.fallback or path.stem in WITHOUT_HISTORY:
         return

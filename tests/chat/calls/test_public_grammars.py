@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from abcli.chat.calls.find import find_format
 from abcli.chat.calls.format import NAME, NUMBER, CallFormat
 from abcli.chat.calls.grammar import Choice, call_grammar
+from abcli.chat.calls.rendering import format_of_source, render_source
 from abcli.grammar.constraint import Constraint
 from abcli.grammar.guidance import Matcher, Matchers
 from tests.chat.calls.conftest import parse
@@ -19,7 +19,6 @@ from tests.chat.calls.test_public_formats import (
     SEARCH,
     WITHOUT_HISTORY,
     path,
-    renderer,
     written_calls,
 )
 from tests.grammar.conftest import END, in_bytes
@@ -58,8 +57,8 @@ def calls_of(form: CallFormat, name: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_what_a_template_writes_is_allowed(path: Path, in_bytes: Matchers) -> None:
-    render = renderer(path.read_text(encoding="utf-8"))
-    form = find_format(render)
+    source = path.read_text(encoding="utf-8")
+    render, form = render_source(source), format_of_source(source)
     if path.stem in FALLBACKS | WITHOUT_HISTORY:
         return
     calls = calls_of(form, path.stem)
