@@ -162,7 +162,7 @@ class Engine(Owner):
             decided = self._append(rows, merge, gates)
             for slot in complete:
                 # Every bucket has computed the end of an exact prompt, but the gate is asked all the same.
-                if slot in gates and slot not in rows and gates[slot](self._logits[slot, self._native]):
+                if slot in gates and slot not in rows and gates[slot](self._logits[slot, self._backend.native]):
                     decided.add(slot)
                 self._store(slot, len(self._waiting.pop(slot).tokens))
         return {slot: self._logits[slot, self._given(slot, decided)] for slot in (*tokens, *complete)}
@@ -170,7 +170,7 @@ class Engine(Owner):
     def _given(self, slot: int, decided: Collection[int]) -> slice:
         """Which of a slot's rows are the step's logits."""
         if slot in decided:
-            return slice(self._native, self._native + 1)
+            return slice(self._backend.native, self._backend.native + 1)
         return slice(1 if slot in self._agreements else None)
 
     def agreement(self, slot: int) -> float | None:
@@ -280,9 +280,9 @@ class Engine(Owner):
         columns: Sequence[int] = self._buckets
         if self._others and not gates.keys().isdisjoint(rows):
             for slot in rows:
-                self._catch_up(slot, [self._native])
-            compute(rows, [self._native], None)
-            decided = {slot for slot in rows if slot in gates and gates[slot](self._logits[slot, self._native])}
+                self._catch_up(slot, [self._backend.native])
+            compute(rows, [self._backend.native], None)
+            decided = {slot for slot in rows if slot in gates and gates[slot](self._logits[slot, self._backend.native])}
             # What is computed in two batches cannot be merged where it is computed.
             columns, merge = self._others, None
         asked = [slot for slot in rows if slot not in decided]
@@ -369,10 +369,6 @@ class Engine(Owner):
         if not self._backend.truncate(slot, length):
             self._backend.truncate(slot, length := 0)
         del self._tokens[slot][length:]
-
-    @property
-    def _native(self) -> int:
-        return self._backend.native
 
     @property
     def _cancel(self) -> CancelFlag:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log
 from typing import Any
 
@@ -25,20 +25,18 @@ from abcli.native.model import Model
 from abcli.native.rotating.callback import ByCallback
 from abcli.native.rotating.cells import DeviceCache, Range
 from abcli.native.rotating.devices import Devices
+from abcli.native.rotating.following import following_rotations
 from abcli.native.rotating.graph import Observation, Observer
-from abcli.native.rotating.hook import hook_obstacle, rope_hook
+from abcli.native.rotating.hook import hook_obstacle
 from abcli.native.rotating.keys import PROBE_POSITION, agree
 from abcli.native.rotating.mixing import LogitsMixer
-from abcli.native.rotating.tables import NODES_PER_ROTATION, Layout, Tables
-from abcli.native.rotating.turning import InGraph, Turning, Visit, marked_base
+from abcli.native.rotating.tables import Layout, Tables
+from abcli.native.rotating.turning import InGraph, Turning, Visit
 
 # llama.cpp's LLAMA_MAX_SEQ.
 MAX_SEQUENCES = 256
 # llama.cpp pads the cells of a sequence to a multiple of this.
 _CELL_STEP = 256
-# Graphs of several tokens may take a few nodes more than that of one.
-_SPARE_NODES = 64
-_HINT = "use `engine=contexts` with this model"
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class FusedContext(Sequences):
         obstacle = hook_obstacle()
         turns = any(other != base for other in self.bases)
         if turns:
-            self.follows, obstacle = _inspect(model, config, base, cancel, obstacle)
+            self.follows, obstacle = following_rotations(model, config, base, cancel, obstacle)
         self._open(model, parameters, base, cancel, obstacle)
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -388,37 +386,3 @@ class FusedContext(Sequences):
             if not agree(found, wanted):
                 return f"the keys of layer {layer} came out wrong inside the graph"
         return ""
-
-
-def _inspect(
-    model: Model, config: ContextConfig, base: float, cancel: CancelFlag, obstacle: str
-) -> tuple[frozenset[int], str]:
-    """Which ROPE operations of the model follow the base, and why they cannot be turned inside the graph.
-
-    `obstacle` is what is known of that already. Some layers keep a base of their own. Raises UnsupportedModelError
-    if no operation follows the base, or one is of another kind than plain RoPE.
-    """
-    tiny = replace(config, batch_size=1, ubatch_size=1)
-    marked = marked_base(base)
-    parameters = context_parameters(model, marked, tiny, 1, cancel)
-    parameters.n_ctx = _CELL_STEP
-    parameters.n_seq_max = parameters.n_outputs_max = 1
-    observer = Observer()
-    with ExitStack() as stack:
-        way: Turning = ByCallback(base, None, Devices(1)) if obstacle else InGraph(base, None)
-        made: list[Sequences] = []
-        way.make(parameters, lambda: made.append(stack.enter_context(Sequences(model, parameters, cancel))))
-        (other,) = made
-        if not obstacle:
-            stack.enter_context(rope_hook().held())
-        part = BatchPart(0, 0, (model.vocabulary_size // 2,), output=False)
-        way.run(lambda: other.decode([part]), visit=observer.visit)
-        ropes = observer.result().ropes
-    follows = frozenset(index for index, rope in enumerate(ropes) if rope.base == marked)
-    if not follows:
-        raise UnsupportedModelError("no rotation of the model follows the RoPE base", "use `buckets=1`")
-    if any(ropes[index].first_dimension for index in follows):
-        raise UnsupportedModelError("the model rotates a part of each head only, from its middle on", _HINT)
-    if isinstance(way, InGraph) and way.free_nodes < len(follows) * NODES_PER_ROTATION + _SPARE_NODES:
-        obstacle = f"llama.cpp's graph has room for {way.free_nodes} more nodes only"
-    return follows, obstacle
