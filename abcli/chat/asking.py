@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,12 +14,13 @@ from abcli.chat.calls.events import ContentText, Event, ThoughtText
 from abcli.chat.calls.format import CallFormat
 from abcli.chat.calls.grammar import call_grammar
 from abcli.chat.calls.parser import AnswerParser
-from abcli.chat.messages import Message, ToolCall
+from abcli.chat.messages import Message, Tool, ToolCall
 from abcli.chat.options import OPTIONS, ChatOptions, chat_options
 from abcli.chat.template import ChatTemplate
-from abcli.errors import UsageError
+from abcli.errors import GrammarError, UsageError
 from abcli.generate import Answer as RunningAnswer
 from abcli.generate import Piece as RunningPiece
+from abcli.grammar.check import check
 from abcli.grammar.constraint import KINDS, NAMES
 from abcli.sampling import GenerationConfig, SamplingConfig, Steering, ThoughtLimit, generation_config
 
@@ -181,6 +183,16 @@ def check_together(options: ChatOptions, sampling: SamplingConfig) -> None:
     kind = next((kind for kind in KINDS if getattr(sampling, kind)), None)
     if kind is not None and options.usable_tools:
         raise UsageError(f"both tools and {NAMES[kind]} are given", "give only one of them")
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """Raise GrammarError, with the tool and the place, for a schema of arguments that cannot be used."""
+    for tool in tools:
+        schema = json.dumps(tool.parameters, ensure_ascii=False)
+        try:
+            check(SamplingConfig(json_schema=schema, schema_lenient=True))
+        except GrammarError as error:
+            raise GrammarError(f"the tool {tool.name} cannot be called: {error.message}", error.hint) from None
 
 
 def plain_asked(tokens: Sequence[int], generation: GenerationConfig) -> Asked:

@@ -187,8 +187,8 @@ def test_thoughts_are_bounded(real_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "thinking.jinja"
     file.write_text(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is not defined or enable_thinking %}"
-        "<think>\n{% endif %}{% endif %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{% endif %}"
     )
     with abcli.load(real_model, buckets=1, ctx_size=256, chat_template=str(file)) as llm:
         settings: dict[str, Any] = {"temp": 0, "max_tokens": 24, "ignore_eos": True}
