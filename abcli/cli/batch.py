@@ -17,13 +17,14 @@ import typer
 from typer.core import TyperGroup
 
 from abcli.atomic import write_atomically
-from abcli.batch.answering import Run
+from abcli.batch.answering import Ending, Run
+from abcli.batch.cluster.pool import WorkerSetup
 from abcli.batch.cluster.ray_pool import RayPool
 from abcli.batch.merging import merge_outputs
 from abcli.batch.progress import RunProgress, Stopwatch, Summary, shard_size, summarise
 from abcli.batch.reading import can_be_read_again
 from abcli.batch.scheduler import StopSwitch, Totals
-from abcli.batch.slots import plan_slots
+from abcli.batch.slots import SlotPlan, plan_slots
 from abcli.batch.task import Task
 from abcli.cli._batch_options import ClusterOptions, InputOptions, OutputOptions
 from abcli.cli._chat_options import ChatFlags
@@ -32,6 +33,7 @@ from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOption
 from abcli.cli._setup import opened, prepared
 from abcli.errors import BatchError, CancelledError, UsageError
 from abcli.grammar.check import check
+from abcli.prepare import Prepared
 from abcli.ui.batch import batch_progress, summary_text
 from abcli.ui.terminal import Terminal, on_interrupt
 
@@ -67,26 +69,25 @@ def batch(
     on_cluster = cluster_options.wanted()
     model, source = _split_words(words or [])
     terminal = Terminal()
-    if model_options.prompt_cache or model_options.prompt_cache_dir is not None:
-        raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
-    generation = answer_options.config(sampling_options.config())
+    _refuse_prompt_cache(model_options)
+    generation = answer_options.config(sampling_options.config(), bucket_options.threshold())
     check(generation.sampling)
     options = chat_flags.options()
     parts = input_options.parts(answer_options.text)
     found = prepared(terminal, model, model_options, bucket_options)
     task = Task(Path(source), parts, generation, found, model_options.chat_template, options, terminal.warn)
     lines = shard_size(task.count(), parts.shard)
-    # Each worker of a cluster plans its own slots.
-    plan = None if on_cluster else plan_slots(wanted, found, lines)
+    answer: Callable[[Run], Ending]
+    if on_cluster:
+        # Each worker plans its own slots.
+        setup = task.worker_setup(model or model_options.model, wanted)
+        answer = partial(_answer_on_cluster, terminal, setup, cluster_options)
+    else:
+        answer = partial(_answer_here, terminal, plan_slots(wanted, found, lines), found, model_options)
     stopwatch, totals = Stopwatch(), Totals()
     with ExitStack() as stack:
-        output, reader = task.open_ends(
-            stack,
-            destination,
-            output_options.output_format,
-            ordered=output_options.ordered,
-            restart=output_options.restart,
-        )
+        how = {"ordered": output_options.ordered, "restart": output_options.restart}
+        output, reader = task.open_ends(stack, destination, output_options.output_format, **how)
         progress = RunProgress(lines)
         if output.resumed:
             terminal.note(f"continuing {destination}, which has {len(output.done):,} results")
@@ -96,18 +97,7 @@ def batch(
         else:
             bar = not (_is_standard(destination) and terminal.output_is_terminal)
             watch = partial(_watch, terminal, progress, totals, bar)
-            run = Run(items, output, progress, totals, output_options.fail_fast, watch)
-            if plan is None:
-                with terminal.working("joining the cluster"):
-                    setup = task.worker_setup(model or model_options.model, wanted)
-                    pool = RayPool(setup, cluster_options.ray_address, cluster_options.ray_workers)
-                with pool:
-                    ending = run.answer_on_cluster(pool, terminal.note, terminal.warn)
-            else:
-                terminal.note(plan.text(found.context.context_size, len(found.buckets.bases)))
-                own = replace(found, context=replace(found.context, slots=plan.slots))
-                with opened(terminal, own, model_options) as llm:
-                    ending = run.answer_here(llm)
+            ending = answer(Run(items, output, progress, totals, output_options.fail_fast, watch))
             if ending == "finished":
                 output.finish()
     summary = summarise(progress, totals, stopwatch.seconds, finished=ending == "finished")
@@ -139,6 +129,27 @@ def _split_words(words: list[str]) -> tuple[str | None, str]:
         wrong = "there is no input" if not words else f"{len(words)} words are given, but MODEL and INPUT are two"
         raise UsageError(wrong, "name a file of prompts, or - for standard input")
     return (words[0] if len(words) == 2 else None), words[-1]
+
+
+def _refuse_prompt_cache(options: ModelOptions) -> None:
+    if options.prompt_cache or options.prompt_cache_dir is not None:
+        raise UsageError("--prompt-cache has no say in a batch", "prompts that share a beginning share it in memory")
+
+
+def _answer_here(terminal: Terminal, plan: SlotPlan, found: Prepared, options: ModelOptions, run: Run) -> Ending:
+    """Load the model, and let it answer."""
+    terminal.note(plan.text(found.context.context_size, len(found.buckets.bases)))
+    own = replace(found, context=replace(found.context, slots=plan.slots))
+    with opened(terminal, own, options) as llm:
+        return run.answer_here(llm)
+
+
+def _answer_on_cluster(terminal: Terminal, setup: WorkerSetup, options: ClusterOptions, run: Run) -> Ending:
+    """Join the cluster, and let its workers answer."""
+    with terminal.working("joining the cluster"):
+        pool = RayPool(setup, options.ray_address, options.ray_workers)
+    with pool:
+        return run.answer_on_cluster(pool, terminal.note, terminal.warn)
 
 
 @contextmanager

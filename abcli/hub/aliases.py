@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from abcli.atomic import write_atomically
 from abcli.config import aliases_file
 from abcli.errors import ModelFileError, UsageError
@@ -100,6 +98,9 @@ def _changing() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    # Few commands write, and this takes a while to import.
+    from filelock import FileLock, Timeout
+
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_PATIENCE_SECONDS, mode=0o600)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

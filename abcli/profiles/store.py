@@ -9,8 +9,6 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from abcli.atomic import write_atomically
 from abcli.errors import ProfileError
 from abcli.profiles.profile import MAX_BYTES, Profile, check_name, decode, encode, moment, utc_now
@@ -183,6 +181,9 @@ def _files(directory: Path) -> list[Path]:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Keep other processes from writing profiles. Raises ProfileError if the directory cannot be made or locked."""
+    # Few commands write, and this takes a while to import.
+    from filelock import FileLock, Timeout
+
     with _reporting("write", directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = FileLock(directory / _LOCK_NAME, timeout=_LOCK_PATIENCE_SECONDS, mode=0o600)

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from abcli.errors import AbcliError
 from abcli.text import counted
@@ -116,6 +115,8 @@ class Terminal:
         if not self.console.is_interactive:
             yield lambda _done, _total: None
             return
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
         bar = Progress(
             TextColumn("reading the prompt"),
             BarColumn(),
@@ -152,7 +153,9 @@ def statistics_line(statistics: Statistics, used: int, available: int, buckets: 
     answer += _speed(statistics.completion_tokens - 1, statistics.decode_seconds)
     parts = [prompt, answer, f"context {used}/{available}"]
     if buckets > 1:
-        parts.append(f"{buckets} buckets agree on {statistics.agreement:.0%}")
+        alone = statistics.steps - statistics.asked_steps
+        asked = f", asked for {statistics.asked:.0%} of the tokens," if alone else ""
+        parts.append(f"{buckets} buckets{asked} agree on {statistics.agreement:.0%}")
     return " | ".join(parts)
 
 

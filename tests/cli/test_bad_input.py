@@ -91,11 +91,9 @@ def without_tokenizer(_model: Path, folder: Path) -> Path:
         (without_tokenizer, "has no tokenizer"),
     ],
 )
-def test_files_that_are_no_models(
-    damage: Damage, words: str, tiny_model: Path, tmp_path: Path, process: Command
-) -> None:
+def test_files_that_are_no_models(damage: Damage, words: str, tiny_model: Path, tmp_path: Path, abcli: Command) -> None:
     path = damage(tiny_model, tmp_path)
-    outcome = process("run", "-m", path, "hello", "-n", 1)
+    outcome = abcli("run", "-m", path, "hello", "-n", 1)
     assert (outcome.code, outcome.output) == (1, b"")
     error, _ = outcome.problem()
     assert words in error

@@ -257,7 +257,7 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-KILLS = 8
+KILLS = 6
 
 
 def test_kills_at_any_moment_lose_and_double_nothing(

@@ -109,7 +109,7 @@ def check_exactness(subject: Subject, questions: Sequence[TokenizedQuestion]) ->
 def test_exact_is_what_greedy_decoding_gives_on_a_real_model(real_subject: Subject) -> None:
     settings = EvaluationSettings("needle", (300,), limit=6)
     # The model fails at some of these, and not at the same ones under all configurations.
-    made = make_questions(settings, real_subject)[2:]
+    made = make_questions(settings, real_subject)[2:4]
     scores = check_exactness(real_subject, [real_subject.prompts.tokenize(question) for question in made])
     assert {found.exact for of in scores.values() for found in of} == {True, False}
     assert len({tuple(found.nll for found in of) for of in scores.values()}) == len(COMPARED)
