@@ -17,6 +17,7 @@ from abcli.chat.calls.parser import AnswerParser
 from abcli.chat.messages import Message, Tool, ToolCall
 from abcli.chat.options import OPTIONS, ChatOptions, chat_options
 from abcli.chat.template import ChatTemplate
+from abcli.chat.tools import without_notes
 from abcli.errors import GrammarError, UsageError
 from abcli.generate import Answer as RunningAnswer
 from abcli.generate import Piece as RunningPiece
@@ -76,7 +77,7 @@ class Asker:
         return ThoughtLimit(options.thinking_budget, opened, thoughts.begin, thoughts.end, closing)
 
     def _written_grammar(self, options: ChatOptions, opened: bool) -> str:
-        tools, choice = options.usable_tools, options.tool_choice
+        tools, choice = [without_notes(tool) for tool in options.usable_tools], options.tool_choice
         chosen = next((tool for tool in tools if tool.name == choice), None)
         return call_grammar(
             self._template.call_format(options),

@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from abcli.atomic import create_exclusively, write_atomically
+from abcli.chat.messages import Message
 from abcli.chat.session_format import (
     FormatError,
     Session,
@@ -240,8 +241,14 @@ def _transcript(session: Session, path: Path) -> str:
     markdown = path.suffix.lower() == ".md"
     title = f"# {session.name}\n\nModel: {session.model}, {session.updated}\n" if markdown else ""
     heading = "## {}\n\n{}\n" if markdown else "{}:\n{}\n"
-    parts = [heading.format(message.role.capitalize(), message.content) for message in session.messages]
+    parts = [heading.format(message.role.capitalize(), _said(message)) for message in session.messages]
     return "\n".join([title, *parts] if title else parts)
+
+
+def _said(message: Message) -> str:
+    """What a message says, its calls of tools included."""
+    calls = [f"{call.name}({call.arguments})" for call in message.tool_calls]
+    return "\n".join([message.content, *calls] if message.content else calls)
 
 
 @contextmanager

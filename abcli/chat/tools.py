@@ -18,6 +18,10 @@ MAX_FILE_BYTES = 4 * 1024 * 1024
 _EXAMPLE = '{"type": "function", "function": {"name": "...", "description": "...", "parameters": {...}}}'
 # What every family's way to write a call can carry.
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+# Of JSON Schema: what only people read, what holds plain values, what holds schemas by names that are not its own.
+_NOTES = frozenset(("description", "title", "default", "example", "examples", "$comment", "deprecated"))
+_VALUES = frozenset(("enum", "const", "required"))
+_NAMED = frozenset(("properties", "patternProperties", "dependentSchemas", "$defs", "definitions"))
 # In a request they say something else.
 _CHOICES = ("auto", "none", "required")
 
@@ -100,3 +104,23 @@ def _parameters(value: Any, place: str) -> Mapping[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"{place} is not JSON: {error}", "make it the JSON Schema of an object") from None
     return {"type": "object", "properties": {}, **whole}
+
+
+def without_notes(tool: Tool) -> Tool:
+    """`tool` with what says nothing about the form of its arguments left out: a grammar of many tools gets long."""
+    return Tool(tool.name, "", _without_notes(tool.parameters, are_schemas=False))
+
+
+def _without_notes(value: Any, *, are_schemas: bool) -> Any:
+    """A schema without notes, or with `are_schemas` an object whose members, of any name, are schemas."""
+    if isinstance(value, list):
+        return [_without_notes(item, are_schemas=False) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: item
+        if key in _VALUES and not are_schemas
+        else _without_notes(item, are_schemas=key in _NAMED and not are_schemas)
+        for key, item in value.items()
+        if are_schemas or key not in _NOTES
+    }

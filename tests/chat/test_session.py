@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from abcli import atomic
 from abcli.chat import session
-from abcli.chat.messages import Message
+from abcli.chat.messages import Message, ToolCall
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.chat.session_format import FormatError, decode_session, encode_session
 from abcli.errors import SessionError, UsageError
@@ -365,6 +365,13 @@ def test_a_transcript_can_be_read_by_people(tmp_path: Path) -> None:
     assert (tmp_path / "talk.TXT").read_text(encoding="utf-8") == (
         'System:\nBe brief.\n\nUser:\nH\u00e9llo\n"there"\n\nAssistant:\n\U0001f600\n'
     )
+
+
+def test_calls_are_exported_for_people(tmp_path: Path) -> None:
+    call = Message("assistant", "", tool_calls=(ToolCall("look", '{"a": 1}', "1"),))
+    talk = Session("talk", messages=[Message("user", "Look."), call, Message("tool", "3", tool_call_id="1")])
+    export_session(talk, tmp_path / "talk.md")
+    assert 'look({"a": 1})\n\n## Tool\n\n3' in (tmp_path / "talk.md").read_text(encoding="utf-8")
 
 
 def test_an_export_overwrites_nothing_but_an_exported_session(tmp_path: Path) -> None:

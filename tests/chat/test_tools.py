@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from abcli.chat.functions import as_tools, tool_of_function
 from abcli.chat.messages import Tool
-from abcli.chat.tools import read_tools, read_tools_file
+from abcli.chat.tools import read_tools, read_tools_file, without_notes
 from abcli.errors import PromptError
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -66,6 +66,28 @@ def test_what_is_wrong_is_named_with_its_place(value: Any, problem: str) -> None
         read_tools(value)
     assert caught.value.message.startswith(problem)
     assert caught.value.hint
+
+
+def test_a_grammar_needs_no_notes() -> None:
+    inner = {"type": "string", "description": "d", "enum": ["description", {"title": 1}], "default": "a"}
+    schema = {
+        "type": "object",
+        "title": "t",
+        "properties": {"description": inner, "properties": {"properties": {"title": inner}}, "l": {"items": inner}},
+        "$defs": {"default": {"anyOf": [inner, True]}},
+        "required": ["description"],
+    }
+    bare = {"type": "string", "enum": ["description", {"title": 1}]}
+    assert without_notes(Tool("f", "Long.", schema)) == Tool(
+        "f",
+        "",
+        {
+            "type": "object",
+            "properties": {"description": bare, "properties": {"properties": {"title": bare}}, "l": {"items": bare}},
+            "$defs": {"default": {"anyOf": [bare, True]}},
+            "required": ["description"],
+        },
+    )
 
 
 @pytest.mark.parametrize(("text", "problem"), [("[", "is not JSON"), ("[]", "has no tools"), ("[1]", "tools[0] is 1")])
