@@ -35,6 +35,7 @@ LAYERS: dict[str, int] = {
     "prepare": 7,
     "llm": 9,
     "machine": 9,
+    "tools": 9,
     "evals": 10,
     "batch": 10,
     "serve": 10,

@@ -71,6 +71,8 @@ class Chat:
         self.overflow = overflow
         self.conversation = Conversation()
         self.dropped_turns = 0
+        self.answered = False
+        """Whether the last answer, or what there is of it, is in the conversation."""
 
     @property
     def used_tokens(self) -> int:
@@ -105,7 +107,7 @@ class Chat:
             raise PromptError("the message is empty", "type some text")
         before = self.conversation.messages
         self.conversation.add_user(text)
-        yield from self._answer(before, on_progress)
+        yield from self._answer(before, on_progress, self.options)
 
     def reply(self, results: Sequence[str], on_progress: Progress | None = None) -> Pieces:
         """Answer what came of the pending calls, in their order; if nothing came of it, they are pending again.
@@ -117,7 +119,10 @@ class Chat:
             raise UsageError(f"{pending} calls wait for results, not {len(results)}", "give one result for each")
         before = self.conversation.messages
         self.conversation.add_results(results)
-        yield from self._answer(before, on_progress)
+        forced = self.options.tool_choice not in ("auto", "none")
+        # What had to be called has been called.
+        options = replace(self.options, tool_choice="auto") if forced else self.options
+        yield from self._answer(before, on_progress, options)
 
     def regenerate(self, on_progress: Progress | None = None) -> Pieces:
         """Answer the last message once more; the old answer comes back if nothing replaces it.
@@ -128,16 +133,16 @@ class Chat:
             raise UsageError("there is no answer to regenerate", "ask something first")
         before = list(self.conversation.messages)
         self.conversation.regenerate()
-        yield from self._answer(before, on_progress)
+        yield from self._answer(before, on_progress, self.options)
 
-    def _answer(self, before: Sequence[Message], on_progress: Progress | None) -> Pieces:
+    def _answer(self, before: Sequence[Message], on_progress: Progress | None, options: ChatOptions) -> Pieces:
         """Answer the conversation, which is that of `before` again if nothing comes of it."""
-        answered = False
+        self.answered = False
         try:
-            fitted = self._fit()
+            fitted = self._fit(options)
             self.dropped_turns = fitted.dropped_turns
             tokens = continued(self._decoder.held(_SLOT), fitted.tokens, self._decoder.piece)
-            asked = self._asker.asked(tokens, self.options, self.generation)
+            asked = self._asker.asked(tokens, options, self.generation)
             reader = asked.reader()
             running = None
             try:
@@ -147,21 +152,21 @@ class Chat:
             finally:
                 if running is not None and running.finish_reason is None:
                     reader.stop(running)
-                answered = bool(reader.said or reader.thought or reader.calls)
-                if answered:
+                self.answered = bool(reader.said or reader.thought or reader.calls)
+                if self.answered:
                     self.conversation.add_assistant(reader.said, reader.thought, reader.calls)
         finally:
-            if not answered:
+            if not self.answered:
                 self.conversation.replace(before)
 
-    def _fit(self) -> Fitted:
+    def _fit(self, options: ChatOptions) -> Fitted:
         reserve, limit = 1, self.generation.max_tokens
         if self.overflow == "shift":
             quarter = self.context_size // 4
             reserve = min(limit, quarter) if limit > 0 else quarter
         messages = self.conversation.messages
         try:
-            template = _Told(self._template, self.options)
+            template = _Told(self._template, options)
             return fit(messages, template, self.context_size, reserve, self.overflow, self.dropped_turns)
         except ContextFullError as error:
             advice = "shorten the message, or start with a larger `ctx_size`"

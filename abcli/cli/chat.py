@@ -9,12 +9,15 @@ from typing import Annotated
 
 import typer
 
+from abcli.chat.asking import check_together
 from abcli.chat.controller import Chat
 from abcli.chat.conversation import Overflow
 from abcli.chat.session import Session, SessionStore
+from abcli.cli._chat_options import ChatFlags
 from abcli.cli._flags import flag
 from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
 from abcli.cli._setup import opened, prepared
+from abcli.cli._tool_options import ToolRunFlags
 from abcli.config import history_file, sessions_directory
 from abcli.errors import UsageError
 from abcli.grammar.check import check
@@ -24,6 +27,7 @@ from abcli.text import counted, gibibytes
 from abcli.ui.chat_screen import COMMANDS, ChatScreen
 from abcli.ui.lines import line_reader
 from abcli.ui.terminal import Terminal
+from abcli.ui.tool_desk import ToolDesk
 
 
 def chat(
@@ -47,12 +51,18 @@ def chat(
     bucket_options: ProfiledBucketOptions,
     sampling_options: SamplingOptions,
     answer_options: AnswerOptions,
+    chat_flags: ChatFlags,
+    tool_flags: ToolRunFlags,
 ) -> None:
     """Talk with a model: parse, load, and hand over to the screen."""
     if no_save and session is not None:
         raise UsageError("--no-save and --session contradict each other", "drop one of them")
     generation = answer_options.config(sampling_options.config())
     check(generation.sampling)
+    options = chat_flags.options()
+    check_together(options, generation.sampling)
+    interactive = sys.stdin.isatty()
+    runners = tool_flags.runners(options.tools, interactive=interactive)
     terminal = Terminal()
     found = prepared(terminal, model_word, model_options, bucket_options)
     store = None if no_save else SessionStore(sessions_directory())
@@ -60,12 +70,11 @@ def chat(
         resumed = _resume(store, session, stack)
         llm = stack.enter_context(opened(terminal, found, model_options))
         llm.check(generation.sampling)
-        talk = llm.chat(overflow=overflow, generation=generation)
+        talk = llm.chat(overflow=overflow, generation=generation, options=options)
         current = _session(llm, generation.sampling, resumed, session, terminal)
         talk.restore(current)
         if system is not None:
             talk.conversation.system = answer_options.text(system, "--system")
-        interactive = sys.stdin.isatty()
         reader = line_reader(history_file(), list(COMMANDS))
         screen = ChatScreen(
             terminal,
@@ -74,6 +83,7 @@ def chat(
             llm.cancel,
             store,
             current,
+            desk=ToolDesk(terminal, reader, runners, ask_first=not tool_flags.yes, max_rounds=tool_flags.max_rounds),
             buckets=len(llm.bases),
             interactive=interactive,
             show_statistics=stats if stats is not None else interactive and terminal.interactive,

@@ -80,8 +80,8 @@ class Backend(Protocol):
         """
 
     def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
-        """Append what column `source` holds of `tokens`, at most a piece, from position `start` on to the columns
-        `targets`, which hold exactly what stands before.
+        """Append what column `source` holds of `tokens` from position `start` on to the columns `targets`, which hold
+        exactly what stands before.
         """
 
     def length(self, slot: int, column: int) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from abcli.config import Buckets, ContextConfig, MergeRule
 from abcli.engine.backend import TILED_TOKENS, Part, Sharing
+from abcli.engine.memory import all_on_devices
 from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.workers import WorkerPlan, available_cores, plan_workers, run_all
 from abcli.native.compute_thread import compute_thread
@@ -79,8 +80,9 @@ class ContextsBackend(Owner):
         """See `Backend.share`."""
         if self._shared is None:
             raise RuntimeError("this backend cannot share a prefill")
-        contexts = [self._contexts[target] for target in targets]
-        self._shared.transfer(self._contexts[source], contexts, slot, start, start + len(tokens))
+        contexts, end = [self._contexts[target] for target in targets], start + len(tokens)
+        for first in range(start, end, self._piece):
+            self._shared.transfer(self._contexts[source], contexts, slot, first, min(first + self._piece, end))
 
     def length(self, slot: int, column: int) -> int:
         """See `Backend.length`."""
@@ -142,6 +144,8 @@ class ContextsBackend(Owner):
         """Prepare shared prefill if it is wanted and proves right; a leader that is no bucket is one more column."""
         if config.prefill == "exact" or self.buckets == 1:
             return Sharing(False)
+        if config.prefill == "auto" and all_on_devices(model.checked):
+            return Sharing(False, "from device to device through the machine's memory it would be no faster")
         if model.rotation is None:
             return Sharing(False, "the positions of this model have several parts (M-RoPE)")
         base = buckets.prefill_base

@@ -73,7 +73,6 @@ class Engine(Owner):
         self._stack = ExitStack()
         self._stack.callback(backend.close)
         self._buckets = range(backend.buckets)
-        self._followers = [column for column in range(len(backend.bases)) if column != backend.leader]
         self._others = [bucket for bucket in self._buckets if bucket != backend.native]
         self._least_shared = least_shared
         self._cache = cache
@@ -163,7 +162,7 @@ class Engine(Owner):
             decided = self._append(rows, merge, gates)
             for slot in complete:
                 # Every bucket has computed the end of an exact prompt, but the gate is asked all the same.
-                if slot in gates and slot not in rows and gates[slot](self._logits[slot, self._native]):
+                if slot in gates and slot not in rows and gates[slot](self._logits[slot, self._backend.native]):
                     decided.add(slot)
                 self._store(slot, len(self._waiting.pop(slot).tokens))
         return {slot: self._logits[slot, self._given(slot, decided)] for slot in (*tokens, *complete)}
@@ -171,7 +170,7 @@ class Engine(Owner):
     def _given(self, slot: int, decided: Collection[int]) -> slice:
         """Which of a slot's rows are the step's logits."""
         if slot in decided:
-            return slice(self._native, self._native + 1)
+            return slice(self._backend.native, self._backend.native + 1)
         return slice(1 if slot in self._agreements else None)
 
     def agreement(self, slot: int) -> float | None:
@@ -226,8 +225,6 @@ class Engine(Owner):
         The last token of a shared prompt is left to every bucket: it is put into `rows`.
         """
         pieces = self._next_pieces()
-        for slot in pieces:
-            self._catch_up(slot, self._native, self._others)
         exact, led, complete = [], [], []
         for slot, piece in pieces.items():
             prompt = self._waiting[slot]
@@ -241,10 +238,11 @@ class Engine(Owner):
             if ends and prompt.shared:
                 rows[slot] = prompt.tokens[-1]
             self._waiting[slot] = replace(prompt, done=prompt.done + len(piece))
-        if exact:
-            self._compute(exact, self._buckets)
-        if led:
-            self._lead(led)
+        for parts, columns in ((exact, self._buckets), (led, [self._backend.leader])):
+            if parts:
+                for part in parts:
+                    self._catch_up(part.slot, columns)
+                self._compute(parts, columns)
         return complete
 
     def _next_pieces(self) -> dict[int, Sequence[int]]:
@@ -281,35 +279,43 @@ class Engine(Owner):
         decided: set[int] = set()
         columns: Sequence[int] = self._buckets
         if self._others and not gates.keys().isdisjoint(rows):
-            compute(rows, [self._native], None)
-            decided = {slot for slot in rows if slot in gates and gates[slot](self._logits[slot, self._native])}
+            for slot in rows:
+                self._catch_up(slot, [self._backend.native])
+            compute(rows, [self._backend.native], None)
+            decided = {slot for slot in rows if slot in gates and gates[slot](self._logits[slot, self._backend.native])}
             # What is computed in two batches cannot be merged where it is computed.
             columns, merge = self._others, None
         asked = [slot for slot in rows if slot not in decided]
         for slot in asked:
-            self._catch_up(slot, self._native, self._others)
+            self._catch_up(slot, columns)
         self._agreements = compute(asked, columns, merge)
         for slot, token in rows.items():
             self._tokens[slot].append(token)
         return decided
 
-    def _catch_up(self, slot: int, source: int, targets: Sequence[int]) -> None:
-        """Let the columns `targets` take over from `source` what they are behind; where they cannot, compute it."""
+    def _catch_up(self, slot: int, columns: Sequence[int]) -> None:
+        """Let `columns` hold all tokens of a slot: they take over what they lack from one that does, or compute it."""
         tokens = self._tokens[slot]
-        held = self._backend.length(slot, targets[0]) if targets else len(tokens)
-        if held == len(tokens):
-            return
-        try:
-            if self.sharing.shared:
-                self._share(slot, source, targets, held, tokens[held:])
-                return
-            size = self._backend.piece(len(targets))
-            for start in range(held, len(tokens), size):
-                self._backend.compute([Part(slot, start, tokens[start : start + size])], targets)
-        except BaseException:
-            # Some may hold it, and some have cells for it without numbers.
-            self._backend.truncate(slot, held, targets)
-            raise
+        held = {column: self._backend.length(slot, column) for column in columns}
+        for start in sorted({length for length in held.values() if length < len(tokens)}):
+            behind = [column for column in columns if held[column] == start]
+            try:
+                if self.sharing.shared:
+                    self._backend.share(slot, self._ahead(slot, behind[0]), behind, start, tokens[start:])
+                    continue
+                size = self._backend.piece(len(behind))
+                for first in range(start, len(tokens), size):
+                    self._backend.compute([Part(slot, first, tokens[first : first + size])], behind)
+            except BaseException:
+                # Some may hold it, and some have cells for it without numbers.
+                self._backend.truncate(slot, start, behind)
+                raise
+
+    def _ahead(self, slot: int, column: int) -> int:
+        """The column that another one takes over from: the leader, or else the nearest base, where all tokens are."""
+        bases, leader = self._backend.bases, self._backend.leader
+        whole = [other for other in range(len(bases)) if self._backend.length(slot, other) >= len(self._tokens[slot])]
+        return leader if leader in whole else min(whole, key=lambda other: abs(log(bases[other] / bases[column])))
 
     def _part(self, slot: int, tokens: Sequence[int], *, output: bool) -> Part:
         return Part(slot, len(self._tokens[slot]), tokens, list(self._logits[slot]) if output else None)
@@ -318,23 +324,6 @@ class Engine(Owner):
         self._backend.compute(parts, columns)
         for part in parts:
             self._tokens[part.slot] += part.tokens
-
-    def _lead(self, parts: Sequence[Part]) -> None:
-        """The leader computes, and the others take it over."""
-        backend = self._backend
-        bases, leader = backend.bases, backend.leader
-        if leader not in self._buckets:
-            nearest = min(self._buckets, key=lambda column: abs(log(bases[column] / bases[leader])))
-            for part in parts:
-                self._catch_up(part.slot, nearest, [leader])
-        self._compute(parts, [leader])
-        for part in parts:
-            self._share(part.slot, leader, self._followers, part.position, part.tokens)
-
-    def _share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
-        size = self._backend.piece(1)
-        for offset in range(0, len(tokens) if targets else 0, size):
-            self._backend.share(slot, source, targets, start + offset, tokens[offset : offset + size])
 
     def _check_room(self, needed: int) -> None:
         if needed > self.context_size:
@@ -357,7 +346,6 @@ class Engine(Owner):
             known = wanted[piece.start : piece.end - beyond]
             try:
                 self._backend.append_cells(slot, piece.start, [*known, *[0] * beyond], piece.data)
-                self._share(slot, self._backend.leader, self._followers, piece.start, [*known, *[0] * beyond])
             except StateError:
                 self._keep(slot, piece.start)
                 break
@@ -381,10 +369,6 @@ class Engine(Owner):
         if not self._backend.truncate(slot, length):
             self._backend.truncate(slot, length := 0)
         del self._tokens[slot][length:]
-
-    @property
-    def _native(self) -> int:
-        return self._backend.native
 
     @property
     def _cancel(self) -> CancelFlag:

@@ -29,6 +29,10 @@ _UNLIMITED = 1 << 60
 _HOST_DEVICES = ("CPU", "BLAS", "ACCEL")
 _BLOCK_TYPES = {"q8_0", "q5_1", "q5_0", "q4_1", "q4_0"}
 _BLOCK_ELEMENTS = 32
+_FLOAT = 4
+# What CUDA keeps on a device from the first computation on, and for each context (H100). Others were not measured.
+_CUDA_BYTES = 70_000_000
+_CUDA_CONTEXT_BYTES = 12_000_000
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,10 @@ def _offload_devices(gpu_layers: int) -> list[Device]:
     return [device for device in devices() if not device.name.upper().startswith(_HOST_DEVICES)]
 
 
+def _cuda_devices(gpu_layers: int) -> list[Device]:
+    return [device for device in _offload_devices(gpu_layers) if device.name.upper().startswith("CUDA")]
+
+
 def available_memory() -> int:
     """The bytes of memory this process can still take, limits of its control groups included."""
     return min([int(psutil.virtual_memory().available), *_cgroup_room()])
@@ -223,6 +231,11 @@ def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
     caches = contexts * (cells * per_token + sequences * shape.state_bytes)
     compute = contexts * (graph + masks)
     weights = shape.weight_bytes - shape.embedding_bytes
+    # Where everything lies on devices, the host looks embeddings up and makes the masks.
+    inputs = contexts * (masks + 2 * _FLOAT * shape.embedding * tokens)
+    # Probabilities, what they weigh, and their opposites, of each bucket, and what comes of them.
+    merging = _FLOAT * config.slots * shape.vocabulary * (3 * buckets + 1) if share and fused and buckets > 1 else 0
+    device = len(_cuda_devices(setup.gpu_layers)) * (_CUDA_BYTES + contexts * _CUDA_CONTEXT_BYTES)
     scratch = idle = 0
     if not fused and buckets > 1 and config.prefill != "exact" and config.cache_type_k not in _BLOCK_TYPES:
         workers = plan_workers(buckets, config.threads or available_cores()).workers
@@ -231,9 +244,10 @@ def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
     items = (
         _split("weights", shape.weight_bytes, round(share * weights)),
         _split("caches", caches, round(share * caches)),
-        Item("compute", compute if share < 1 else contexts * masks, compute if share else 0, 0 if share else idle),
+        Item("compute", compute if share < 1 else inputs, compute if share else 0, 0 if share else idle),
         _split("outputs", contexts * sequences * shape.vocabulary * 4, 0),
-        _split("logits", _array_bytes(buckets, config.slots, shape), 0),
+        Item("logits", _array_bytes(buckets, config.slots, shape), merging),
+        _split("device", device, device),
         _split("transfer", scratch, 0),
         _split("working", contexts * (shape.graph_overhead + shape.work_bytes(tokens)), 0),
         _split("tokenizer", shape.tokenizer_bytes, 0),
@@ -273,6 +287,11 @@ def _device_share(gpu_layers: int, shape: MemoryShape) -> float:
         return 0.0
     layers = shape.layers + 1
     return 1.0 if gpu_layers < 0 else min(gpu_layers, layers) / layers
+
+
+def all_on_devices(model: CheckedModel) -> bool:
+    """Whether all layers of the model go to devices with memory of their own."""
+    return _device_share(model.config.gpu_layers, MemoryShape.of(model)) == 1.0
 
 
 def _padded(cells: int) -> int:

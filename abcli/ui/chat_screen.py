@@ -14,6 +14,7 @@ from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.text import counted
 from abcli.ui.lines import Entry, LineReader, read_message
 from abcli.ui.terminal import Terminal, on_interrupt
+from abcli.ui.tool_desk import ToolDesk
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ChatScreen:
         store: SessionStore | None,
         session: Session,
         *,
+        desk: ToolDesk,
         buckets: int,
         interactive: bool,
         show_statistics: bool,
@@ -50,6 +52,7 @@ class ChatScreen:
         self.chat = chat
         self.session = session
         self._reader = reader
+        self._desk = desk
         self._cancel = cancel
         self._store = store
         self._buckets = buckets
@@ -101,6 +104,7 @@ class ChatScreen:
         with self._saving():
             self._show(lambda progress: self.chat.ask(text, progress))
         self._attached.clear()
+        self._call()
 
     def help(self, _argument: str) -> None:
         """List the commands."""
@@ -135,6 +139,7 @@ class ChatScreen:
         """Answer the last message again."""
         with self._saving():
             self._show(self.chat.regenerate)
+        self._call()
 
     def set(self, argument: str) -> None:
         """Change a setting."""
@@ -180,9 +185,26 @@ class ChatScreen:
         self._attached.append(text)
         self.terminal.note(f"read {counted(len(text), 'character')}, to go before your next message")
 
+    def thoughts(self, _argument: str) -> None:
+        """Show what was thought before the last answer."""
+        thoughts = (message.reasoning_content for message in reversed(self.chat.conversation.messages))
+        self.terminal.note(next(filter(None, thoughts), "nothing was thought yet"))
+
+    def _call(self) -> None:
+        """Get the results of the calls of tools in an answer, and let the model go on, as long as it calls more."""
+        for _round in range(self._desk.max_rounds):
+            calls = self.chat.pending_calls
+            if not calls:
+                return
+            results = self._desk.results(calls)
+            with self._saving():
+                self._show(lambda progress, results=results: self.chat.reply(results, progress))  # type: ignore[misc]
+        if self.chat.pending_calls:
+            self.terminal.warn(f"stopped after {counted(self._desk.max_rounds, 'round')} of calls: `max_rounds`")
+
     def _show(self, answering: Callable[[Callable[[int, int], None]], Pieces]) -> None:
-        """Stream an answer; Ctrl-C stops it."""
-        answer = None
+        """Stream an answer, its thought folded; Ctrl-C stops it."""
+        answer, thought = None, ""
         with (
             on_interrupt(self._cancel),
             self.terminal.prefill_progress() as progress,
@@ -196,12 +218,18 @@ class ChatScreen:
                             f"the context is full: left out are the oldest {counted(self.chat.dropped_turns, 'turn')}"
                         )
                     answer = piece.running
+                    thought += piece.reasoning
+                    if piece.reasoning and self._interactive and thought == piece.reasoning:
+                        self.terminal.note("thinking ...")
+                    if piece.text and thought and self._interactive:
+                        self.terminal.note(f"(thought in {counted(len(thought.split()), 'word')}: /thoughts)")
+                        thought = ""
                     self.terminal.write_answer(piece.text)
             finally:
                 self.terminal.end_line()
         if answer is None:
             return
-        if not answer.text:
+        if not self.chat.answered:
             self.terminal.warn("the answer is empty, so the conversation is as before")
         if answer.finish_reason == "length" and self.chat.used_tokens >= self.chat.context_size:
             self.terminal.warn("the answer ends here because the context is full")
@@ -248,6 +276,7 @@ COMMANDS = {
     "/read": Command("FILE", "place a text file before the next message", ChatScreen.read),
     "/set": Command("NAME VALUE", "change a setting: /set temp 0.2", ChatScreen.set),
     "/show": Command("", "show the session, the model and the settings", ChatScreen.show),
+    "/thoughts": Command("", "show what was thought before the last answer", ChatScreen.thoughts),
     "/save": Command("FILE", "write the conversation to FILE (.json, or .md for reading)", ChatScreen.save),
     "/load": Command(
         "FILE", "continue the conversation in FILE (.json, also another tool's messages)", ChatScreen.load

@@ -32,6 +32,7 @@ _ITEMS = {
     "compute": "compute buffers",
     "outputs": "llama.cpp's outputs",
     "logits": "merging and sampling",
+    "device": "the device's libraries",
     "transfer": "sharing a prefill",
     "working": "graphs and scratch",
     "tokenizer": "tokenizer",

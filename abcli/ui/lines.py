@@ -25,6 +25,9 @@ class LineReader(Protocol):
     def line(self, *, continued: bool) -> str:
         """The next line; `continued` inside a block. Raises EOFError at the end, KeyboardInterrupt on Ctrl-C."""
 
+    def answer(self, question: str) -> str:
+        """What is typed to a question, which is not a message and not remembered. Raises as `line`."""
+
 
 class EditorReader:
     """prompt_toolkit's line editor with history and completion of commands."""
@@ -43,6 +46,10 @@ class EditorReader:
         """See `LineReader`."""
         return self._session.prompt(_prompt(continued))
 
+    def answer(self, question: str) -> str:
+        """See `LineReader`."""
+        return PromptSession[str](history=InMemoryHistory(), output=self._session.output).prompt(question)
+
 
 class StreamReader:
     """Lines of standard input: of a script, without a prompt, or of a terminal that can do no more than show them."""
@@ -53,8 +60,12 @@ class StreamReader:
 
     def line(self, *, continued: bool) -> str:
         """See `LineReader`; raises PromptError for a line that is not UTF-8."""
+        return self.answer(_prompt(continued))
+
+    def answer(self, question: str) -> str:
+        """See `LineReader`; raises PromptError for a line that is not UTF-8."""
         if self._prompt:
-            sys.stderr.write(_prompt(continued))
+            sys.stderr.write(question)
             sys.stderr.flush()
         data = self._stream.readline()
         if not data:

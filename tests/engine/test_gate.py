@@ -96,7 +96,7 @@ def run(engine: Engine, work: list[tuple[str, Any]], *, at_once: bool) -> list[N
             found.append(engine.prefill(arguments[0], [(13 * number + i) % 250 for i in range(arguments[1])]).copy())
         if at_once:
             for slot in range(SLOTS):
-                engine._catch_up(slot, engine._native, engine._others)
+                engine._catch_up(slot, engine._others)
     return found
 
 
@@ -150,7 +150,7 @@ def test_a_sliding_window_longer_owed_than_it_is(tmp_path: Path, kind: Kind) -> 
             for number in range(200):
                 each.step({0: number}, gates={0: lambda _row: True})
                 if each is reference:
-                    each._catch_up(0, each._native, each._others)
+                    each._catch_up(0, each._others)
         for number in range(3):
             np.testing.assert_allclose(engine.step({0: number})[0], reference.step({0: number})[0], atol=1e-4)
 

@@ -39,7 +39,7 @@ def test_four_answers_advance_by_a_token_with_each_piece_of_a_long_prompt(
     largest = 0
     decode = Sequences.decode
 
-    def counted(self: Sequences, parts: Any, logits: Any) -> None:
+    def counted(self: Sequences, parts: Any, logits: Any = ()) -> None:
         nonlocal largest
         largest = max(largest, sum(len(part.tokens) for part in parts))
         decode(self, parts, logits)

@@ -81,7 +81,7 @@ def test_near_lengths_share_a_batch(tiny_model: Path, monkeypatch: pytest.Monkey
     batches = []
     decode = Sequences.decode
 
-    def counted(self: Sequences, parts: Any, logits: Any) -> None:
+    def counted(self: Sequences, parts: Any, logits: Any = ()) -> None:
         batches.append(len({part.sequence for part in parts}))
         decode(self, parts, logits)
 
@@ -125,7 +125,7 @@ def test_a_cancelled_one_leaves_all_as_they_were(tiny_model: Path, kind: Any, mo
         engine.truncate(0, 10)
         decode = Sequences.decode
 
-        def cancelling(self: Sequences, parts: Any, logits: Any) -> None:
+        def cancelling(self: Sequences, parts: Any, logits: Any = ()) -> None:
             decode(self, parts, logits)
             engine.cancel()
 

@@ -38,6 +38,7 @@ class ByCallback(Owner):
     """Turns rows right after llama.cpp has rotated them. Implements `Turning`."""
 
     logits = 0
+    copies: bool | None = None
 
     def __init__(self, base: float, tables: Tables | None, devices: Devices) -> None:
         """`base` is the context's; without `tables` no row ever turns."""

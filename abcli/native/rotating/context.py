@@ -6,9 +6,9 @@ there to its own base (`abcli.native.rotating.turning`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log
 from typing import Any
 
@@ -25,20 +25,18 @@ from abcli.native.model import Model
 from abcli.native.rotating.callback import ByCallback
 from abcli.native.rotating.cells import DeviceCache, Range
 from abcli.native.rotating.devices import Devices
+from abcli.native.rotating.following import following_rotations
 from abcli.native.rotating.graph import Observation, Observer
-from abcli.native.rotating.hook import hook_obstacle, rope_hook
+from abcli.native.rotating.hook import hook_obstacle
 from abcli.native.rotating.keys import PROBE_POSITION, agree
 from abcli.native.rotating.mixing import LogitsMixer
-from abcli.native.rotating.tables import NODES_PER_ROTATION, Layout, Tables
-from abcli.native.rotating.turning import InGraph, Turning, marked_base
+from abcli.native.rotating.tables import Layout, Tables
+from abcli.native.rotating.turning import InGraph, Turning, Visit
 
 # llama.cpp's LLAMA_MAX_SEQ.
 MAX_SEQUENCES = 256
 # llama.cpp pads the cells of a sequence to a multiple of this.
 _CELL_STEP = 256
-# Graphs of several tokens may take a few nodes more than that of one.
-_SPARE_NODES = 64
-_HINT = "use `engine=contexts` with this model"
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class FusedContext(Sequences):
         obstacle = hook_obstacle()
         turns = any(other != base for other in self.bases)
         if turns:
-            self.follows, obstacle = _inspect(model, config, base, cancel, obstacle)
+            self.follows, obstacle = following_rotations(model, config, base, cancel, obstacle)
         self._open(model, parameters, base, cancel, obstacle)
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -123,7 +121,7 @@ class FusedContext(Sequences):
         with ExitStack() as stack:
             # A graph may be reserved for as many rows as make whole sequences.
             rows = parameters.n_ubatch + parameters.n_seq_max
-            self.devices = stack.enter_context(Devices(rows))
+            self.devices = stack.enter_context(Devices(max(rows, self._slot_cells)))
             tables = Tables(self.devices, base, rows) if self.follows else None
             way: Turning = ByCallback(base, tables, self.devices) if obstacle else InGraph(base, tables)
             stack.callback(way.close)
@@ -135,6 +133,8 @@ class FusedContext(Sequences):
                 stack.push(self._stack.pop_all())
             self.base = base
             self._way, self._tables = way, tables
+            # Whether llama.cpp has yet to copy streams: those that it must not, or those that it must.
+            self._mirrored = self._copied = False
             self._mixer = stack.enter_context(LogitsMixer(self.devices, self.buckets, model.vocabulary_size))
             self.observation = self._observe()
             self._cells = DeviceCache(self.observation, self.follows, self.devices)
@@ -194,7 +194,7 @@ class FusedContext(Sequences):
             self._tables.fill(Layout(bases, len(parts), len(tokens)), positions)
         if careful:
             visit = self._cells.check(np.repeat([part.sequence for part in batch], len(tokens)), positions)
-        self._way.run(lambda: self.decode(batch), turned, visit)
+        self._run(lambda: self.decode(batch), turned, visit)
         if merge is not None and logits is not None:
             self._synchronize()
             agreements = self._mixer.mix(self._way.logits, merge, [part[0] for part in logits])
@@ -220,7 +220,7 @@ class FusedContext(Sequences):
             if missing := longest - len(part.tokens):
                 batch.append(BatchPart(sequence, end, [self._token] * missing, output=False))
                 rows.append(None)
-        self._way.run(lambda: self.decode(batch, rows))
+        self._run(lambda: self.decode(batch, rows))
         for part in parts:
             self.truncate(self.sequence(part.slot, 0), part.position + len(part.tokens))
 
@@ -231,19 +231,48 @@ class FusedContext(Sequences):
         """
         batch = [BatchPart(self.sequence(slot, column), position, tokens, output=False) for column in columns]
         turned = self._turned_rows(columns, len(tokens))
-        self._way.run(lambda: self.decode(batch), turned, compute=False)
+        self._run(lambda: self.decode(batch), turned, compute=False)
 
     def share(self, slot: int, source: int, targets: Sequence[int], position: int, tokens: Sequence[int]) -> None:
-        """Append to the slot's columns `targets` what column `source` holds of `tokens`, at most `ubatch_size`.
+        """Append to the slot's columns `targets` what column `source` holds of `tokens`.
 
         The targets hold exactly the tokens before `position`. Raises NativeError; the caller then truncates.
         """
+        end = position + len(tokens)
+        if self._copied:
+            self._settle(slot, targets[0], position)
+        if self._way.copies is None:
+            for start in range(0, len(tokens), self.ubatch_size):
+                self._reserve_each(slot, targets, position + start, tokens[start : start + self.ubatch_size])
+        else:
+            # llama.cpp gives a target the cells of the source, and would copy all that they hold before it computes.
+            self._mirrored = True
+            for target in targets:
+                sequence = self.sequence(slot, target)
+                llama.llama_memory_seq_cp(self._memory, self.sequence(slot, source), sequence, -1, -1)
+                self.truncate(sequence, end)
+        self._give(slot, source, targets, Range(position, len(tokens), position))
+
+    def _reserve_each(self, slot: int, columns: Sequence[int], position: int, tokens: Sequence[int]) -> None:
+        """Reserve in as many columns at once as one batch has room for."""
         most = max(1, self.ubatch_size // len(tokens))
-        for group in self.neighbours(targets):
+        for group in self.neighbours(columns):
             for first in range(0, len(group), most):
                 self.reserve(slot, group[first : first + most], position, tokens)
-        where = Range(position, len(tokens), position)
-        self._give(slot, source, targets, where)
+
+    def _settle(self, slot: int, column: int, position: int) -> None:
+        """Let llama.cpp do the copies that it has put off; the column ends at `position` and has room for a token."""
+        self.reserve(slot, [column], position, (self._token,))
+        self.truncate(self.sequence(slot, column), position)
+
+    def _run(
+        self, decode: Callable[[], None], rows: int = 0, visit: Visit | None = None, *, compute: bool = True
+    ) -> None:
+        """Compute a batch; see `Turning.run`. What llama.cpp had put off is then done."""
+        if self._way.copies is not None:
+            self._way.copies = not self._mirrored
+        self._way.run(decode, rows, visit, compute=compute)
+        self._mirrored = self._copied = False
 
     def prove_sharing(self, source: int) -> str:
         """Why `share` from column `source` would not give llama.cpp's own keys; empty if it does.
@@ -279,7 +308,10 @@ class FusedContext(Sequences):
         return self._cells.turning_layers
 
     def read_cells(self, slot: int, column: int, start: int, end: int) -> NDArray[np.uint8]:
-        """The keys and values of the tokens start to end as bytes for `write_cells`, in the form of a state."""
+        """The keys and values of the tokens start to end as bytes for `write_cells`, in the form of a state.
+
+        Something must have been computed since a slot was copied.
+        """
         self._synchronize()
         return self._cells.read(self.sequence(slot, column), Range(start, end - start, start))
 
@@ -308,9 +340,12 @@ class FusedContext(Sequences):
     def copy_slot(self, source: int, target: int) -> None:
         """Make slot `target` hold what slot `source` holds."""
         for column in range(len(self.bases)):
-            old, new = self.sequence(source, column), self.sequence(target, column)
+            new = self.sequence(target, column)
             llama.llama_memory_seq_rm(self._memory, new, -1, -1)
-            llama.llama_memory_seq_cp(self._memory, old, new, -1, -1)
+            if self._mirrored:
+                self._settle(target, column, 0)
+            llama.llama_memory_seq_cp(self._memory, self.sequence(source, column), new, -1, -1)
+        self._copied = True
 
     def _turned_rows(self, columns: Sequence[int], tokens: int) -> int:
         """How many rows a batch of `tokens` tokens in each of `columns` turns: all or none.
@@ -351,37 +386,3 @@ class FusedContext(Sequences):
             if not agree(found, wanted):
                 return f"the keys of layer {layer} came out wrong inside the graph"
         return ""
-
-
-def _inspect(
-    model: Model, config: ContextConfig, base: float, cancel: CancelFlag, obstacle: str
-) -> tuple[frozenset[int], str]:
-    """Which ROPE operations of the model follow the base, and why they cannot be turned inside the graph.
-
-    `obstacle` is what is known of that already. Some layers keep a base of their own. Raises UnsupportedModelError
-    if no operation follows the base, or one is of another kind than plain RoPE.
-    """
-    tiny = replace(config, batch_size=1, ubatch_size=1)
-    marked = marked_base(base)
-    parameters = context_parameters(model, marked, tiny, 1, cancel)
-    parameters.n_ctx = _CELL_STEP
-    parameters.n_seq_max = parameters.n_outputs_max = 1
-    observer = Observer()
-    with ExitStack() as stack:
-        way: Turning = ByCallback(base, None, Devices(1)) if obstacle else InGraph(base, None)
-        made: list[Sequences] = []
-        way.make(parameters, lambda: made.append(stack.enter_context(Sequences(model, parameters, cancel))))
-        (other,) = made
-        if not obstacle:
-            stack.enter_context(rope_hook().held())
-        part = BatchPart(0, 0, (model.vocabulary_size // 2,), output=False)
-        way.run(lambda: other.decode([part]), visit=observer.visit)
-        ropes = observer.result().ropes
-    follows = frozenset(index for index, rope in enumerate(ropes) if rope.base == marked)
-    if not follows:
-        raise UnsupportedModelError("no rotation of the model follows the RoPE base", "use `buckets=1`")
-    if any(ropes[index].first_dimension for index in follows):
-        raise UnsupportedModelError("the model rotates a part of each head only, from its middle on", _HINT)
-    if isinstance(way, InGraph) and way.free_nodes < len(follows) * NODES_PER_ROTATION + _SPARE_NODES:
-        obstacle = f"llama.cpp's graph has room for {way.free_nodes} more nodes only"
-    return follows, obstacle

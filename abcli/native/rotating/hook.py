@@ -27,6 +27,8 @@ _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _ROPE = ctypes.CFUNCTYPE(_pointer, *[_pointer] * 4, *[_int] * 3, *[_float] * 6)
 # enum ggml_status ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 _COMPUTE = ctypes.CFUNCTYPE(_int, _pointer, _pointer)
+# void ggml_backend_tensor_copy(const struct ggml_tensor * src, struct ggml_tensor * dst);
+_COPY = ctypes.CFUNCTYPE(None, _pointer, _pointer)
 
 
 class Actor(Protocol):
@@ -37,6 +39,9 @@ class Actor(Protocol):
 
     def compute(self, original: Callable[..., int], scheduler: int, graph: int) -> int:
         """In place of `ggml_backend_sched_graph_compute_async`."""
+
+    def copy(self, original: Callable[..., None], source: int, target: int) -> None:
+        """In place of `ggml_backend_tensor_copy`."""
 
 
 _threads = threading.local()
@@ -56,7 +61,7 @@ def acting(actor: Actor) -> Iterator[None]:
 class Hook:
     """One function of ggml and the pointer through which libllama calls it."""
 
-    def __init__(self, function: Any, prototype: Any, replacement: Callable[..., int]) -> None:
+    def __init__(self, function: Any, prototype: Any, replacement: Callable[..., int | None]) -> None:
         """`replacement` gets the original function and its arguments. Raises PointerError."""
         self._pointer = Pointer(llama._lib.llama_decode, function)
         original = prototype(self._pointer.function)
@@ -129,9 +134,23 @@ def compute_hook() -> Hook:
 
 
 @cache
+def copy_hook() -> Hook:
+    """The hook of `ggml_backend_tensor_copy`. Raises PointerError where it cannot be had."""
+
+    def replacement(original: Callable[..., None], source: int, target: int) -> None:
+        actor: Actor | None = getattr(_threads, "actor", None)
+        if actor is None:
+            original(source, target)
+        else:
+            actor.copy(original, source, target)
+
+    return Hook(api.tensor_copy, _COPY, replacement)
+
+
+@cache
 def _obstacle() -> str:
     try:
-        for hook in (rope_hook(), compute_hook()):
+        for hook in (rope_hook(), compute_hook(), copy_hook()):
             with hook.held():
                 pass
     except PointerError as error:

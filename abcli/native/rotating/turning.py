@@ -20,7 +20,7 @@ from abcli.native.ggml_api import TensorStruct
 from abcli.native.owner import Owner
 from abcli.native.rotating.devices import nodes_of
 from abcli.native.rotating.graph import rope_node
-from abcli.native.rotating.hook import acting, compute_hook, rope_hook
+from abcli.native.rotating.hook import acting, compute_hook, copy_hook, rope_hook
 from abcli.native.rotating.tables import Rotation, Tables, weights_of
 
 # llama.cpp's name for its logits.
@@ -34,6 +34,9 @@ Visit = Callable[[int, int], None]
 
 class Turning(Protocol):
     """A way to turn rows. One context, one thread at a time."""
+
+    copies: bool | None
+    """Whether llama.cpp copies streams where it wants to; None where it cannot be kept from it."""
 
     def make(self, parameters: Any, make: Callable[[], None]) -> None:
         """Set what the context needs in `parameters` (`llama_context_params`), and call `make`, which makes it.
@@ -99,6 +102,7 @@ class InGraph(Owner):
         self._visit: Visit | None = None
         self._compute = True
         self._turns = False
+        self.copies: bool | None = True
         # How many rows the graph that llama.cpp holds turns; 0 for one that turns none.
         self._rows = 0
         self._context = 0
@@ -107,7 +111,7 @@ class InGraph(Owner):
         self.free_nodes = 0
         self._stack = ExitStack()
         if tables is not None:
-            for hook in (rope_hook(), compute_hook()):
+            for hook in (rope_hook(), compute_hook(), copy_hook()):
                 hook.acquire()
                 self._stack.callback(hook.release)
 
@@ -170,6 +174,11 @@ class InGraph(Owner):
                 self._failure.keep(error)
                 return int(_STATUS_FAILED)
         return original(scheduler, graph) if self._compute else 0
+
+    def copy(self, original: Callable[..., None], source: int, target: int) -> None:
+        """Copy a stream of the cache, unless it is done otherwise."""
+        if self.copies:
+            original(source, target)
 
     @property
     def logits(self) -> int:

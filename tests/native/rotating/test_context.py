@@ -14,6 +14,7 @@ from abcli.native import ggml_api as api
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
 from abcli.native.rotating import context as context_module
+from abcli.native.rotating import following
 from abcli.native.rotating.context import FusedContext, SlotPart
 from abcli.native.rotating.hook import rope_hook
 from abcli.native.rotating.tables import Tables
@@ -196,7 +197,7 @@ def test_a_wrong_turn_inside_the_graph_falls_back_to_the_callback(
 
 
 def test_a_graph_without_room_falls_back_to_the_callback(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context_module, "NODES_PER_ROTATION", 10_000)
+    monkeypatch.setattr(following, "NODES_PER_ROTATION", 10_000)
     with fused(model) as context:
         assert "by callback: llama.cpp's graph has room for" in context.turning_note
     assert not rope_hook().installed
