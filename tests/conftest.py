@@ -26,6 +26,9 @@ os.environ.pop("HF_TOKEN", None)
 # Where bytecode may not be written, every process that a test starts compiles all modules anew: a quarter of its time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+# Threads of llama.cpp that wait for each other sleep: on a busy machine those that spin take many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # A shell ignores Ctrl-C for what it runs in the background, and so would everything that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
