@@ -43,7 +43,7 @@ from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
 from abcli.rope.bases import asked_buckets
-from abcli.sampling import GenerationConfig, SamplingConfig, check_sampling
+from abcli.sampling import GenerationConfig, SamplingConfig, check_gate, check_sampling
 from abcli.turn import Turn
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def load(
     gpu_layers: int = -1,
     ctx_size: int = DEFAULT_CONTEXT,
     prefill_base: float | None = None,
+    gate: float | None = None,
     prompt_cache: bool | str | os.PathLike[str] = False,
     chat_template: str | None = None,
     flash_attn: FlashAttention = "auto",
@@ -81,8 +82,9 @@ def load(
     `buckets`, `bases`, `multipliers`, `spread`, `merge` and `weights` say which buckets; without any, the model's
     profile does (`profile`: "auto", "none" or a name), else six. The other settings have the names, meanings and
     defaults of the command line's flags: in `context` may be slots, batch_size, ubatch_size, threads, cache_type_k,
-    cache_type_v, prefill, engine and force. `fetch` gets the name of a model of the hub that is not here and returns
-    its path; without, that is an error. `warn` gets a line for what goes wrong without harm.
+    cache_type_v, prefill, engine and force. `gate` is that of answers whose settings name none. `fetch` gets the name
+    of a model of the hub that is not here and returns its path; without, that is an error. `warn` gets a line for what
+    goes wrong without harm.
 
     Raises UsageError, ModelFileError, UnsupportedModelError, ProfileError, OutOfMemoryError, NativeError, and what
     `fetch` raises.
@@ -101,13 +103,20 @@ def load(
                 gpu_layers,
                 tuple(one if isinstance(one, LoraConfig) else LoraConfig(Path(one)) for one in lora),
             ),
-            ContextConfig(context_size=ctx_size, flash_attention=flash_attn, prompt_cache=cache, **context),
+            ContextConfig(
+                context_size=ctx_size,
+                flash_attention=flash_attn,
+                prompt_cache=cache,
+                gated=check_gate(gate) is not None,
+                **context,
+            ),
             asked,
             prefill_base=prefill_base,
             profile=profile,
             warn=warn,
         ),
         chat_template=chat_template,
+        gate=check_gate(gate),
         warn=warn,
     )
 
@@ -125,12 +134,14 @@ class LLM(Owner):
         *,
         chat_template: str | None = None,
         template_source: str | None = None,
+        gate: float | None = None,
         warn: Warn = lambda _line: None,
         say: Callable[[str], None] = lambda _text: None,
     ) -> None:
         """Load the model. The chat template is the model's own, `chat_template` (a known name or a file), or a source.
 
-        `warn` gets a line for what goes wrong without harm, `say` one for what takes its time.
+        Answers whose settings name no gate have `gate`. `warn` gets a line for what goes wrong without harm, `say` one
+        for what takes its time.
 
         Raises ModelFileError, UnsupportedModelError, OutOfMemoryError and NativeError.
         """
@@ -138,6 +149,7 @@ class LLM(Owner):
         self.profile = prepared.profile
         self._chat_template = chat_template
         self._template_source = template_source
+        self._gate = gate
         self._turn = Turn()
         self._warn = warn
         self._remarks: set[str] = set()
@@ -229,7 +241,7 @@ class LLM(Owner):
         self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
     ) -> Iterator[Piece]:
         """The answer piece by piece, as `generate`; the last piece has the whole. Closing it early is allowed."""
-        options, config = split_settings(settings)
+        options, config = self._split(settings)
         yield from self.answer(self.ask(prompt, options, config, raw=raw), on_progress)
 
     def ask(
@@ -271,7 +283,7 @@ class LLM(Owner):
         `on_done` is called with the number of answers after each. Raises as `generate` does, for the first prompt that
         fails; the others are given up then.
         """
-        options, config = split_settings(settings)
+        options, config = self._split(settings)
         self.check(config.sampling)
         waiting = deque((place, self.ask(prompt, options, config, raw=raw)) for place, prompt in enumerate(prompts))
         found: dict[int, Answer] = {}
@@ -314,7 +326,7 @@ class LLM(Owner):
         """
         from abcli.chat.controller import Chat
 
-        options, generation = split_settings(settings)
+        options, generation = self._split(settings)
         chat = Chat(self, self.template, self.asker, generation, options, overflow=overflow)
         chat.conversation.replace(as_messages(messages) if messages else [])
         if system is not None:
@@ -382,6 +394,11 @@ class LLM(Owner):
             if slot is None:
                 slot = self._nearest(tokens, range(self.engine.slots))
             yield from self.generator.stream(slot, tokens, config, on_progress)
+
+    def _split(self, settings: Mapping[str, Any]) -> tuple[ChatOptions, GenerationConfig]:
+        """Settings as a template's and a decoder's, with the model's gate where they leave it open."""
+        usual = {} if "generation" in settings else {"gate": self._gate}
+        return split_settings({**usual, **settings})
 
     def held(self, slot: int) -> Sequence[int]:
         """The tokens that the engine's slot holds."""

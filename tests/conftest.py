@@ -23,6 +23,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir()) / "abcli-tests-have-no-hub")
 os.environ.pop("HF_TOKEN", None)
 
+# What is to be computed on the CPU is computed there, also by a llama.cpp that would hand long prompts to a device.
+os.environ["GGML_OP_OFFLOAD_MIN_BATCH"] = "1000000"
+
 # Where bytecode may not be written, every process that a test starts compiles all modules anew: a quarter of its time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

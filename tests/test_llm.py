@@ -54,6 +54,28 @@ def test_an_answer_is_flat_and_frozen(llm: abcli.LLM) -> None:
         answer.text = "another"  # type: ignore[misc]
 
 
+def test_a_gate_is_a_models_or_an_answers(tiny_model: Path) -> None:
+    with abcli.load(tiny_model, buckets=2, ctx_size=256, threads=1, gate=0, slots=2) as gated:
+        assert gated.generate("Hello", **PLAIN).asked == 0
+        asked = gated.generate("Hello", gate="off", **PLAIN)
+        assert asked.asked == 1
+        assert gated.generate_many(PROMPTS[:3], gate=1, **PLAIN)[0].asked == 1
+        chat = gated.chat(**PLAIN)
+        assert chat.send("Hello").asked == 0
+        chat.set("gate", "1")
+        assert (chat.settings()["gate"], chat.send("And?").asked) == ("1", 1)
+        chat.set("gate", "off")
+        assert (chat.settings()["gate"], chat.send("So?").asked) == ("off", 1)
+        for wrong in ("2", "nan", "", "on"):
+            with pytest.raises(abcli.UsageError, match="gate"):
+                chat.set("gate", wrong)
+        for bad in (True, -0.1, "0.5"):
+            with pytest.raises(abcli.UsageError, match="gate"):
+                gated.generate("Hello", gate=bad)
+    with pytest.raises(abcli.UsageError, match="gate"):
+        abcli.load(tiny_model, gate=7)
+
+
 def test_a_stream_is_the_answer_in_pieces(llm: abcli.LLM) -> None:
     pieces = list(llm.stream("Hello", **PLAIN))
     whole = pieces[-1].answer

@@ -13,7 +13,7 @@ from abcli.chat.messages import Message
 from abcli.chat.options import OPTIONS, ChatOptions, chat_options
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.grammar.constraint import KINDS
-from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig, check_sampling
+from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig, check_gate, check_sampling
 
 OPENAI_URL = "/v1/chat/completions"
 
@@ -39,7 +39,7 @@ _SIMPLE = {
     for item in fields(SamplingConfig)
     if item.name not in ("json_schema", "schema_lenient", "logit_bias", "dry_breakers")
 }
-_OTHER_SETTINGS = ("json_schema", "lenient", "logit_bias", "dry_breakers", "max_tokens", "stop", "ignore_eos")
+_OTHER_SETTINGS = ("json_schema", "lenient", "logit_bias", "dry_breakers", "max_tokens", "stop", "ignore_eos", "gate")
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,8 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
             answer[name] = _simple(value, name, bool)
         elif name == "stop":
             answer[name] = _stop(value)
+        elif name == "gate":
+            answer[name] = check_gate(value)
         elif name == "max_tokens":
             answer[name] = _limit(value)
         elif name == "lenient":

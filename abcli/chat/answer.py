@@ -34,8 +34,9 @@ class Answer:
     """A finished answer.
 
     `finish_reason` is "stop" where the model or a stop string ended it, "tool_calls" where it ended with calls of
-    tools, "length" where `max_tokens` or the context did. `agreement` is the mean share (0..1) of probability mass on
-    which the buckets agreed. `reasoning` is the thought before the text.
+    tools, "length" where `max_tokens` or the context did. `agreement` is the mean share (0..1) of probability mass
+    on which the buckets agreed where all were asked, which was so for the share `asked` of the tokens. `reasoning`
+    is the thought before the text.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Answer:
     usage: Usage
     timings: Timings
     agreement: float
+    asked: float
     seed: int
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
@@ -78,6 +80,7 @@ def finished_answer(
         usage=Usage(statistics.prompt_tokens, statistics.cached_tokens, statistics.completion_tokens),
         timings=Timings(statistics.prefill_seconds, statistics.decode_seconds),
         agreement=statistics.agreement,
+        asked=statistics.asked,
         seed=answer.seed,
         reasoning=reasoning,
         tool_calls=tool_calls,

@@ -19,7 +19,7 @@ from abcli.engine.engine import Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Piece as RunningPiece
 from abcli.grammar.constraint import KINDS
-from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of
+from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of, parse_gate
 
 # An answer as it grows; closing it early keeps in the conversation what there is.
 Pieces = Generating[Piece, None, None]
@@ -181,7 +181,12 @@ class Chat:
         for name in (*KINDS, "schema_lenient"):
             values[name] = getattr(sampling, name)
         options = {name: getattr(self.options, name) for name in _OPTIONS}
-        return {"system": self.conversation.system or "", "predict": self.generation.max_tokens, **options, **values}
+        generation = self.generation
+        limits = {
+            "predict": generation.max_tokens,
+            "gate": "off" if generation.gate is None else f"{generation.gate:g}",
+        }
+        return {"system": self.conversation.system or "", **limits, **options, **values}
 
     def set(self, name: str, text: str) -> None:
         """Change one setting for the answers to come. Raises UsageError for a wrong name or value."""
@@ -191,6 +196,9 @@ class Chat:
             raise UsageError(f"there is no setting {name!r}", f"choose one of: {', '.join(current)}")
         if name == "system":
             self.conversation.system = text or None
+            return
+        if name == "gate":
+            self.generation = replace(self.generation, gate=parse_gate(text))
             return
         value = _parsed(name, text, type(current[name]))
         if name == "predict":

@@ -31,7 +31,7 @@ from abcli.hub.names import HubName
 from abcli.prepare import check_context, check_gpu_layers
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import asked_buckets, parse_numbers
-from abcli.sampling import DEFAULT_DRY_BREAKERS, SETTINGS, GenerationConfig, SamplingConfig, SamplingNumbers
+from abcli.sampling import DEFAULT_DRY_BREAKERS, SETTINGS, GenerationConfig, SamplingConfig, SamplingNumbers, parse_gate
 from abcli.text import unescaped
 from abcli.ui.terminal import Terminal
 
@@ -207,6 +207,18 @@ class ProfiledBucketOptions(BucketOptions):
             show_default="the model's default profile, unless flags say which buckets",
         ),
     ] = None
+    gate: Annotated[
+        str,
+        flag(
+            "One bucket decides alone where its likeliest token is more likely than this, 0 to 1; off: all are asked.",
+            "--gate",
+            metavar="SHARE",
+        ),
+    ] = "off"
+
+    def threshold(self) -> float | None:
+        """The gate, None for none. Raises UsageError."""
+        return parse_gate(self.gate)
 
     def config(self) -> BucketConfig:
         """The bucket settings without the profile's. Raises UsageError for contradictions and impossible numbers."""
@@ -286,7 +298,7 @@ class AnswerOptions:
         ),
     ] = None
 
-    def config(self, sampling: SamplingConfig) -> GenerationConfig:
+    def config(self, sampling: SamplingConfig, gate: float | None = None) -> GenerationConfig:
         """How to generate one answer. Raises UsageError."""
         if self.predict < -1:
             raise UsageError(f"--predict {self.predict} is impossible", "choose 0 or more, or -1")
@@ -295,7 +307,7 @@ class AnswerOptions:
             stops = tuple(read_escapes(text, "--stop") for text in stops)
             breakers = tuple(read_escapes(text, "--dry-sequence-breaker") for text in breakers)
         base = GenerationConfig(replace(sampling, dry_breakers=breakers), self.predict, stops)
-        return replace(base, ignore_eos=self.ignore_eos)
+        return replace(base, ignore_eos=self.ignore_eos, gate=gate)
 
     def text(self, text: str, what: str) -> str:
         """A prompt from the command line. Raises PromptError."""

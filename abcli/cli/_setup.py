@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from abcli.cli._options import ModelOptions, ProfiledBucketOptions
 from abcli.llm import LLM
@@ -26,7 +27,7 @@ def prepared(
     asked = bucket_options.config()
     found = prepare(
         model_options.model_config(positional),
-        model_options.context_config(),
+        replace(model_options.context_config(), gated=bucket_options.threshold() is not None),
         asked if bucket_options.given() is not None else None,
         prefill_base=model_options.prefill_base,
         profile=bucket_options.profile or AUTO_PROFILE,

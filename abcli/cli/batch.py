@@ -70,7 +70,7 @@ def batch(
     model, source = _split_words(words or [])
     terminal = Terminal()
     _refuse_prompt_cache(model_options)
-    generation = answer_options.config(sampling_options.config())
+    generation = answer_options.config(sampling_options.config(), bucket_options.threshold())
     check(generation.sampling)
     options = chat_flags.options()
     parts = input_options.parts(answer_options.text)

@@ -57,7 +57,7 @@ def chat(
     """Talk with a model: parse, load, and hand over to the screen."""
     if no_save and session is not None:
         raise UsageError("--no-save and --session contradict each other", "drop one of them")
-    generation = answer_options.config(sampling_options.config())
+    generation = answer_options.config(sampling_options.config(), bucket_options.threshold())
     check(generation.sampling)
     options = chat_flags.options()
     check_together(options, generation.sampling)

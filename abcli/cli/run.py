@@ -61,7 +61,7 @@ def run(
     text = gather_prompt(answer_options.text(text, "the prompt") if text is not None else None, file)
     options = chat_flags.options()
     _check_raw(raw=raw, parse_special=parse_special, system=system, options=options)
-    generation = answer_options.config(sampling_options.config())
+    generation = answer_options.config(sampling_options.config(), bucket_options.threshold())
     check(generation.sampling)
     check_together(options, generation.sampling)
     terminal = Terminal()
@@ -161,6 +161,7 @@ def _report(llm: LLM, answer: Answer) -> dict[str, Any]:
         "merge": llm.buckets.merge,
         "seed": answer.seed,
         "agreement": round(answer.agreement, 6),
+        "asked": round(answer.asked, 6),
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,

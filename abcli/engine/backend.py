@@ -56,7 +56,7 @@ class Backend(Protocol):
     buckets: int
     leader: int
     native: int
-    """The bucket whose base is nearest to the model's own: it decides alone where it is sure."""
+    """The column whose base is nearest to the model's own: it decides alone where it is sure."""
     sharing: Sharing
     turning: str
     """How rows of one batch come to have several bases, and why so; empty where they need not."""
@@ -70,8 +70,8 @@ class Backend(Protocol):
     def compute(
         self, parts: Sequence[Part], columns: Sequence[int], merge: MergeRule | None = None
     ) -> Mapping[int, float]:
-        """Append each part's tokens to its slot in each of `columns`, which ascend: all buckets, the native one, all
-        but that, or the leader.
+        """Append each part's tokens to its slot in each of `columns`, which ascend: all buckets, the native column,
+        all buckets but that, or the leader.
 
         With `merge`, a backend may merge the buckets' distributions where it computes them: only the merged logits then
         go to the first row of `logits` (see `abcli.merge`). The agreement of each slot for which it did so.

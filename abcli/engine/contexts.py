@@ -21,7 +21,7 @@ from abcli.native.model import Model
 from abcli.native.owner import Owner
 from abcli.native.rotating.keys import aligned_bytes
 from abcli.native.state import parse_state
-from abcli.rope.bases import nearest_bucket
+from abcli.rope.bases import nearest_base
 from abcli.rope.parameters import rope_parameters
 
 
@@ -53,9 +53,9 @@ class ContextsBackend(Owner):
                 self._pool = stack.enter_context(pool)
             self._shared: SharedPrefill | None = None
             self.leader = 0
-            self.native = nearest_bucket(buckets.bases, model.checked.header.native_base)
             self.sharing = self._try_sharing(model, config, buckets, make, stack)
             self.bases = tuple(context.base for context in self._contexts)
+            self.native = nearest_base(self.bases, model.checked.header.native_base)
             self._piece = min(self._contexts[0].batch_size, self._contexts[0].ubatch_size)
             if model.sliding_window > 0 and (self.sharing.shared or config.prompt_cache is not None):
                 # A state leaves out what the window has passed, so no piece may be longer than the window.

@@ -81,7 +81,7 @@ class Engine(Owner):
         self._waiting: dict[int, _Prompt] = {}
         self._oldest_first = False
         self._agreements: Mapping[int, float] = {}
-        self._logits: NDArray[np.float32] = np.empty((slots, backend.buckets, vocabulary_size), np.float32)
+        self._logits: NDArray[np.float32] = np.empty((slots, len(backend.bases), vocabulary_size), np.float32)
         self.context_size: int = context_size
         """The number of tokens each slot can hold."""
 
@@ -162,7 +162,8 @@ class Engine(Owner):
             decided = self._append(rows, merge, gates)
             for slot in complete:
                 # Every bucket has computed the end of an exact prompt, but the gate is asked all the same.
-                if slot in gates and slot not in rows and gates[slot](self._logits[slot, self._backend.native]):
+                gated = slot in gates and slot not in rows and self._backend.native in self._buckets
+                if gated and gates[slot](self._logits[slot, self._backend.native]):
                     decided.add(slot)
                 self._store(slot, len(self._waiting.pop(slot).tokens))
         return {slot: self._logits[slot, self._given(slot, decided)] for slot in (*tokens, *complete)}
@@ -171,7 +172,7 @@ class Engine(Owner):
         """Which of a slot's rows are the step's logits."""
         if slot in decided:
             return slice(self._backend.native, self._backend.native + 1)
-        return slice(1 if slot in self._agreements else None)
+        return slice(1 if slot in self._agreements else len(self._buckets))
 
     def agreement(self, slot: int) -> float | None:
         """The agreement of a slot whose logits the last step merged; None for any other."""
@@ -279,12 +280,16 @@ class Engine(Owner):
         decided: set[int] = set()
         columns: Sequence[int] = self._buckets
         if self._others and not gates.keys().isdisjoint(rows):
-            for slot in rows:
-                self._catch_up(slot, [self._backend.native])
-            compute(rows, [self._backend.native], None)
-            decided = {slot for slot in rows if slot in gates and gates[slot](self._logits[slot, self._backend.native])}
-            # What is computed in two batches cannot be merged where it is computed.
-            columns, merge = self._others, None
+            native = self._backend.native
+            gated = [slot for slot in rows if slot in gates]
+            first, columns = gated, self._others
+            if native in self._buckets:
+                # What is computed in two batches cannot be merged where it is computed.
+                first, merge = list(rows), None
+            for slot in first:
+                self._catch_up(slot, [native])
+            compute(first, [native], None)
+            decided = {slot for slot in gated if gates[slot](self._logits[slot, native])}
         asked = [slot for slot in rows if slot not in decided]
         for slot in asked:
             self._catch_up(slot, columns)
@@ -318,7 +323,8 @@ class Engine(Owner):
         return leader if leader in whole else min(whole, key=lambda other: abs(log(bases[other] / bases[column])))
 
     def _part(self, slot: int, tokens: Sequence[int], *, output: bool) -> Part:
-        return Part(slot, len(self._tokens[slot]), tokens, list(self._logits[slot]) if output else None)
+        rows = list(self._logits[slot, : len(self._buckets)]) if output else None
+        return Part(slot, len(self._tokens[slot]), tokens, rows)
 
     def _compute(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
         self._backend.compute(parts, columns)

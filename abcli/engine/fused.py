@@ -18,7 +18,7 @@ from abcli.native.llama import CancelFlag, version
 from abcli.native.model import Model
 from abcli.native.owner import Owner
 from abcli.native.rotating.context import FusedContext, SlotPart
-from abcli.rope.bases import nearest_bucket
+from abcli.rope.bases import nearest_base
 
 _HINT = "use `engine=contexts` with this model"
 # What names the rank of compressed keys and values in a GGUF header.
@@ -41,7 +41,6 @@ class FusedBackend(Owner):
         check_servable(model, config, self.buckets)
         self.cancel = CancelFlag()
         self._slot_cells = config.context_size
-        self.native = nearest_bucket(buckets.bases, model.checked.header.native_base)
         self._dropped: NDArray[np.float32] = np.empty((self.buckets, model.vocabulary_size), np.float32)
         # Slots in which it is yet to be proved that cells lie where shared keys were put, and those in which it is:
         # what is appended there lies behind.
@@ -55,6 +54,7 @@ class FusedBackend(Owner):
 
             self._run(make)
             self.bases = self._context.bases
+            self.native = nearest_base(self.bases, model.checked.header.native_base)
             self.turning = self._context.turning_note
             scaling = repr([rope.parameters for rope in self._context.observation.ropes])
             self.cell_format = (scaling, f"{version()}, all layers in one cache")
@@ -197,7 +197,9 @@ def _open(
     extra = None
     if base not in bases:
         base, extra = (bases[0], None) if exact else (base, base)
-    apart = nearest_bucket(bases, model.checked.header.native_base) if config.gated and len(bases) > 1 else None
+    native_base = model.checked.header.native_base
+    columns = bases if extra is None else (*bases, extra)
+    apart = nearest_base(columns, native_base) if config.gated else None
     context = FusedContext(model, bases, config, base, threads, cancel, extra, apart)
     leader = len(bases) if extra is not None else bases.index(base)
     if exact:
@@ -210,6 +212,7 @@ def _open(
     if not obstacle:
         return leader, context, Sharing(True, f"at base {base:g}; {context.turning_layers} layers follow the base")
     if extra is not None:
+        apart = nearest_base(bases, native_base) if config.gated else None
         leader, context = 0, FusedContext(model, bases, config, bases[0], threads, cancel, None, apart)
     return leader, context, Sharing(False, obstacle)
 

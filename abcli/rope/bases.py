@@ -110,11 +110,11 @@ def resolve_buckets(config: BucketConfig, native_base: float, prefill_base: floa
     return Buckets(choose_bases(config, native_base), computing, config.merge, config.weights)
 
 
-def nearest_bucket(bases: Sequence[float], base: float) -> int:
-    """The bucket whose base is, by its logarithm, nearest to `base`; of several the first."""
+def nearest_base(bases: Sequence[float], base: float) -> int:
+    """Which of `bases` is, by its logarithm, nearest to `base`; of several the first."""
     if len(bases) == 1:
         return 0
-    return min(range(len(bases)), key=lambda bucket: abs(math.log(bases[bucket] / base)))
+    return min(range(len(bases)), key=lambda index: abs(math.log(bases[index] / base)))
 
 
 def parse_numbers(text: str, flag: str) -> tuple[float, ...]:

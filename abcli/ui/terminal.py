@@ -153,7 +153,9 @@ def statistics_line(statistics: Statistics, used: int, available: int, buckets: 
     answer += _speed(statistics.completion_tokens - 1, statistics.decode_seconds)
     parts = [prompt, answer, f"context {used}/{available}"]
     if buckets > 1:
-        parts.append(f"{buckets} buckets agree on {statistics.agreement:.0%}")
+        alone = statistics.steps - statistics.asked_steps
+        asked = f", asked for {statistics.asked:.0%} of the tokens," if alone else ""
+        parts.append(f"{buckets} buckets{asked} agree on {statistics.agreement:.0%}")
     return " | ".join(parts)
 
 

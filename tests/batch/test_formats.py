@@ -29,6 +29,7 @@ def test_settings_of_a_line(tmp_path: Path) -> None:
         "logit_bias": {"5": -1, "6": False},
         "dry_breakers": ["x"],
         "ignore_eos": True,
+        "gate": 0.5,
         "min_p": None,
         "metadata": {"any": ["thing"]},
     }
@@ -45,6 +46,7 @@ def test_settings_of_a_line(tmp_path: Path) -> None:
     )
     assert type(generation.sampling.temperature) is float
     assert (generation.max_tokens, generation.stop, generation.ignore_eos) == (5, ("END",), True)
+    assert generation.gate == 0.5
 
 
 def test_a_schema_of_a_line_takes_the_place_of_the_runs_grammar(tmp_path: Path) -> None:
@@ -68,6 +70,8 @@ def test_a_schema_of_a_line_takes_the_place_of_the_runs_grammar(tmp_path: Path) 
         ({"seed": 1.5}, "seed is 1.5"),
         ({"max_tokens": -2}, "max_tokens is -2"),
         ({"max_tokens": True}, "max_tokens is true"),
+        ({"gate": 2}, "`gate` 2"),
+        ({"gate": True}, "`gate` True"),
         ({"stop": [1]}, "stop is 1"),
         ({"stop": [""]}, "stop string is empty"),
         ({"stop": {}}, "stop is {}"),

@@ -198,8 +198,8 @@ def test_defaults_survive_the_parser(abcli: Command, monkeypatch: pytest.MonkeyP
     seen: list[object] = []
     answer_config = AnswerOptions.config
 
-    def spy(self: AnswerOptions, sampling: SamplingConfig) -> GenerationConfig:
-        seen.append(answer_config(self, sampling))
+    def spy(self: AnswerOptions, sampling: SamplingConfig, gate: float | None) -> GenerationConfig:
+        seen.append(answer_config(self, sampling, gate))
         return GenerationConfig()
 
     def stop(model: ModelConfig, context: ContextConfig, asked: BucketConfig | None, **others: object) -> None:

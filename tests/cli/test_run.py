@@ -47,10 +47,31 @@ def test_the_answer_stands_alone_on_standard_output(tiny_model: Path, process: C
     assert told.errors.count(b"\n") == 1
 
 
+def test_a_gate_lets_one_bucket_decide(tiny_model: Path, abcli: Command) -> None:
+    arguments = (tiny_model, "hello " * 20, "-n", 12, "--temp", 0)
+    single = report(abcli, *arguments, "--buckets", 1)
+    never, always = (report(abcli, *arguments, "--gate", gate) for gate in (1, 0))
+    assert (never["text"], never["asked"]) == (answer(abcli, *arguments).removesuffix("\n"), 1)
+    assert (always["text"], always["asked"]) == (single["text"], 0)
+    for wrong in ("1.5", "nan", "maybe"):
+        outcome = abcli("run", *arguments, "--gate", wrong)
+        assert outcome.code == 2
+        assert b"--gate" in outcome.errors
+        assert b"from 0 to 1, or off" in outcome.errors
+
+
 def test_json_has_the_documented_keys(tiny_model: Path, abcli: Command) -> None:
     arguments = (tiny_model, "hello", "-n", 8, "-s", 1)
     found = report(abcli, *arguments)
-    numbers = {"bases": list, "merge": str, "seed": int, "agreement": float, "usage": dict, "timings": dict}
+    numbers = {
+        "bases": list,
+        "merge": str,
+        "seed": int,
+        "agreement": float,
+        "asked": float,
+        "usage": dict,
+        "timings": dict,
+    }
     kinds = {
         "text": str,
         "reasoning": str,
@@ -66,6 +87,7 @@ def test_json_has_the_documented_keys(tiny_model: Path, abcli: Command) -> None:
     assert found["model"] == str(tiny_model)
     assert (found["merge"], found["seed"], len(found["bases"])) == ("confidence", 1, 6)
     assert 0 < found["agreement"] < 1
+    assert found["asked"] == 1
     usage = found["usage"]
     assert usage == {
         "prompt_tokens": usage["prompt_tokens"],

@@ -118,7 +118,7 @@ def test_auto_takes_the_faster_engine_and_asks_once(tiny: Model) -> None:
         ({"threads": 1}, 1, 2),
         ({"slots": 2}, 1, 2),
         ({"cache_type_k": "f32"}, 2, 2),
-        ({"gpu_layers": 0}, 2, 2),
+        ({"gpu_layers": -1}, 2, 2),
         ({"context_size": 1024}, 1, 1),
     ],
     ids=str,
@@ -126,7 +126,7 @@ def test_auto_takes_the_faster_engine_and_asks_once(tiny: Model) -> None:
 def test_other_circumstances_are_found_out_anew(tiny: Model, changes: Any, verified: int, measured: int) -> None:
     counted = Counted()
     settings = {**changes}
-    with open_model(tiny.path, settings.pop("gpu_layers", -1)) as other:
+    with open_model(tiny.path, settings.pop("gpu_layers", 0)) as other:
         choose(tiny, *config(), counted.verify, counted.measure)
         choose(other, *config(**settings), counted.verify, counted.measure)
     assert (counted.verified, counted.measured) == (verified, measured)

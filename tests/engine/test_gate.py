@@ -31,6 +31,8 @@ from tests.support.tiny_gguf import write_tiny_model
 # The native base is 10,000.
 BASES = (5_000.0, 10_000.0, 20_000.0)
 NATIVE = 1
+# Here it is no bucket's, but that of the leader of shared prefills.
+AROUND = (5_000.0, 20_000.0)
 SLOTS = 3
 KINDS: tuple[Kind, ...] = ("contexts", "fused")
 
@@ -65,7 +67,7 @@ def keys(engine: Engine, slot: int, column: int) -> NDArray[np.float32]:
 def assert_equal(engine: Engine, reference: Engine) -> None:
     for slot in range(SLOTS):
         assert list(engine.tokens(slot)) == list(reference.tokens(slot))
-        for column in range(len(BASES)):
+        for column in range(len(engine.bases)):
             np.testing.assert_allclose(keys(engine, slot, column), keys(reference, slot, column), atol=1e-4)
 
 
@@ -86,7 +88,7 @@ def run(engine: Engine, work: list[tuple[str, Any]], *, at_once: bool) -> list[N
             tokens = {slot: (7 * number + slot) % 250 for slot in arguments if len(engine.tokens(slot)) < 200}
             gates = {slot: lambda _row, let=let: let for slot, let in arguments.items() if let is not None}
             for slot, logits in (engine.step(tokens, gates=gates) if tokens else {}).items():
-                assert len(logits) == (1 if arguments[slot] else len(BASES))
+                assert len(logits) == (1 if arguments[slot] else len(engine.bases))
                 found.append(logits.copy())
         elif what == "truncate":
             engine.truncate(*arguments)
@@ -101,14 +103,14 @@ def run(engine: Engine, work: list[tuple[str, Any]], *, at_once: bool) -> list[N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("bases", "gated"), [(BASES, False), (BASES, True), (AROUND, True)])
 @pytest.mark.parametrize("prefill", ["auto", "exact"])
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(work=WORK)
 def test_cells_are_those_of_catching_up_at_once(
-    tiny: Model, kind: Kind, gated: bool, prefill: Any, work: list[tuple[str, Any]]
+    tiny: Model, kind: Kind, bases: tuple[float, ...], gated: bool, prefill: Any, work: list[tuple[str, Any]]
 ) -> None:
-    chosen = config(gated=gated, prefill=prefill)
+    chosen = config(bases=bases, gated=gated, prefill=prefill)
     with make_engine(kind, tiny, *chosen) as engine, make_engine(kind, tiny, *chosen) as reference:
         wanted = run(reference, work, at_once=True)
         found = run(engine, work, at_once=False)
@@ -212,9 +214,9 @@ def answers(model: Model, kind: Kind, chosen: tuple[ContextConfig, Buckets], gat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prefill", ["auto", "exact"])
+@pytest.mark.parametrize(("bases", "prefill"), [(BASES, "auto"), (BASES, "exact"), (AROUND, "auto")])
 def test_gates_at_their_ends_and_between(
-    tiny: Model, kind: Kind, prefill: Any, monkeypatch: pytest.MonkeyPatch
+    tiny: Model, kind: Kind, bases: tuple[float, ...], prefill: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
     confidence = SamplerChain.confidence
@@ -224,8 +226,8 @@ def test_gates_at_their_ends_and_between(
         return seen[-1]
 
     monkeypatch.setattr(SamplerChain, "confidence", noted)
-    chosen = config(gated=True, prefill=prefill)
-    (off,) = answers(tiny, kind, config(prefill=prefill), [None])
+    chosen = config(bases=bases, gated=True, prefill=prefill)
+    (off,) = answers(tiny, kind, config(bases=bases, prefill=prefill), [None])
     (single,) = answers(tiny, kind, config(bases=BASES[NATIVE : NATIVE + 1], prefill=prefill), [None])
     assert off.tokens != single.tokens
     never, always = answers(tiny, kind, chosen, [1.0, 0.0])

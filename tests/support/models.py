@@ -1,4 +1,4 @@
-"""Models of files, opened as the layers above do it."""
+"""Models of files, opened as the layers above do it, on the CPU unless a test asks for a device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from abcli.native.model import Model
 from abcli.rope.bases import resolve_buckets
 
 
-def checked_model(path: Path, gpu_layers: int = -1, lora: Sequence[LoraConfig] = ()) -> CheckedModel:
+def checked_model(path: Path, gpu_layers: int = 0, lora: Sequence[LoraConfig] = ()) -> CheckedModel:
     """The checked model of a file with its adapters."""
     return check_model(ModelConfig(path, gpu_layers, tuple(lora)))
 
 
-def open_model(path: Path, gpu_layers: int = -1, lora: Sequence[LoraConfig] = ()) -> Model:
+def open_model(path: Path, gpu_layers: int = 0, lora: Sequence[LoraConfig] = ()) -> Model:
     """The loaded model of a file with its adapters."""
     return Model(checked_model(path, gpu_layers, lora))
 

@@ -165,11 +165,15 @@ def test_the_statistics_line() -> None:
         prefill_seconds=0.1,
         decode_seconds=2.0,
         agreement_sum=30.0,
-        agreement_count=40,
+        steps=40,
+        asked_steps=40,
     )
     expected = "prompt 31 tokens (11 cached), 200.0 tok/s | answer 41 tokens, 20.0 tok/s | context 71/4096"
     assert statistics_line(statistics, 71, 4096, 1) == expected
     assert statistics_line(statistics, 71, 4096, 6) == f"{expected} | 6 buckets agree on 75%"
+    statistics.steps = 50
+    line = statistics_line(statistics, 71, 4096, 6)
+    assert line == f"{expected} | 6 buckets, asked for 80% of the tokens, agree on 75%"
 
 
 def test_one_is_one() -> None:

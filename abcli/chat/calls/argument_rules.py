@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from abcli.chat.calls.format import CallFormat, Tags
-from abcli.chat.calls.literals import GEMMA_QUOTE
 from abcli.chat.calls.rules import Rules
 from abcli.chat.calls.values import DEEPEST, resolved, types_of
 from abcli.chat.messages import Tool
@@ -137,10 +136,10 @@ class ArgumentRules:
     def _gemma(self, kind: str, schema: Any, depth: int) -> str:
         rules = self._rules
         if kind == "string":
-            choices, begin = self._choices(schema), rules.written(GEMMA_QUOTE)
+            choices, quote = self._choices(schema), self._form.quote
             if choices is None:
-                return f"{begin} {rules.until(GEMMA_QUOTE)}"
-            return " | ".join(rules.written(f"{GEMMA_QUOTE}{text}{GEMMA_QUOTE}") for text in choices)
+                return f"{rules.written(quote)} {rules.until(quote)}"
+            return " | ".join(rules.written(f"{quote}{text}{quote}") for text in choices)
         if kind not in ("array", "object"):
             return self._json(schema, type=kind)
         if not depth:

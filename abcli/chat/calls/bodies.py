@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from abcli.chat.calls.format import ID, NUMBER, CallFormat, Tags, parts
-from abcli.chat.calls.literals import Read, gemma_key, gemma_value, python_key, python_value
+from abcli.chat.calls.literals import ReadKey, gemma_key, gemma_value, python_key, python_value
 from abcli.chat.calls.nested_tags import nested_value
 from abcli.chat.calls.recorder import Recorder, arguments_text
 from abcli.chat.calls.source import NotACallError, Source, Steps, unheard
@@ -216,7 +216,7 @@ class CallReader:
             self._recorder.begin(name, identifier)
             self._recorder.argue(arguments)
 
-    def _members(self, read_key: Read, read_value: Read) -> Steps[None]:
+    def _members(self, read_key: ReadKey, read_value: ReadKey) -> Steps[None]:
         """Keys and values up to what ends the call; each is told when it is complete."""
         source, told = self._source, 0
         while True:

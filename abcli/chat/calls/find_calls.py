@@ -25,6 +25,8 @@ _TYPED: dict[str, Any] = {
     "array": [70707],
     "object": {"qzinnerqz": 70707},
 }
+# What Llama's models may set before calls that are nothing but JSON.
+_PYTHON_TAG = "<|python_tag|>"
 _COUNTS = ((0, 1), (1, 2))
 
 
@@ -62,7 +64,7 @@ def find_calls(probes: Probes, known: Sequence[str]) -> CallFormat | None:
     found = _json_format(texts) or _tagged_format(texts)
     if found is None:
         return None
-    found = replace(found, name=_title(found))
+    found = replace(found, name=_title(found), bare_begin=_PYTHON_TAG if found.bare else "")
     return found if _reads_back(found, texts) else None
 
 

@@ -17,8 +17,6 @@ ID = "\ufdd4"
 NUMBER = "\ufdd5"
 KEY = "\ufdd6"
 NAME = "\ufdd7"
-# What Llama's models may set before calls that are nothing but JSON.
-_PYTHON_TAG = "<|python_tag|>"
 _NAMED = re.compile(r"<\w+=")
 # Where a marker is taken apart: white space, behind a tag, and at the brackets of JSON at its edges.
 _BETWEEN_PIECES = re.compile(
@@ -72,7 +70,8 @@ class CallFormat:
     ARGUMENTS `call_end`. Arguments are the text of a JSON object, `tags`, or members in another `notation`. Where all
     of a call is one JSON object, `keys` are those of its name and its arguments, and the texts around contain its
     braces. `framing` are markers around what is said, which say nothing; with `channels` the answer is messages.
-    Without `thoughts` what is thought is taken for something said.
+    `bare_begin` is what may come before a call that is otherwise recognised by its JSON alone, `quote` what texts are
+    between in Gemma's notation. Without `thoughts` what is thought is taken for something said.
     """
 
     name: str
@@ -86,6 +85,8 @@ class CallFormat:
     tags: Tags | None = None
     notation: Notation = "json"
     channels: Channels | None = None
+    bare_begin: str = ""
+    quote: str = ""
     several: bool = True
     thoughts: Thoughts | None = Thoughts()
     framing: tuple[str, ...] = ()
@@ -117,7 +118,7 @@ class CallFormat:
     def openers(self) -> tuple[str, ...]:
         """What begins calls, each without white space."""
         if self.bare:
-            return (_PYTHON_TAG,)
+            return (self.bare_begin,) if self.bare_begin else ()
         first = [*parts(self.section_begin)[:1], *parts(self.call_marker)[:1]]
         # Qwen's models leave out what comes before this.
         return tuple(dict.fromkeys([*first, *filter(_NAMED.fullmatch, parts(self.call_marker))]))

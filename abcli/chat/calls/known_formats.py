@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from abcli.chat.calls.channels import FUNCTIONARY, HARMONY, MUSE
 from abcli.chat.calls.format import KEY, NAME, CallFormat, Tags, Thoughts
+from abcli.chat.calls.literals import GEMMA_QUOTE
 
 _LISTED = CallFormat(
     "JSON after <|tool_call|>",
@@ -67,6 +68,7 @@ KNOWN_FORMATS: dict[str, CallFormat] = {
         name_end="{",
         call_end="}<tool_call|>",
         notation="gemma",
+        quote=GEMMA_QUOTE,
     ),
     "]<]minimax[>[<tool_call>": CallFormat(
         "tags within tags after ]<]minimax[>[<tool_call>",

@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Callable
 
-from abcli.chat.calls.source import NotACallError, Source, Steps, is_json
+from abcli.chat.calls.source import NotACallError, Source, Steps, is_json, whole
 
-Read = Callable[[Source], Steps[str]]
+_DEEPEST = 64
+ReadKey = Callable[[Source], Steps[str]]
+Read = Callable[[Source, int], Steps[str]]
 GEMMA_QUOTE = '<|"|>'
 _SCALAR = re.compile(r"[-+.\w]*")
 _HEX = re.compile(r"[0-9a-fA-F]*")
@@ -17,7 +19,7 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"', "b"
 _ESCAPED_NUMBERS = {"x": 2, "u": 4}
 
 
-def python_value(source: Source) -> Steps[str]:
+def python_value(source: Source, depth: int = _DEEPEST) -> Steps[str]:
     """Read a value as Python or JSON writes it and return its JSON. Raises NotACallError if it is none."""
     yield from source.space()
     first = yield from source.peek()
@@ -25,10 +27,10 @@ def python_value(source: Source) -> Steps[str]:
         return json.dumps((yield from _python_text(source)), ensure_ascii=False)
     if first == "[":
         yield from source.took(first)
-        return (yield from _items(source, python_value))
+        return (yield from _items(source, python_value, depth))
     if first == "{":
         yield from source.took(first)
-        return (yield from _members(source, _python_dict_key, python_value))
+        return (yield from _members(source, _python_dict_key, python_value, depth))
     scalar = yield from source.run(_SCALAR)
     scalar = _PYTHON_WORDS.get(scalar, scalar)
     if not scalar or not is_json(scalar):
@@ -51,8 +53,6 @@ def python_json(written: str) -> str:
         if source.rest.strip():
             raise NotACallError from None
         return str(stop.value)
-    except RecursionError:
-        raise NotACallError from None
 
 
 def _python_text(source: Source) -> Steps[str]:
@@ -63,7 +63,7 @@ def _python_text(source: Source) -> Steps[str]:
     while True:
         found = yield from source.until([quote, "\\"], heard.append)
         if found == quote:
-            return "".join(heard)
+            return whole("".join(heard))
         escaped = yield from source.peek()
         if not escaped:
             raise NotACallError
@@ -87,7 +87,7 @@ def _python_dict_key(source: Source) -> Steps[str]:
     return json.dumps(key, ensure_ascii=False)
 
 
-def gemma_value(source: Source) -> Steps[str]:
+def gemma_value(source: Source, depth: int = _DEEPEST) -> Steps[str]:
     """Read a value as Gemma 4 writes it and return its JSON. Raises NotACallError if it is none."""
     yield from source.space()
     if (yield from source.took(GEMMA_QUOTE)):
@@ -96,9 +96,9 @@ def gemma_value(source: Source) -> Steps[str]:
             raise NotACallError
         return json.dumps("".join(heard), ensure_ascii=False)
     if (yield from source.took("[")):
-        return (yield from _items(source, gemma_value))
+        return (yield from _items(source, gemma_value, depth))
     if (yield from source.took("{")):
-        return (yield from _members(source, gemma_key, gemma_value))
+        return (yield from _members(source, gemma_key, gemma_value, depth))
     if (yield from source.sees('"')):
         return json.dumps((yield from source.text()), ensure_ascii=False)
     scalar = yield from source.run(_SCALAR)
@@ -107,18 +107,22 @@ def gemma_value(source: Source) -> Steps[str]:
     return scalar
 
 
-def _items(source: Source, read: Read) -> Steps[str]:
+def _items(source: Source, read: Read, depth: int) -> Steps[str]:
+    if not depth:
+        raise NotACallError
     items: list[str] = []
     while not (yield from _closed(source, "]", first=not items)):
-        items.append((yield from read(source)))
+        items.append((yield from read(source, depth - 1)))
     return f"[{', '.join(items)}]"
 
 
-def _members(source: Source, read_key: Read, read_value: Read) -> Steps[str]:
+def _members(source: Source, read_key: ReadKey, read_value: Read, depth: int) -> Steps[str]:
+    if not depth:
+        raise NotACallError
     members: list[str] = []
     while not (yield from _closed(source, "}", first=not members)):
         key = yield from read_key(source)
-        members.append(f"{key}: {(yield from read_value(source))}")
+        members.append(f"{key}: {(yield from read_value(source, depth - 1))}")
     return f"{{{', '.join(members)}}}"
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped, CallFinished, Event
+from abcli.chat.calls.source import is_json, whole
 from abcli.chat.messages import ToolCall
 
 
@@ -57,11 +58,8 @@ def arguments_text(value: str) -> str:
     Some models write the object's text as a text, or null.
     """
     parsed = json.loads(value)
-    if isinstance(parsed, str):
-        try:
-            value, parsed = parsed, json.loads(parsed)
-        except (ValueError, RecursionError):
-            return ""
+    if isinstance(parsed, str) and is_json(parsed):
+        value, parsed = whole(parsed), json.loads(parsed)
     if parsed is None:
         return "{}"
     return value if isinstance(parsed, dict) else ""

@@ -182,7 +182,7 @@ class Source:
         """Read a JSON text and return what it means. Raises NotACallError if none comes next."""
         if not (yield from self.sees('"')):
             raise NotACallError
-        return str(json.loads((yield from self.json(unheard))))
+        return whole(str(json.loads((yield from self.json(unheard)))))
 
     def _nested(self, hear: Hear) -> Steps[None]:
         depth, in_text = 0, False
@@ -209,6 +209,15 @@ class Source:
                 depth += (character in "{[") - (character in "}]")
             if depth == 0 and not in_text:
                 return
+
+
+def whole(text: str) -> str:
+    """`text`, which escapes can give halves of characters. Raises NotACallError if they did."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise NotACallError from None
+    return text
 
 
 def is_json(text: str) -> bool:

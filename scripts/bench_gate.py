@@ -1,0 +1,58 @@
+"""What a gate costs and saves in time: one bucket, six buckets, and six with a gate, side by side in one process.
+
+All take turns at the same prompts, one after the other, greedily and with the same number of tokens. Printed are
+medians of milliseconds per token after the first, ratios to one bucket within a turn, and how often all were asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from statistics import median
+
+import abcli
+
+PROMPTS = (
+    "Explain in a few sentences why the sky is blue.",
+    "Write a short story about a lighthouse keeper and a storm.",
+    "List the planets of the solar system in order, with one fact about each.",
+    "Give me a recipe for bread.",
+    "Write a Python function that returns the first n prime numbers, and explain it.",
+)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--gates", type=float, nargs="*", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--engine", choices=["fused", "contexts"], default="fused")
+    chosen = parser.parse_args()
+    usual = {"profile": "none", "ctx_size": 512}
+    with ExitStack() as stack:
+        one = stack.enter_context(abcli.load(chosen.model, buckets=1, **usual))
+        six = stack.enter_context(abcli.load(chosen.model, engine=chosen.engine, **usual))
+        gated = stack.enter_context(abcli.load(chosen.model, engine=chosen.engine, gate=0.5, **usual))
+        contenders = {"1 bucket": (one, None), "6 buckets": (six, None)}
+        contenders |= {f"6, gate {gate:g}": (gated, gate) for gate in chosen.gates}
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        asked: dict[str, list[float]] = {name: [] for name in contenders}
+        for prompt in PROMPTS[: chosen.prompts]:
+            for name, (llm, gate) in contenders.items():
+                answer = llm.generate(prompt, temp=0, max_tokens=chosen.tokens, ignore_eos=True, gate=gate)
+                times[name].append(1000 * answer.timings.decode / (chosen.tokens - 1))
+                asked[name].append(answer.asked)
+    first = times["1 bucket"]
+    print(f"{chosen.prompts} prompts, {chosen.tokens} tokens each, {chosen.engine}")
+    for name, found in times.items():
+        ratios = [time / base for time, base in zip(found, first, strict=True)]
+        share = sum(asked[name]) / len(asked[name])
+        print(
+            f"{name:14} {median(found):7.2f} ms/token  {median(ratios):5.2f}x  all asked for {share:.0%} of the tokens"
+        )
+
+
+if __name__ == "__main__":
+    main()
