@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         PromptError,
         SessionError,
         TemplateError,
+        ToolServerError,
         UnsupportedModelError,
         UsageError,
     )
@@ -49,7 +50,7 @@ _HOMES = {
     "abcli.errors": (
         *("AbcliError", "BatchError", "CancelledError", "ContextFullError", "DownloadError", "EvaluationDataError"),
         *("GrammarError", "ModelFileError", "NativeError", "OutOfMemoryError", "ProfileError", "PromptError"),
-        *("SessionError", "TemplateError", "UnsupportedModelError", "UsageError"),
+        *("SessionError", "TemplateError", "ToolServerError", "UnsupportedModelError", "UsageError"),
     ),
     "abcli.generate": ("Sampler", "Tokenizer"),
     "abcli.llm": ("LLM", "load"),
@@ -89,6 +90,7 @@ __all__ = [
     "Tokenizer",
     "Tool",
     "ToolCall",
+    "ToolServerError",
     "UnsupportedModelError",
     "Usage",
     "UsageError",

@@ -14,6 +14,7 @@ AbcliError                      exit code 1
 |-- SessionError                a chat session that cannot be read or written
 |-- ProfileError                a calibrated profile that is missing or cannot be used
 |-- EvaluationDataError         data for an evaluation that is missing, damaged or too little
+|-- ToolServerError             a server of tools that cannot be started or does not answer as it should
 |-- BatchError                  a batch's input or output that cannot be read, written, locked or continued
 `-- CancelledError                 exit code 130: the user interrupted
 """
@@ -100,6 +101,10 @@ class ProfileError(AbcliError):
 
 class EvaluationDataError(AbcliError):
     """A file of evaluation data that cannot be used; the message names the line where one is to blame."""
+
+
+class ToolServerError(AbcliError):
+    """A server of tools that cannot be started, or does not answer as it should."""
 
 
 class BatchError(AbcliError):

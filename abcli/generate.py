@@ -20,6 +20,7 @@ from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptErr
 from abcli.merge import Merger
 from abcli.native.owner import Owner
 from abcli.sampling import GenerationConfig, SamplingConfig
+from abcli.thought_limit import LimitedSampler
 
 FinishReason = Literal["stop", "length"]
 
@@ -231,6 +232,9 @@ class Generator(Owner):
         begin = perf_counter()
         stream = TextStream(config.stop)
         sampler = self._make_sampler(config.sampling)
+        if config.steering.thought is not None:
+            piece = partial(self._tokenizer.piece, special=True)
+            sampler = LimitedSampler(sampler, config.steering.thought, piece)
         with ExitStack() as stack:
             stack.callback(sampler.close)
             sampler.accept_prompt(prompt)

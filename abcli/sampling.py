@@ -95,10 +95,25 @@ class SamplingConfig(SamplingNumbers):
 
 
 @dataclass(frozen=True)
+class ThoughtLimit:
+    """The most tokens of the thought with which an answer begins, and those that end it then.
+
+    `opened`: the prompt's end has begun it; otherwise the answer does, with the text `begin`. `end` is what ends it.
+    """
+
+    tokens: int
+    opened: bool
+    begin: str
+    end: str
+    closing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Steering:
-    """What a chat's format asks of one answer: the control tokens that are part of its text."""
+    """What a chat's format asks of one answer: control tokens that are part of its text, and how long it may think."""
 
     shown_tokens: frozenset[int] = frozenset()
+    thought: ThoughtLimit | None = None
 
 
 @dataclass(frozen=True)

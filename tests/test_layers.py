@@ -29,6 +29,7 @@ LAYERS: dict[str, int] = {
     "profiles": 4,
     "native": 4,
     "engine": 5,
+    "thought_limit": 5,
     "generate": 6,
     # Design has chat beside generate; a chat is built on the loop, so it stands above it.
     "chat": 8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -13,14 +14,15 @@ from abcli.chat.calls.events import ContentText, Event, ThoughtText
 from abcli.chat.calls.format import CallFormat
 from abcli.chat.calls.grammar import call_grammar
 from abcli.chat.calls.parser import AnswerParser
-from abcli.chat.messages import Message, ToolCall
+from abcli.chat.messages import Message, Tool, ToolCall
 from abcli.chat.options import OPTIONS, ChatOptions, chat_options
 from abcli.chat.template import ChatTemplate
-from abcli.errors import UsageError
+from abcli.errors import GrammarError, UsageError
 from abcli.generate import Answer as RunningAnswer
 from abcli.generate import Piece as RunningPiece
+from abcli.grammar.check import check
 from abcli.grammar.constraint import KINDS, NAMES
-from abcli.sampling import GenerationConfig, SamplingConfig, Steering, generation_config
+from abcli.sampling import GenerationConfig, SamplingConfig, Steering, ThoughtLimit, generation_config
 
 _KEPT = 64
 
@@ -51,7 +53,8 @@ class Asker:
         sampling = generation.sampling
         form = self._template.call_format(options)
         opened = self._template.opens_thought(options)
-        shown = self._template.tokens_in(_texts(form))
+        shown = self._template.tokens_in(_texts(form) + "\n".join(form.openers))
+        limit = self._thought_limit(form, options, opened)
         kind = next((kind for kind in KINDS if getattr(sampling, kind)), None)
         check_together(options, sampling)
         if options.usable_tools:
@@ -60,8 +63,17 @@ class Asker:
         thoughtless = form.thoughts is None or (kind and form.thoughts.end not in getattr(sampling, kind))
         if options.reasoning_format == "none" or thoughtless:
             form, opened = replace(form, thoughts=None), False
-        steered = replace(generation, sampling=sampling, steering=Steering(shown))
+        steering = Steering(shown, None if thoughtless else limit)
+        steered = replace(generation, sampling=sampling, steering=steering)
         return Asked(tokens, steered, lambda: AnswerReader(form, options, thought_opened=opened))
+
+    def _thought_limit(self, form: CallFormat, options: ChatOptions, opened: bool) -> ThoughtLimit | None:
+        """What ends a thought that has used up its budget; none where the thought is a message of its own."""
+        thoughts = form.thoughts
+        if options.thinking_budget < 0 or thoughts is None or form.channels is not None:
+            return None
+        closing = self._template.written_tokens(f"\n{thoughts.end}\n\n")
+        return ThoughtLimit(options.thinking_budget, opened, thoughts.begin, thoughts.end, closing)
 
     def _written_grammar(self, options: ChatOptions, opened: bool) -> str:
         tools, choice = options.usable_tools, options.tool_choice
@@ -171,6 +183,16 @@ def check_together(options: ChatOptions, sampling: SamplingConfig) -> None:
     kind = next((kind for kind in KINDS if getattr(sampling, kind)), None)
     if kind is not None and options.usable_tools:
         raise UsageError(f"both tools and {NAMES[kind]} are given", "give only one of them")
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """Raise GrammarError, with the tool and the place, for a schema of arguments that cannot be used."""
+    for tool in tools:
+        schema = json.dumps(tool.parameters, ensure_ascii=False)
+        try:
+            check(SamplingConfig(json_schema=schema, schema_lenient=True))
+        except GrammarError as error:
+            raise GrammarError(f"the tool {tool.name} cannot be called: {error.message}", error.hint) from None
 
 
 def plain_asked(tokens: Sequence[int], generation: GenerationConfig) -> Asked:

@@ -139,6 +139,10 @@ class ChatTemplate:
         """The control tokens that `text` spells out."""
         return frozenset(_controls(self._control.split(text)))
 
+    def written_tokens(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text that the template or the model writes itself, control tokens as such."""
+        return tuple(self._model.tokenize(text, add_special=False, parse_special=True))
+
     def opens_thought(self, options: ChatOptions = PLAIN) -> bool:
         """Whether an answer begins inside a thought, because the template opens it."""
         return self._opens_thought(options)

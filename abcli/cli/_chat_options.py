@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from abcli.chat.asking import check_tools
 from abcli.chat.options import ChatOptions, ReasoningFormat, Thinking, chat_options
 from abcli.chat.tools import read_tools_file
 from abcli.cli._flags import flag
@@ -50,7 +51,8 @@ class ChatFlags:
     ] = _DEFAULTS.chat_template_kwargs
 
     def options(self, further: ChatOptions = _DEFAULTS) -> ChatOptions:
-        """The options, on top of `further`; the file of tools is read. Raises UsageError and PromptError."""
+        """The options, on top of `further`; the file of tools is read. Raises UsageError, PromptError
+        and GrammarError."""
         settings: dict[str, Any] = {
             "parallel_tool_calls": self.parallel_tool_calls,
             "thinking": self.thinking,
@@ -63,4 +65,6 @@ class ChatFlags:
             settings["reasoning_effort"] = check_argument(self.reasoning_effort, "--reasoning-effort")
         if self.tools is not None:
             settings["tools"] = (*further.tools, *read_tools_file(self.tools))
-        return chat_options(settings, further)
+        options = chat_options(settings, further)
+        check_tools(options.tools)
+        return options

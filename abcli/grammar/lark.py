@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from abcli.errors import GrammarError
 
-MAX_CHARACTERS = 1 << 16
+MAX_CHARACTERS = 1 << 16  # of the rules; each schema has a limit of its own
+MAX_ALL_CHARACTERS = 1 << 20
 _PART = re.compile(
     r'//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?![/*])(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\n])+/|(?P<json>%json\b\s*)', re.DOTALL
 )
@@ -19,14 +20,14 @@ def rewrite_schemas(text: str, rewrite: Callable[[str], str]) -> str:
 
     Raises GrammarError for a text that is too long or not Unicode, for a `%json` without JSON, and what `rewrite` does.
     """
-    if len(text) > MAX_CHARACTERS:
-        raise GrammarError(f"the Lark grammar has {len(text):,} characters", f"at most {MAX_CHARACTERS:,} are allowed")
+    if len(text) > MAX_ALL_CHARACTERS:
+        raise _too_long(len(text), MAX_ALL_CHARACTERS)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise GrammarError(f"the Lark grammar has half a character at {error.start:,}", "save it as UTF-8") from None
     parts: list[str] = []
-    position = 0
+    position, in_schemas = 0, 0
     while (found := _PART.search(text, position)) is not None:
         parts.append(text[position : found.end()])
         position = found.end()
@@ -39,5 +40,12 @@ def rewrite_schemas(text: str, rewrite: Callable[[str], str]) -> str:
                     f"what follows %json in line {line} of the Lark grammar is not JSON", "write a JSON schema there"
                 ) from None
             parts.append(rewrite(text[position:end]))
+            in_schemas += end - position
             position = end
+    if len(text) - in_schemas > MAX_CHARACTERS:
+        raise _too_long(len(text) - in_schemas, MAX_CHARACTERS)
     return "".join([*parts, text[position:]])
+
+
+def _too_long(length: int, most: int) -> GrammarError:
+    return GrammarError(f"the Lark grammar has {length:,} characters", f"at most {most:,} are allowed")

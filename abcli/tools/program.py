@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
@@ -102,7 +102,7 @@ class _Reader:
                     self.data += chunk
 
 
-def parse_programs(texts: Sequence[str], names: Sequence[str], seconds: float) -> Mapping[str, Program]:
+def parse_programs(texts: Sequence[str], names: Sequence[str], seconds: float) -> dict[str, Program]:
     """Programs from "NAME=PROGRAM" for tools of the `names`. Raises UsageError for what is no such text."""
     found: dict[str, Program] = {}
     for text in texts:

@@ -183,6 +183,26 @@ def test_a_tool_can_be_chosen_and_an_answer_go_on(llm: abcli.LLM) -> None:
     assert llm.generate(asked, tool_choice="none", **settings).finish_reason in ("stop", "length")
 
 
+def test_thoughts_are_bounded(real_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "thinking.jinja"
+    file.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{% endif %}"
+    )
+    with abcli.load(real_model, buckets=1, ctx_size=256, chat_template=str(file)) as llm:
+        settings: dict[str, Any] = {"temp": 0, "max_tokens": 24, "ignore_eos": True}
+        free = llm.generate("Why is the sky blue?", **settings)
+        assert (free.text, free.finish_reason) == ("", "length")
+        bounded = llm.generate("Why is the sky blue?", thinking_budget=6, **settings)
+        assert 1 <= len(llm.tokenize(bounded.reasoning)) <= 6
+        assert free.reasoning.startswith(bounded.reasoning)
+        assert bounded.text
+        assert llm.generate("Why is the sky blue?", thinking="off", **settings).reasoning == ""
+        whole = llm.generate("Why is the sky blue?", reasoning_format="none", thinking_budget=6, **settings)
+        assert whole.text.lstrip().startswith(f"{bounded.reasoning}\n</think>")
+
+
 def test_a_chat_waits_for_results(llm: abcli.LLM) -> None:
     chat = llm.chat(tools=[get_weather], tool_choice="required", parallel_tool_calls=False, temp=0, max_tokens=60)
     answer = chat.send("The weather in Rome?")

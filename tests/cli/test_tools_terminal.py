@@ -111,6 +111,25 @@ def test_a_script_gives_results_on_its_lines(real_model: Path, abcli: Command, t
     assert stored(own_home)[2]["content"] == "Sunny."
 
 
+def test_a_servers_tools_run_in_a_script(real_model: Path, abcli: Command, tmp_path: Path, own_home: Path) -> None:
+    pytest.importorskip("mcp")
+    server = tmp_path / "server.py"
+    server.write_text(
+        "import os\nfrom mcp.server import MCPServer\nserver = MCPServer('test')\n"
+        "@server.tool()\ndef stop(reason: int) -> str:\n    'Stops.'\n    os._exit(3)\nserver.run('stdio')\n"
+    )
+    command = f"{sys.executable} {server}"
+    settings = ("-k", 1, "-c", 1024, "--temp", 0, "-n", 30, "--no-parallel-tool-calls", "--session", "s")
+    arguments = ("chat", real_model, *settings, "--mcp", command, "--tool-choice", "stop", "--yes")
+    outcome = abcli(*arguments, stdin=b"Stop.\n/set tool_choice none\nAre you there?\n")
+    assert outcome.code == 0
+    assert b"stop failed: " in outcome.errors
+    said = stored(own_home)
+    assert [message["role"] for message in said] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert str(said[2]["content"]).startswith("error: ")
+    assert "no/such" in abcli("chat", real_model, "--mcp", "no/such", "--yes").problem()[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

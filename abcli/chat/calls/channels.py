@@ -18,7 +18,8 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 class Channels:
     """A message is a header, `message`, a text and one of `ends`; after `begin` the next one's header comes.
 
-    `recipient` is a pattern whose group is the recipient in a header; functions are recipients after `functions`.
+    `recipient` is a pattern whose group is the recipient in a header; functions are recipients after `functions`. What
+    is said to `others` than the person and the functions is ignored, or they are no recipients.
     """
 
     begin: str
@@ -26,9 +27,10 @@ class Channels:
     ends: tuple[str, ...]
     recipient: str
     functions: str = ""
+    others: Kind = "ignored"
 
     def kind(self, header: str, functions: frozenset[str]) -> tuple[Kind, str]:
-        """What a message with this header is, and the function that it calls."""
+        """What a message with this header is, and the function that it calls, or what of its header is said."""
         found = re.search(self.recipient, header)
         recipient = found.group(1) if found else ""
         channels = _CHANNEL.findall(header)
@@ -37,11 +39,13 @@ class Channels:
             return "call", name
         if recipient in _THOUGHT_TO or (channels and channels[-1] == _THOUGHT_CHANNEL):
             return "thought", ""
-        return ("said" if recipient in _SAID_TO else "ignored"), ""
+        if recipient in _SAID_TO:
+            return "said", "" if recipient or channels else header
+        return self.others, header if self.others == "said" else ""
 
 
 HARMONY = Channels(
     "<|start|>", "<|message|>", ("<|end|>", "<|call|>", "<|return|>"), r"\bto=([^\s<]+)", functions="functions."
 )
 MUSE = Channels("<|start|>", "<|message|>", ("<|eom|>", "<|eot|>"), r"\bto=([^\s<]+)")
-FUNCTIONARY = Channels(">>>", "\n", (">>>",), r"\s*([^\s<]*)")
+FUNCTIONARY = Channels(">>>", "\n", (">>>",), r"\A\s*(\S+)\s*\Z", others="said")

@@ -32,17 +32,26 @@ def find_format(render: Render) -> CallFormat:
 def _thoughts(probes: Probes) -> Thoughts:
     """What is around a thought in an answer; what is left of it where none is wanted; or what most models write."""
     before, thought, after = probes.answer(reasoning_content=THOUGHT).partition(THOUGHT)
-    begin, end = last_tag(before), first_tag(after)
-    if thought and end:
-        prompt = probes.prompt().rstrip()
-        # Where words begin it, they are the prompt's last line.
-        words = not begin or (begin in prompt and not prompt.endswith(begin))
-        return Thoughts(prompt.splitlines()[-1] if words else begin, end)
+    end = first_tag(after)
+    if thought and end and (begin := _beginning(probes, before)):
+        return Thoughts(begin, end)
     prompts = [probes.prompt(enable_thinking=False), probes.prompt(enable_thinking=True), probes.prompt()]
     for prompt in prompts:
         if empty := _EMPTY_THOUGHT.search(prompt):
             return Thoughts(empty.group(1), empty.group(2))
     return _MISTRAL if _MISTRAL.begin in probes.everything else Thoughts()
+
+
+def _beginning(probes: Probes, before: str) -> str:
+    """What begins the thought behind a text, empty if that is nothing but what any answer has before it."""
+    begin = last_tag(before)
+    if begin and begin != last_tag(probes.answer().partition(ANSWER)[0]):
+        return begin
+    # Only the prompt has it: a tag of its own, or words on the last line.
+    prompt = probes.prompt().rstrip()
+    tag = last_tag(prompt)
+    line = prompt.rpartition("\n")[2]
+    return tag if tag and tag not in before else line if line and not tags(line) else ""
 
 
 def _framing(probes: Probes, thoughts: Thoughts) -> tuple[str, ...]:

@@ -83,14 +83,20 @@ class AnswerParser:
             found = yield from source.until([channels.message, channels.begin], header.append)
             if found == channels.begin:
                 continue
-            if not found:
-                break
             kind, name = channels.kind("".join(header), self._functions)
+            if not found:
+                # A model that knows of no messages just answers; one word may be a header that was cut off.
+                if kind == "said" and (len(name.split()) > 1 or not source.cut):
+                    self._said.hear(name)
+                break
             if kind == "call" and self._looks_for_calls:
                 yield from self._message_to(name)
+            elif name:
+                self._said.hear(name + found)
             said = kind == "said" or (kind == "thought" and not self._format.thoughts)
             text = self._said if said else _Trimmed(lambda text: self._events.append(ThoughtText(text)))
-            text.interrupt()
+            if not (said and name):
+                text.interrupt()
             yield from source.until(channels.ends, text.hear if kind in ("said", "thought") else unheard)
             self._said.interrupt()
         self._said.finish()

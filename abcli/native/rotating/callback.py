@@ -89,7 +89,7 @@ class ByCallback(Owner):
     def _ask(self, tensor: int) -> bool:
         """Is `_done` to be called right after this node was computed?"""
         if self._visit is not None:
-            self._visit(tensor, 0)
+            self._visit([tensor], 0)
         if not self._compute:
             return True
         operation = ctypes.c_int.from_address(tensor + _OPERATION_OFFSET).value

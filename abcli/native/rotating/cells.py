@@ -58,6 +58,8 @@ class DeviceCache:
         self._ropes = observation.ropes
         self._follows = follows
         self._devices = devices
+        # By the number of a graph's nodes, the places of those that write keys.
+        self._places: dict[int, list[int]] = {}
 
     @property
     def obstacle(self) -> str:
@@ -118,24 +120,34 @@ class DeviceCache:
         cells = {keys.pointer: keys.cells for keys in self._keys.values()}
         checked: set[int] = set()
 
-        def visit(tensor: int, graph: int) -> None:
+        def check(tensor: int, graph: int) -> int:
+            """The keys that a node writes, 0 for any other node."""
             operation = ctypes.c_int.from_address(tensor + _OPERATION_OFFSET).value
             if api.operation(operation, tensor) != b"SET_ROWS":
-                return
+                return 0
             node = TensorStruct.from_address(tensor)
+            if node.view_src not in cells:
+                return 0
             # Layers share the indices of their cells.
-            if node.view_src not in cells or node.src[1] in checked:
-                return
-            checked.add(node.src[1])
-            source = input_of(node.src[1], graph)
-            indices = TensorStruct.from_address(source)
-            found = np.empty(indices.ne[0], np.int64)
-            wanted = sequences * cells[node.view_src] + positions
-            if indices.type == api.GGML_TYPE_I64 and len(found) == len(wanted):
+            if node.src[1] not in checked:
+                checked.add(node.src[1])
+                source = input_of(node.src[1], graph)
+                indices = TensorStruct.from_address(source)
+                found = np.empty(indices.ne[0], np.int64)
+                wanted = sequences * cells[node.view_src] + positions
+                if indices.type != api.GGML_TYPE_I64 or len(found) != len(wanted):
+                    raise _elsewhere()
                 api.tensor_get(source, found.ctypes.data, 0, found.nbytes)
-                if np.array_equal(found, wanted):
-                    return
-            raise NativeError("llama.cpp keeps a token elsewhere than at its position", "use `engine=contexts`")
+                if not np.array_equal(found, wanted):
+                    raise _elsewhere()
+            return int(node.view_src)
+
+        def visit(tensors: Sequence[int], graph: int) -> None:
+            # In graphs of one size they are at the same places; that all layers are among them is seen.
+            places = self._places.get(len(tensors), ()) if graph else ()
+            if places and {check(tensors[place], graph) for place in places} == cells.keys():
+                return
+            self._places[len(tensors)] = [place for place, tensor in enumerate(tensors) if check(tensor, graph)]
 
         return visit
 
@@ -255,6 +267,10 @@ class DeviceCache:
             tensor.cells * element,
             where.count * element,
         )
+
+
+def _elsewhere() -> NativeError:
+    return NativeError("llama.cpp keeps a token elsewhere than at its position", "use `engine=contexts`")
 
 
 def _place(context: int, tensor: CacheTensor, count: int, offset: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,10 +69,11 @@ class Observer:
     def __init__(self) -> None:
         self._nodes: list[tuple[int, TensorStruct, bytes]] = []
 
-    def visit(self, tensor: int, _graph: int) -> None:
-        """Take down one node."""
-        node = TensorStruct.from_buffer_copy(TensorStruct.from_address(tensor))
-        self._nodes.append((tensor, node, api.operation(node.op, tensor)))
+    def visit(self, tensors: Sequence[int], _graph: int) -> None:
+        """Take down nodes."""
+        for tensor in tensors:
+            node = TensorStruct.from_buffer_copy(TensorStruct.from_address(tensor))
+            self._nodes.append((tensor, node, api.operation(node.op, tensor)))
 
     def result(self) -> Observation:
         """What was seen. Raises UnsupportedModelError for a rotation that is of another kind than plain RoPE."""

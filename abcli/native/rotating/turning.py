@@ -7,7 +7,7 @@ and reuses that graph like any other. `abcli.native.rotating.callback` is the wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -28,8 +28,9 @@ _LOGITS = b"result_output"
 # GGML_STATUS_FAILED
 _STATUS_FAILED = -1
 
-# Gets a node and, where that is not computed yet and has not got its inputs, the graph.
-Visit = Callable[[int, int], None]
+# Gets nodes in the order of computation: all of a graph that is not computed yet and has not got its inputs, and that
+# graph, or (0) one that is next.
+Visit = Callable[[Sequence[int], int], None]
 
 
 class Turning(Protocol):
@@ -165,8 +166,7 @@ class InGraph(Owner):
         self._graph = graph
         if self._visit is not None:
             try:
-                for tensor in nodes_of(graph):
-                    self._visit(tensor, graph)
+                self._visit(nodes_of(graph), graph)
                 if self._context:
                     free = api.memory_size(self._context) - api.used_memory(self._context)
                     self.free_nodes = free // api.tensor_overhead()

@@ -67,3 +67,13 @@ def test_special_tokens_are_tokens(in_bytes: Matchers) -> None:
 def test_no_tools_are_refused(choice: Choice) -> None:
     with pytest.raises(UsageError):
         call_grammar(FORM, (), choice, True, {})
+
+
+def test_a_hundred_tools_are_not_too_many(in_bytes: Matchers) -> None:
+    long = {"type": "object", "properties": {"a": {"type": "string", "description": "words " * 200}}, "required": ["a"]}
+    tools = [replace(WEATHER, name=f"f{number}", parameters=long) for number in range(100)]
+    grammar = call_grammar(FORM, tools, "required", False, {})
+    assert len(grammar) > 1 << 16
+    call = '<tool_call>\n{"name": "f99", "arguments": {"a": "b"}}\n</tool_call>'
+    assert writes(in_bytes, Constraint("lark", grammar), call)
+    assert not writes(in_bytes, Constraint("lark", grammar), call.replace("f99", "f100"))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from abcli.chat.calls.find import find_format
 from abcli.chat.calls.find_calls import find_calls
 from abcli.chat.calls.format import HERMES, NUMBER, CallFormat, Tags, Thoughts
 from abcli.chat.calls.known_formats import KNOWN_FORMATS
 from abcli.chat.calls.probes import Probes
 from abcli.chat.messages import Tool
+from abcli.errors import TemplateError
 from tests.chat.calls.conftest import TOOLS, parse, pieces
 
 LINES = CallFormat(
@@ -179,3 +183,29 @@ def test_messages_to_others_than_the_tools_are_not_calls() -> None:
     text = '<|channel|>commentary to=python <|constrain|>code<|message|>print("hello")'
     parsed = parse(HARMONY, [text], TOOLS)
     assert (parsed.said, parsed.thought, parsed.calls) == ("", "", [])
+
+
+@pytest.mark.parametrize("form", [HARMONY, MUSE, FUNCTIONARY])
+@pytest.mark.parametrize("text", ["Hello", "Hello there.\nHow are you?", "Sure\nthing", ""])
+def test_a_model_that_writes_no_messages_is_heard(form: CallFormat, text: str) -> None:
+    for size in (1, 100):
+        assert parse(form, pieces(text, size)).said.strip() == text
+        assert parse(form, pieces(text, size), cut=True).said.strip() in (text, "")
+
+
+def test_thoughts_whose_beginning_only_the_prompt_has() -> None:
+    def render(messages: Sequence[Mapping[str, Any]], *_: object, **variables: Any) -> str:
+        text = ""
+        for message in messages:
+            thought = message.get("reasoning_content")
+            text += f"<|{message['role']}|>" + (f"{thought}</thinking>" if thought else "") + (message["content"] or "")
+        return text + ("<|assistant|><thinking>" if variables.get("add_generation_prompt") else "")
+
+    assert find_format(render).thoughts == Thoughts("<thinking>", "</thinking>")
+
+
+def test_a_template_that_fails_has_the_fallback() -> None:
+    def render(*_: object, **variables: object) -> str:
+        raise TemplateError("it fails", "choose another")
+
+    assert find_format(render) == replace(HERMES, fallback=True)
