@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from abcli.config import DEFAULT_MODEL_FILE, ENV_HOME
 from tests.support.hub import HubStandIn, pointed_at, running_hub
@@ -28,6 +29,13 @@ os.environ["GGML_OP_OFFLOAD_MIN_BATCH"] = "1000000"
 
 # Where bytecode may not be written, every process that a test starts compiles all modules anew: a quarter of its time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Threads of llama.cpp that wait for each other sleep: on a busy machine those that spin take many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A busy machine is no fault of an example.
+settings.register_profile("abcli", deadline=None)
+settings.load_profile("abcli")
 
 # A shell ignores Ctrl-C for what it runs in the background, and so would everything that the tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

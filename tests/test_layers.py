@@ -172,9 +172,8 @@ def exits_of(module: Module) -> Iterator[tuple[int, str]]:
         waiting += node.orelse if is_main_guard(node) and isinstance(node, ast.If) else ast.iter_child_nodes(node)
 
 
-def problems_of(root: Path) -> list[str]:
-    """Everything in the tree that breaks a rule, as "module:line: what"."""
-    modules = read_modules(root)
+def problems_of(modules: list[Module]) -> list[str]:
+    """Everything in a tree that breaks a rule, as "module:line: what"."""
     known = {module.name for module in modules}
     problems = []
     for module in modules:
@@ -195,8 +194,14 @@ def problems_of(root: Path) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
-def test_abcli_keeps_its_layers() -> None:
-    assert problems_of(ROOT / PACKAGE) == []
+@pytest.fixture(scope="module")
+def abcli() -> list[Module]:
+    """All modules of abcli."""
+    return read_modules(ROOT / PACKAGE)
+
+
+def test_abcli_keeps_its_layers(abcli: list[Module]) -> None:
+    assert problems_of(abcli) == []
 
 
 def circles_of(modules: list[Module]) -> list[str]:
@@ -213,8 +218,8 @@ def circles_of(modules: list[Module]) -> list[str]:
         left = kept
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    assert circles_of(read_modules(ROOT / PACKAGE)) == []
+def test_no_module_imports_itself_by_way_of_others(abcli: list[Module]) -> None:
+    assert circles_of(abcli) == []
 
 
 def test_a_circle_of_imports_is_found(tmp_path: Path) -> None:
@@ -225,12 +230,11 @@ def test_a_circle_of_imports_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["cli", "ui"])
-def test_commands_know_neither_llama_cpp_nor_engines(part: str) -> None:
-    modules = read_modules(ROOT / PACKAGE)
-    known = {module.name for module in modules}
+def test_commands_know_neither_llama_cpp_nor_engines(abcli: list[Module], part: str) -> None:
+    known = {module.name for module in abcli}
     found = [
         f"{module.name}:{line}: imports {target}"
-        for module in modules
+        for module in abcli
         if part_of(module.name) == part
         for line, target in imports_of(module, known)
         if part_of(target) in ("native", "engine") and target.startswith(PACKAGE)
@@ -238,10 +242,10 @@ def test_commands_know_neither_llama_cpp_nor_engines(part: str) -> None:
     assert found == []
 
 
-def test_below_the_command_line_nobody_speaks_of_flags() -> None:
+def test_below_the_command_line_nobody_speaks_of_flags(abcli: list[Module]) -> None:
     """Errors name settings as in `top_k=40`; the terminal shows them as flags."""
     found = []
-    for module in read_modules(ROOT / PACKAGE):
+    for module in abcli:
         if part_of(module.name) in ("cli", "ui", "sampling"):
             continue
         documentation = {id(node.body[0].value) for node in ast.walk(module.tree) if has_docstring(node)}  # type: ignore[attr-defined]
@@ -265,8 +269,8 @@ def has_docstring(node: ast.AST) -> bool:
     )
 
 
-def test_every_module_is_read() -> None:
-    names = {module.name for module in read_modules(ROOT / PACKAGE)}
+def test_every_module_is_read(abcli: list[Module]) -> None:
+    names = {module.name for module in abcli}
     assert {"abcli", "abcli.errors", "abcli.native", "abcli.cli"} <= names
 
 
@@ -331,23 +335,23 @@ SOUND = {
 
 
 def test_a_sound_tree_has_no_problem(tmp_path: Path) -> None:
-    assert problems_of(write(tmp_path, SOUND)) == []
+    assert problems_of(read_modules(write(tmp_path, SOUND))) == []
 
 
 @pytest.mark.parametrize("case", BAD_IMPORTS)
 def test_a_bad_import_is_found(tmp_path: Path, case: str) -> None:
     name, text = BAD_IMPORTS[case]
     write(tmp_path, SOUND)
-    assert len(problems_of(write(tmp_path, {name: text}))) == 1
+    assert len(problems_of(read_modules(write(tmp_path, {name: text})))) == 1
 
 
 @pytest.mark.parametrize("case", BAD_EXITS)
 def test_an_exit_outside_the_command_line_is_found(tmp_path: Path, case: str) -> None:
     write(tmp_path, SOUND)
-    assert len(problems_of(write(tmp_path, {"engine/protocol.py": BAD_EXITS[case]}))) == 1
+    assert len(problems_of(read_modules(write(tmp_path, {"engine/protocol.py": BAD_EXITS[case]})))) == 1
 
 
 def test_a_guarded_exit_is_allowed(tmp_path: Path) -> None:
     text = 'import sys\nif __name__ == "__main__":\n    sys.exit(0)\n'
     write(tmp_path, SOUND)
-    assert problems_of(write(tmp_path, {"engine/protocol.py": text})) == []
+    assert problems_of(read_modules(write(tmp_path, {"engine/protocol.py": text}))) == []

@@ -19,7 +19,7 @@ import pytest
 from tests.cli.conftest import PATIENCE, Command
 from tests.cli.test_batch import BATCH, Spawn, count_lines, finished, results_of, wait_for, write_prompts
 
-LINES = 160
+LINES = 100
 # With a temperature: whoever answers a line must draw the same. Without flash attention and 16-bit caches, in whose
 # last digits it shows which prompts are computed together.
 EXACT = ("--engine", "contexts", "-fa", "off", "-ctk", "f32", "-ctv", "f32")
