@@ -33,6 +33,9 @@ _FLOAT = 4
 # What CUDA keeps on a device from the first computation on, and for each context (H100). Others were not measured.
 _CUDA_BYTES = 70_000_000
 _CUDA_CONTEXT_BYTES = 12_000_000
+# What cuBLAS takes for each context: where attention is no flash attention, beside the scores as f16, and for weights
+# that are not quantised.
+_CUBLAS_BYTES = 85_000_000
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,8 @@ def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
     # Probabilities, what they weigh, and their opposites, of each bucket, and what comes of them.
     merging = _FLOAT * config.slots * shape.vocabulary * (3 * buckets + 1) if share and fused and buckets > 1 else 0
     device = len(_cuda_devices(setup.gpu_layers)) * (_CUDA_BYTES + contexts * _CUDA_CONTEXT_BYTES)
+    if device and (scores or shape.multiplies_floats):
+        device += contexts * (_CUBLAS_BYTES + scores // 2)
     scratch = idle = 0
     if not fused and buckets > 1 and config.prefill != "exact" and config.cache_type_k not in _BLOCK_TYPES:
         workers = plan_workers(buckets, config.threads or available_cores()).workers

@@ -22,6 +22,7 @@ _LEAST_NODES = 1024
 # The same for each matrix that an adapter changes.
 _PAIR_BYTES = 20_000
 _OUTPUT = "output.weight"
+_FLOATS = ("f32", "f16", "bf16")
 # Bytes that llama.cpp's tables take for a token of the vocabulary and for a merge.
 _TOKEN_BYTES = 100
 _MERGE_BYTES = 240
@@ -60,6 +61,8 @@ class MemoryShape:
     adapter_outputs: int
     """The widest result of a matrix outside the feed-forward network that an adapter changes."""
     adapts_logits: bool
+    multiplies_floats: bool
+    """Whether a matrix of a layer is of a type that is not quantised."""
 
     @classmethod
     def of(cls, model: CheckedModel) -> MemoryShape:
@@ -96,6 +99,10 @@ class MemoryShape:
             adapter_bytes=sum(adapter.weight_bytes for adapter in model.adapters),
             adapter_rank=max((pair.rank for pair in pairs), default=0),
             adapter_outputs=max((pair.b.shape[1] for pair in pairs if _is_narrow(pair.target)), default=0),
+            multiplies_floats=any(
+                tensor.type_name in _FLOATS and len(tensor.shape) > 1 and ".attn_" in tensor.name
+                for tensor in header.tensors
+            ),
             adapts_logits=any(pair.target == _OUTPUT for pair in pairs),
         )
 
