@@ -75,7 +75,7 @@ test: model ## run the tests
 	  echo "Ray cannot be installed here: the tests of abcli batch --ray will be skipped" >&2
 	@$(VENV_PYTHON) scripts/fetch_public_templates.py || \
 	  echo "the tests that read the public chat templates will be skipped" >&2
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@$(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 check: lint format-check types layers ## lint, formatting, types and the order of the layers
 
