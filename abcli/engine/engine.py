@@ -48,10 +48,10 @@ class Engine(Owner):
 
     Logits are float32 [buckets, vocab] views of a buffer that stays valid until the next step or prefill. What the
     native bucket decoded alone is owed to the others: they get it when they are next asked, and never if they are not.
-    After an
-    exception every slot holds what it held before the call, and what was waiting waits; a slot of a recurrent model, or
-    one that was being filled from the prompt cache, may be empty. One thread at a time may use an engine; only
-    `cancel` may be called from any thread or signal handler.
+
+    After an exception every slot holds what it held before the call, and what was waiting waits; a slot of a
+    recurrent model, or one that was being filled from the prompt cache, may be empty. One thread at a time may use an
+    engine; only `cancel` may be called from any thread or signal handler.
     """
 
     def __init__(

@@ -153,11 +153,12 @@ class Sequences(Owner):
                 f"llama.cpp failed to decode (status {status}): {log_tail() or 'no reason given'}",
                 "check the memory that is free, or try fewer buckets",
             )
-        self.fetch(logits)
+        if logits:
+            self.fetch(logits)
 
     def fetch(self, logits: Sequence[NDArray[np.float32] | None]) -> None:
         """Copy the logits of part i of the last `decode` into `logits[i]` [vocab], if given."""
-        for index, target in zip(self._last, logits, strict=False):
+        for index, target in zip(self._last, logits, strict=True):
             if target is not None:
                 source = llama.llama_get_logits_ith(self._handle, index)
                 if not source:

@@ -159,8 +159,6 @@ device_buffer_type = ggml_function("ggml_backend_dev_buffer_type", _pointer, _po
 device_host_buffer_type = ggml_function("ggml_backend_dev_host_buffer_type", _pointer, _pointer)
 # enum ggml_backend_dev_type ggml_backend_dev_type(ggml_backend_dev_t device);
 device_type = ggml_function("ggml_backend_dev_type", _int, _pointer)
-# const char * ggml_backend_dev_name(ggml_backend_dev_t device);
-device_name = ggml_function("ggml_backend_dev_name", _text, _pointer)
 # ggml_backend_dev_t ggml_backend_dev_by_type(enum ggml_backend_dev_type type);
 device_by_type = ggml_function("ggml_backend_dev_by_type", _pointer, _int)
 # bool ggml_backend_dev_supports_op(ggml_backend_dev_t device, const struct ggml_tensor * op);
