@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from abcli.generate import Sampler, Tokenizer
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
-    from abcli.sampling import GenerationConfig, SamplingConfig
+    from abcli.sampling import Choice, GenerationConfig, SamplingConfig
 
 # Where each name comes from, imported when it is first used: the command line needs few of them.
 _HOMES = {
@@ -55,7 +55,7 @@ _HOMES = {
     "abcli.generate": ("Sampler", "Tokenizer"),
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
-    "abcli.sampling": ("GenerationConfig", "SamplingConfig"),
+    "abcli.sampling": ("Choice", "GenerationConfig", "SamplingConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -66,6 +66,7 @@ __all__ = [
     "BatchError",
     "CancelledError",
     "Chat",
+    "Choice",
     "ContextFullError",
     "DownloadError",
     "Engine",

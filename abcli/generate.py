@@ -19,10 +19,12 @@ from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
 from abcli.merge import Merger
 from abcli.native.owner import Owner
-from abcli.sampling import GenerationConfig, SamplingConfig
+from abcli.sampling import Choice, GenerationConfig, SamplingConfig
 from abcli.thought_limit import LimitedSampler
 
 FinishReason = Literal["stop", "length"]
+# The weights of a single row.
+_ALONE = np.ones(1)
 
 
 class Tokenizer(Protocol):
@@ -262,8 +264,9 @@ class Generator(Owner):
             self._cancelled = False
             raise CancelledError
         try:
-            any_token = any(item.sampler.may_choose_any for item in self._running.values())
-            rule = None if any_token else self._rule
+            # What is merged where it is computed leaves neither the buckets' logits nor all of the merged ones.
+            all_logits = any(item.sampler.may_choose_any or item.config.observer for item in self._running.values())
+            rule = None if all_logits else self._rule
             logits = self._engine.step(tokens, rule, self._gates()) if self._running else {}
         except CancelledError:
             self._cancelled = False
@@ -343,14 +346,16 @@ class Generator(Owner):
         statistics = running.answer.statistics
         statistics.steps += 1
         # One row is all there is, or merged already; the sampler refuses numbers that are none.
-        chosen, agreement = logits[0], self._engine.agreement(running.answer.slot)
+        chosen, weights, agreement = logits[0], _ALONE, self._engine.agreement(running.answer.slot)
         if len(logits) > 1:
             merged = self._merger.merge(logits, self._rule, self._pool_weights)
-            chosen, agreement = merged.logits, merged.agreement
+            chosen, weights, agreement = merged.logits, merged.weights, merged.agreement
         if agreement is not None:
             statistics.agreement_sum += agreement
             statistics.asked_steps += 1
         running.next_token = running.sampler.sample(chosen)
+        if running.config.observer is not None:
+            running.config.observer(Choice(running.next_token, logits, chosen, weights, agreement))
 
     def _emit(self, running: _Running) -> Piece:
         """Turn the token just sampled into text and finish the answer if it is the last one."""
