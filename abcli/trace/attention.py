@@ -205,7 +205,8 @@ def _reaches(context: AttentionContext, rows: Sequence[int]) -> dict[int, NDArra
         places = np.arange(length, dtype=np.float32)
         distances = places[length - count :, None] - places[1:]
         # What lies ahead has no weight.
-        found[layer] = found.get(layer, 0) + (weights[:, :, 1:] * distances).max(axis=2).sum(axis=1, dtype=np.float64)
+        longest = (weights[:, :, 1:] * distances).max(axis=2, initial=0)
+        found[layer] = found.get(layer, 0) + longest.sum(axis=1, dtype=np.float64)
 
     context.append(rows, see)
     return found

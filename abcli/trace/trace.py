@@ -94,6 +94,7 @@ class Trace:
     """
 
     model: str
+    native_base: float
     bases: tuple[float, ...]
     native: int
     merge: str
@@ -105,10 +106,18 @@ class Trace:
     attention: Attention | None = None
     without_attention: str = ""
 
+    def html(self) -> str:
+        """The trace as one HTML file, which opens from the disk without a network."""
+        # What draws it is only needed here, and draws traces.
+        from abcli.trace.page import trace_page
+
+        return trace_page(self)
+
     def fields(self) -> dict[str, Any]:
         """The trace as JSON has it."""
         return {
             "model": self.model,
+            "native_base": self.native_base,
             "bases": list(self.bases),
             "native": self.native,
             "merge": self.merge,

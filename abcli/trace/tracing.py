@@ -86,6 +86,7 @@ class Tracer:
                 reason = error.message
         return Trace(
             model=self.model.checked.name,
+            native_base=self.model.checked.header.native_base,
             bases=self.engine.bases,
             native=self.native,
             merge=self.buckets.merge,
