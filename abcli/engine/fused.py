@@ -59,6 +59,7 @@ class FusedBackend(Owner):
             scaling = repr([rope.parameters for rope in self._context.observation.ropes])
             self.cell_format = (scaling, f"{version()}, all layers in one cache")
             self._piece = min(self._context.batch_size, self._context.ubatch_size)
+            self.outputs = min(config.outputs, self.piece(self.buckets), TILED_TOKENS - 1)
             self._stack = stack.pop_all()
 
     def piece(self, columns: int) -> int:
@@ -81,6 +82,7 @@ class FusedBackend(Owner):
             self._unproved -= unproved
             self._proved |= unproved
             return agreements
+        unproved = self._unproved.intersection(part.slot for part in parts if part.outputs)
         groups = _alike(parts, self._piece, self._slot_cells) if self.buckets == 1 else ([part] for part in parts)
         for group in groups:
             batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
@@ -90,8 +92,10 @@ class FusedBackend(Owner):
                 continue
             for neighbours in self._context.neighbours(columns):
                 logits = [_rows_of(row, columns, neighbours) for row in rows] or None
-                careful = list(columns) == [self.leader]
+                careful = list(columns) == [self.leader] or not unproved.isdisjoint(part.slot for part in group)
                 self._run(partial(self._context.compute, batch, neighbours, logits, careful=careful))
+        self._unproved -= unproved
+        self._proved |= unproved
         return {}
 
     def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:

@@ -95,7 +95,7 @@ class FusedContext(Sequences):
         parameters = context_parameters(model, base, config, threads, cancel)
         parameters.n_ctx = cells * sequences
         parameters.n_seq_max = sequences
-        parameters.n_outputs_max = sequences
+        parameters.n_outputs_max = max(sequences, config.outputs * self.buckets)
         # Each sequence attends to its own cells only: in a pool it would pass over those of all others.
         parameters.kv_unified = False
         self._token = model.vocabulary_size // 2
@@ -168,7 +168,8 @@ class FusedContext(Sequences):
         careful: bool = False,
         merge: MergeRule | None = None,
     ) -> list[float] | None:
-        """Compute `parts` in each of `columns`, as one batch; part i's logits go to `logits[i]` [columns, vocab].
+        """Compute `parts` in each of `columns`, as one batch; part i's logits go to `logits[i]`, an array per column:
+        [vocab] for those after its last token, [n, vocab] for those after its last n.
 
         With `merge`, and on a device that can, only the merged logits go to the first row of `logits[i]`: the parts'
         agreements are then returned, else None.
@@ -178,12 +179,12 @@ class FusedContext(Sequences):
         expected. Raises as `Sequences.decode` does; the caller then truncates.
         """
         tokens = range(len(parts[0].tokens))
-        batch = [
-            BatchPart(self.sequence(part.slot, column), part.position, part.tokens, output=logits is not None)
-            for part in parts
-            for column in columns
-        ]
         rows = [None if logits is None else logits[i][j] for i in range(len(parts)) for j in range(len(columns))]
+        places = [(part, column) for part in parts for column in columns]
+        batch = [
+            BatchPart(self.sequence(part.slot, column), part.position, part.tokens, output=_count(row))
+            for (part, column), row in zip(places, rows, strict=True)
+        ]
         turned = self._turned_rows(columns, len(parts) * len(tokens))
         visit = None
         if turned or careful:
@@ -204,7 +205,7 @@ class FusedContext(Sequences):
         return None
 
     def compute_side_by_side(self, parts: Sequence[SlotPart], logits: Sequence[NDArray[np.float32]]) -> None:
-        """Compute `parts` of a context with one bucket as one batch; the logits [vocab] after part i go to `logits[i]`.
+        """Compute `parts` of a context with one bucket as one batch; the logits of part i go to `logits[i]`.
 
         The slots are neighbours in ascending order. llama.cpp computes sequences of equal length together: shorter
         parts are filled up with tokens that are dropped again, so that every slot needs room for the longest part,
@@ -215,7 +216,7 @@ class FusedContext(Sequences):
         rows: list[NDArray[np.float32] | None] = []
         for part, row in zip(parts, logits, strict=True):
             sequence, end = self.sequence(part.slot, 0), part.position + len(part.tokens)
-            batch.append(BatchPart(sequence, part.position, part.tokens, output=True))
+            batch.append(BatchPart(sequence, part.position, part.tokens, output=_count(row)))
             rows.append(row)
             if missing := longest - len(part.tokens):
                 batch.append(BatchPart(sequence, end, [self._token] * missing, output=False))
@@ -386,3 +387,8 @@ class FusedContext(Sequences):
             if not agree(found, wanted):
                 return f"the keys of layer {layer} came out wrong inside the graph"
         return ""
+
+
+def _count(logits: NDArray[np.float32] | None) -> int:
+    """Of how many tokens the logits go to an array: [vocab] or [n, vocab]."""
+    return 0 if logits is None else len(np.atleast_2d(logits))
