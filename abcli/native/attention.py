@@ -70,7 +70,7 @@ class AttentionContext(Context):
         position = self.length(0)
         for start in range(0, len(tokens), self.ubatch_size):
             piece = tokens[start : start + self.ubatch_size]
-            self._show(BatchPart(0, position + start, piece, output=False), see)
+            self._show(BatchPart(0, position + start, piece, output=0), see)
 
     def _show(self, part: BatchPart, see: See | None) -> None:
         self._see, self._seen, self._error = see, 0, None

@@ -78,7 +78,6 @@ class Model(Owner):
         self.rotation = _ROTATIONS.get(rope_type)
         self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
-        self._piece_buffer = ctypes.create_string_buffer(256)
         self.closed = False
 
     def close(self) -> None:
@@ -157,6 +156,12 @@ class Model(Owner):
         """The text of the end-of-sequence token, empty if there is none."""
         return self._special_text(llama.llama_vocab_eos(self.vocabulary))
 
+    @cached_property
+    def first_token(self) -> int:
+        """The token that begins texts: BOS, or without one EOS, or else 0."""
+        found = (llama.llama_vocab_bos(self.vocabulary), llama.llama_vocab_eos(self.vocabulary), 0)
+        return next(token for token in found if token >= 0)
+
     def _special_text(self, token: int) -> str:
         if token < 0:
             return ""
@@ -221,10 +226,11 @@ class Model(Owner):
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes a token stands for (`llama_token_to_piece`); none for control tokens unless `special`."""
-        buffer = self._piece_buffer
+        # Each call has its own: the thread that decodes asks while others read texts.
+        buffer = ctypes.create_string_buffer(64)
         length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
         if length < 0:
-            self._piece_buffer = buffer = ctypes.create_string_buffer(-length)
+            buffer = ctypes.create_string_buffer(-length)
             length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
         return buffer.raw[:length]
 

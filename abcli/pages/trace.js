@@ -106,7 +106,8 @@
     document.querySelectorAll("#passages tbody tr").forEach((line, index) => {
       const [text, ...cells] = line.children;
       [...text.children].forEach((token, offset) => {
-        token.className = "s" + level(shares[spans[index][0] + offset], most);
+        const place = spans[index][0] + offset;
+        token.className = "s" + (place ? level(shares[place], most) : 0);
       });
       const native = table[index][data.native];
       cells.forEach((cell, bucket) => {

@@ -56,7 +56,7 @@ def trace_page(trace: Trace) -> str:
 
 
 def bucket_names(bases: Sequence[float], native_base: float, native: int) -> list[str]:
-    """Each base as a multiple of the model's own, as in "0.5×" or "1× (native)"."""
+    """Each base as a multiple of the model's own; the native bucket's is marked."""
     return [
         f"{base / native_base:.4g}×" + (" (native)" if bucket == native else "")  # noqa: RUF001 - times
         for bucket, base in enumerate(bases)
@@ -108,7 +108,8 @@ def _passages(trace: Trace) -> list[dict[str, Any]]:
     found = []
     for index, (start, end) in enumerate(trace.passages):
         tokens = [
-            {"text": trace.prompt[place], "level": _level(float(merged[place]), most)} for place in range(start, end)
+            {"text": trace.prompt[place], "level": _level(float(merged[place]), most) if place else 0}
+            for place in range(start, end)
         ]
         native = float(sums[trace.native, index])
         cells = [{"text": _cell(float(sum_), native), "level": _level(float(sum_), largest)} for sum_ in sums[:, index]]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from abcli.config import Buckets, ContextConfig
 from abcli.engine.engine import Engine
 from abcli.errors import CancelledError, NativeError
+from abcli.generate import common_prefix
 from abcli.merge import Merger
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
@@ -51,11 +52,8 @@ class Tracer:
         recorder = self.recorder()
         engine, buckets = self.engine, self.buckets
         merger = Merger(len(engine.bases), engine.vocabulary_size)
-        shared = 0
-        held = engine.tokens(slot)
-        while shared < min(len(held), len(prompt) - 1) and held[shared] == prompt[shared]:
-            shared += 1
-        logits = engine.prefill(slot, prompt[engine.truncate(slot, shared) :])
+        kept = min(common_prefix(engine.tokens(slot), prompt), len(prompt) - 1)
+        logits = engine.prefill(slot, prompt[engine.truncate(slot, kept) :])
         for token in answer:
             merged = merger.merge(logits, buckets.merge, buckets.weights)
             alone = len(logits) == 1
