@@ -45,7 +45,7 @@ class HeadGains(Owner):
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         with ExitStack() as stack:
-            self._devices = stack.enter_context(Devices(1))
+            self._devices = stack.enter_context(Devices())
             stack.enter_context(product_hook().held())
             self._stack = stack.pop_all()
 
