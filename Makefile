@@ -23,7 +23,7 @@ OUTDATED := outdated
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model chat test check lint format-check types layers bench format clean distclean outdated
+.PHONY: help setup model chat test peers dist check lint format-check types layers bench format clean distclean outdated
 
 help: ## show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -34,7 +34,7 @@ help: ## show this list
 	@echo "  PYTHON=python3.12    the Python to make the environment with (3.10 or newer)"
 	@echo "  ACCEL=cuda,rpc       cpu, blas, cuda, hip, metal, rpc, sycl, vulkan; kept until another is given"
 	@echo "  MODEL=FILE BUCKETS=6 for make chat, else as abcli chat takes them"
-	@echo "  ARGS='...'           handed on by chat, test and bench"
+	@echo "  ARGS='...'           handed on by chat, test, peers and bench"
 
 setup: $(STAMP) ## make .venv with everything in it; the first time builds llama.cpp (minutes)
 
@@ -77,6 +77,13 @@ test: model ## run the tests
 	  echo "the tests that read the public chat templates will be skipped" >&2
 	@$(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
+peers: dist model ## test with the tools of others, in an environment of their own (900 MB)
+	@$(VENV_PYTHON) scripts/run_peers.py $(ARGS)
+
+dist: $(STAMP) ## build what is published, a source archive and a wheel, into dist/
+	@rm -rf dist
+	@$(VENV_PYTHON) -m uv build --quiet --python $(VENV_PYTHON) --out-dir dist
+
 check: lint format-check types layers ## lint, formatting, types and the order of the layers
 
 lint: $(STAMP)
@@ -103,6 +110,6 @@ clean: ## remove caches and build products
 	@find abcli tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "left alone: $(VENV), models/*.gguf and the built wheels in your cache directory"
 
-distclean: clean ## clean, and remove .venv
-	@rm -rf $(VENV)
-	@echo "removed: $(VENV)"
+distclean: clean ## clean, and remove .venv and .venv-peers
+	@rm -rf $(VENV) .venv-peers
+	@echo "removed: $(VENV), .venv-peers"

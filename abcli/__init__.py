@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from abcli.generate import Sampler, Tokenizer
+    from abcli.likelihood import TokenScore
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
     from abcli.sampling import Choice, GenerationConfig, SamplingConfig
@@ -53,6 +54,7 @@ _HOMES = {
         *("SessionError", "TemplateError", "ToolServerError", "UnsupportedModelError", "UsageError"),
     ),
     "abcli.generate": ("Sampler", "Tokenizer"),
+    "abcli.likelihood": ("TokenScore",),
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
     "abcli.sampling": ("Choice", "GenerationConfig", "SamplingConfig"),
@@ -88,6 +90,7 @@ __all__ = [
     "SessionError",
     "TemplateError",
     "Timings",
+    "TokenScore",
     "Tokenizer",
     "Tool",
     "ToolCall",

@@ -60,7 +60,9 @@ class ContextConfig:
     No `prefill` is that of the model's profile if it has one, else "auto", which shares long prompts.
     `prompt_cache` is the directory that keeps the state of long prompts, None for none. `engine` decodes all buckets in
     one batch ("fused"), each in a context of its own ("contexts"), or as measured to be faster ("auto").
-    `gated` lays the cells out for answers with a gate. `force` loads also what is predicted not to fit into memory.
+    `gated` lays the cells out for answers with a gate. A batch gives the logits after `outputs` tokens in each bucket,
+    or after one in each slot if these are more; `make_engine` sees to it. `force` loads also what is predicted not to
+    fit into memory.
     """
 
     context_size: int = DEFAULT_CONTEXT
@@ -75,6 +77,7 @@ class ContextConfig:
     prompt_cache: Path | None = None
     engine: EngineChoice = "auto"
     gated: bool = False
+    outputs: int = 1
     force: bool = False
 
 

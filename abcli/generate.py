@@ -17,7 +17,7 @@ from abcli.config import MergeRule
 from abcli.engine.engine import Engine, Gate, Progress
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
-from abcli.merge import Merger
+from abcli.merge import Merged, Merger
 from abcli.native.owner import Owner
 from abcli.sampling import Choice, GenerationConfig, SamplingConfig
 from abcli.thought_limit import LimitedSampler
@@ -307,6 +307,10 @@ class Generator(Owner):
         finally:
             self.drop(slot)
 
+    def merged(self, logits: NDArray[np.float32]) -> Merged:
+        """What the merge rule makes of logits [buckets, vocab], until the next step."""
+        return self._merger.merge(logits, self._rule, self._pool_weights)
+
     def drop(self, slot: int) -> None:
         """Stop the answer in `slot`, if any, or computing its prompt; what the engine's slot holds stays for reuse."""
         running = self._running.pop(slot, None)
@@ -348,7 +352,7 @@ class Generator(Owner):
         # One row is all there is, or merged already; the sampler refuses numbers that are none.
         chosen, weights, agreement = logits[0], _ALONE, self._engine.agreement(running.answer.slot)
         if len(logits) > 1:
-            merged = self._merger.merge(logits, self._rule, self._pool_weights)
+            merged = self.merged(logits)
             chosen, weights, agreement = merged.logits, merged.weights, merged.agreement
         if agreement is not None:
             statistics.agreement_sum += agreement

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from abcli.generate import Piece as RunningPiece
 from abcli.gguf.checked import CheckedModel
 from abcli.grammar.check import check
 from abcli.hub.locate import Fetch, locate_model
+from abcli.likelihood import Scorer, TokenScore, pair_tokens, windows
 from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
@@ -340,8 +342,7 @@ class LLM(Owner):
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; nothing for control tokens."""
-        if not 0 <= token < self.vocabulary_size:
-            raise PromptError(f"token {token} is not in the vocabulary", f"it ends at {self.vocabulary_size - 1}")
+        self._check_tokens([token])
         with self._turn.text():
             return self._native.piece(token)
 
@@ -360,15 +361,50 @@ class LLM(Owner):
 
         Raises ContextFullError, CancelledError and NativeError.
         """
-        if not tokens or not all(0 <= token < self.vocabulary_size for token in tokens):
-            raise PromptError(
-                "the tokens are none, or not all in the vocabulary",
-                f"it has the tokens 0 to {self.vocabulary_size - 1}",
-            )
+        if not tokens:
+            raise PromptError("there are no tokens", "give one or more")
+        self._check_tokens(tokens)
         with self._turn.take():
             slot = self._nearest(tokens, range(self.engine.slots))
             kept = self.engine.truncate(slot, min(common_prefix(self.engine.tokens(slot), tokens), len(tokens) - 1))
             return self.engine.prefill(slot, tokens[kept:]).copy()
+
+    def score(
+        self,
+        pairs: Iterable[tuple[str | Sequence[int], str | Sequence[int]]],
+        *,
+        top: int = 0,
+        on_done: Callable[[int], object] = lambda _done: None,
+    ) -> list[tuple[TokenScore, ...]]:
+        """How likely each token of the continuation of each (context, continuation) is, in as many slots as there are.
+
+        Both are texts or tokens. Texts are tokenised together, and white space at the end of a context counts as the
+        continuation's; an empty context stands for the token that begins texts. All buckets are asked for every token,
+        whatever the gate. `top` likeliest tokens are told at each place. `on_done` gets the number of pairs done.
+
+        Raises PromptError, ContextFullError before anything is computed, CancelledError and NativeError.
+        """
+        asked = [self._scored(*pair) for pair in pairs]
+        with self._turn.take():
+            return Scorer(self.engine, self.generator.merged, top).score(asked, on_done)
+
+    def score_text(self, text: str | Sequence[int], *, overlap: int = 1, top: int = 0) -> tuple[TokenScore, ...]:
+        """How likely each token of a text is after those before it, the first after the token that begins texts.
+
+        A text longer than the context is read in windows, in which each token has at least `overlap` tokens before it.
+        Raises as `score`, and UsageError for an `overlap` that leaves no place.
+        """
+        if not 1 <= overlap < self.context_size:
+            raise UsageError(f"`overlap={overlap}` is impossible", f"choose 1 to {self.context_size - 1}")
+        tokens = self.tokenize(text, add_special=False) if isinstance(text, str) else text
+        parts = windows([self.first_token, *tokens], self.context_size, overlap)
+        return tuple(score for part in self.score(parts, top=top) for score in part)
+
+    @property
+    def first_token(self) -> int:
+        """The token that begins texts: the model's BOS, or without one its EOS."""
+        with self._turn.text():
+            return self._native.first_token
 
     def check(self, sampling: SamplingConfig) -> None:
         """Raise UsageError for sampler settings that this model cannot have, GrammarError for a schema or grammar.
@@ -394,6 +430,17 @@ class LLM(Owner):
             if slot is None:
                 slot = self._nearest(tokens, range(self.engine.slots))
             yield from self.generator.stream(slot, tokens, config, on_progress)
+
+    def _scored(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        """The tokens of a pair. Raises PromptError."""
+        tokens = pair_tokens(self.tokenize, context, continuation)
+        self._check_tokens(chain(*tokens))
+        return tokens[0] or [self.first_token], tokens[1]
+
+    def _check_tokens(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            if not 0 <= token < self.vocabulary_size:
+                raise PromptError(f"token {token} is not in the vocabulary", f"it ends at {self.vocabulary_size - 1}")
 
     def _split(self, settings: Mapping[str, Any]) -> tuple[ChatOptions, GenerationConfig]:
         """Settings as a template's and a decoder's, with the model's gate where they leave it open."""

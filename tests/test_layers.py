@@ -31,6 +31,8 @@ LAYERS: dict[str, int] = {
     "engine": 5,
     "thought_limit": 5,
     "generate": 6,
+    "reuse": 7,
+    "likelihood": 8,
     # Design has chat beside generate; a chat is built on the loop, so it stands above it.
     "chat": 8,
     "prepare": 7,

@@ -157,6 +157,12 @@ class Model(Owner):
         """The text of the end-of-sequence token, empty if there is none."""
         return self._special_text(llama.llama_vocab_eos(self.vocabulary))
 
+    @cached_property
+    def first_token(self) -> int:
+        """The token that begins texts: BOS, or without one EOS, or else 0."""
+        found = (llama.llama_vocab_bos(self.vocabulary), llama.llama_vocab_eos(self.vocabulary), 0)
+        return next(token for token in found if token >= 0)
+
     def _special_text(self, token: int) -> str:
         if token < 0:
             return ""
