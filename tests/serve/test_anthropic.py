@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from anthropic.types import Message as ClientMessage
+from starlette.testclient import TestClient
 
 from abcli.chat.answer import Piece
 from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped
@@ -13,6 +13,7 @@ from abcli.chat.message_format import read_messages
 from abcli.errors import UsageError
 from abcli.serve.anthropic.events import MessageEvents
 from abcli.serve.anthropic.request import chat_request
+from tests.serve.conftest import MESSAGES, events_in
 from tests.serve.pieces import call_pieces, last_piece
 from tests.serve.schemas import check
 
@@ -163,7 +164,6 @@ def events_of(pieces: list[Piece], **body: Any) -> tuple[list[dict[str, Any]], d
         # It is in Anthropic's documentation, not in its schemas.
         if event["type"] != "ping":
             check(event, "anthropic", "MessageStreamEvent")
-    ClientMessage.model_validate(told.message, strict=True)
     check(told.message, "anthropic", "Message")
     return events, told.message
 
@@ -228,3 +228,47 @@ def test_a_full_context_is_told_from_a_limit() -> None:
 def test_an_answer_to_which_nothing_was_said_is_an_empty_text() -> None:
     _events, message = events_of([Piece("\n"), last_piece()])
     assert message["content"] == [{"type": "text", "text": "", "citations": None}]
+
+
+def test_a_message_is_answered(client: TestClient) -> None:
+    request = {"model": "tiny", "messages": MESSAGES, "max_tokens": 6}
+    whole = client.post("/v1/messages", json=request).json()
+    check(whole, "anthropic", "Message")
+    assert (whole["model"], whole["stop_reason"]) == ("tiny", "max_tokens")
+    assert whole["usage"]["output_tokens"] == 6
+    chat = client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 6}).json()
+    (block,) = whole["content"]
+    assert block["text"] == chat["choices"][0]["message"]["content"]
+
+
+def test_a_stream_says_the_same(client: TestClient) -> None:
+    request = {"model": "tiny", "messages": MESSAGES, "max_tokens": 6}
+    whole = client.post("/v1/messages", json=request).json()
+    response = client.post("/v1/messages", json={**request, "stream": True})
+    events = events_in(response.text)
+    assert [name for name, _event in events] == [event["type"] for _name, event in events]
+    texts = [event["delta"]["text"] for name, event in events if name == "content_block_delta"]
+    assert "".join(texts) == whole["content"][0]["text"]
+    started, ended = events[0][1]["message"]["usage"], events[-2][1]["usage"]
+    assert started["input_tokens"] == ended["input_tokens"] + ended["cache_read_input_tokens"]
+    assert ended["output_tokens"] == 6
+
+
+def test_errors_have_anthropics_shape(client: TestClient) -> None:
+    response = client.post("/v1/messages", json={"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+    assert response.status_code == 400
+    check(response.json(), "anthropic", "ErrorResponse")
+    assert "messages[0].content[0].type" in response.json()["error"]["message"]
+    long = client.post("/v1/messages", json={"messages": [{"role": "user", "content": "long " * 600}]})
+    assert long.status_code == 400
+    assert long.json()["error"]["type"] == "invalid_request_error"
+    assert long.json()["error"]["message"].startswith("prompt is too long: ")
+
+
+def test_tokens_are_counted(client: TestClient) -> None:
+    request = {"model": "tiny", "messages": MESSAGES, "max_tokens": 6, "system": "Be brief."}
+    counted = client.post("/v1/messages/count_tokens", json=request).json()
+    usage = client.post("/v1/messages", json=request).json()["usage"]
+    assert counted == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
+    long = {"messages": [{"role": "user", "content": "long " * 600}]}
+    assert client.post("/v1/messages/count_tokens", json=long).json()["input_tokens"] > 600

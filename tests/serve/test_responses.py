@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from abcli.chat.answer import Piece, Usage
 from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped
@@ -12,6 +13,7 @@ from abcli.chat.message_format import read_messages
 from abcli.errors import UsageError
 from abcli.serve.responses.events import ResponseEvents
 from abcli.serve.responses.request import chat_request
+from tests.serve.conftest import MESSAGES, events_in
 from tests.serve.pieces import call_pieces, last_piece
 from tests.serve.schemas import check, check_response_event
 
@@ -215,3 +217,54 @@ def test_an_event_tells_what_was_so_then() -> None:
     created = next(iter(told.begin()))
     list(told.add(Piece("later")))
     assert created["response"]["output"] == []
+
+
+PATH = "/v1/responses"
+
+
+def test_a_response_is_answered(client: TestClient) -> None:
+    whole = client.post(PATH, json={"input": "Hello", "max_output_tokens": 6}).json()
+    check(whole, "openai_chat", "Response")
+    assert (whole["model"], whole["status"]) == ("tiny", "incomplete")
+    chat = client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 6}).json()
+    assert whole["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+
+
+def test_a_stream_says_the_same(client: TestClient) -> None:
+    request = {"input": "Hello", "max_output_tokens": 6}
+    whole = client.post(PATH, json=request).json()
+    events = events_in(client.post(PATH, json={**request, "stream": True}).text)
+    for name, event in events:
+        assert name == event["type"]
+        check_response_event(event)
+    texts = [event["delta"] for name, event in events if name == "response.output_text.delta"]
+    assert "".join(texts) == whole["output"][0]["content"][0]["text"]
+    assert events[-1][0] == "response.incomplete"
+
+
+def test_log_probabilities_stand_at_the_text(client: TestClient) -> None:
+    request = {"input": "Hello", "top_logprobs": 2, "include": ["message.output_text.logprobs"]}
+    (part,) = client.post(PATH, json=request).json()["output"][0]["content"]
+    assert len(part["logprobs"]) == 8
+    for token in part["logprobs"]:
+        assert token["logprob"] == token["top_logprobs"][0]["logprob"]
+        assert 0 <= token["agreement"] <= 1
+    events = events_in(client.post(PATH, json={**request, "stream": True}).text)
+    deltas = [event for name, event in events if name == "response.output_text.delta"]
+    assert [token["token"] for event in deltas for token in event["logprobs"]] == [
+        token["token"] for token in part["logprobs"]
+    ]
+
+
+def test_a_wrong_field_is_named_before_anything_is_streamed(client: TestClient) -> None:
+    response = client.post(PATH, json={"input": [{"role": "user"}], "stream": True})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "input[0].content"
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/chat/completions"])
+def test_tokens_are_counted(client: TestClient, path: str) -> None:
+    request: dict[str, Any] = {"input": "Hello"} if path == PATH else {"messages": MESSAGES}
+    counted = client.post(f"{path}/input_tokens", json=request).json()["input_tokens"]
+    usage = client.post(PATH, json={"input": "Hello"}).json()["usage"]
+    assert counted == usage["input_tokens"]

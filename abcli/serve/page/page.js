@@ -78,12 +78,11 @@ function answerParts(message) {
     folded.hidden = !message.thought;
     thought.textContent = message.thought;
     summary.textContent = message.words.length || message.calls.length || message !== state.running?.message ? "Thought" : "Thinking…";
-    message.words.slice(Math.max(0, body.children.length - 1)).forEach((word, number) => {
-      const place = Math.max(0, body.children.length - 1);
-      const at = number === 0 ? place : body.children.length;
-      if (!body.children[at]) body.append(make("span", { className: "word" }));
-      showWord(body.children[at], word);
-    });
+    // Only the last word may have changed since.
+    for (let at = Math.max(0, body.children.length - 1); at < message.words.length; at += 1) {
+      if (!body.children[at]) body.append(...wordElement(message.words[at]));
+      showWord(body.children[at], message.words[at]);
+    }
     body.hidden = !message.words.length;
     calls.replaceChildren(...message.calls.map((call) => callElement(message, call)));
   };
@@ -156,9 +155,12 @@ function chooseWord(message, body, number, shown) {
 function moveInWords(event, message, body) {
   const steps = { ArrowLeft: -1, ArrowRight: 1 };
   const at = state.chosen?.body === body ? state.chosen.number : -1;
-  const wanted = event.key in steps ? Math.min(Math.max(at + steps[event.key], 0), message.words.length - 1) : event.key === "Enter" ? Math.max(at, 0) : null;
-  if (wanted === null || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!(event.key in steps || event.key === "Enter") || event.ctrlKey || event.metaKey || event.altKey) return;
   event.preventDefault();
+  const step = steps[event.key] ?? 0;
+  let wanted = Math.max(at + step, 0);
+  while (step && message.words[wanted]?.text.trim() === "") wanted += step;
+  if (!message.words[wanted]) return;
   chooseWord(message, body, wanted, event.key === "Enter" || !by("view").hidden);
   by("announcer").textContent = `${message.words[wanted].text.trim()}, ${body.children[wanted].title}`;
 }
@@ -199,11 +201,13 @@ function wireMessages() {
 
 function take(message, chunk) {
   message.bases = chunk.abcli?.bases ?? message.bases;
+  message.agreement = chunk.abcli?.agreement ?? message.agreement;
   const choice = chunk.choices[0];
   if (!choice) {
     const { prompt_tokens: prompt, completion_tokens: completion } = chunk.usage;
     const speed = chunk.timings?.predicted_per_second;
-    by("numbers").textContent = `${prompt} + ${completion} tokens${speed ? `, ${speed.toFixed(1)} a second` : ""}`;
+    const agreement = message.agreement === null || (message.bases ?? []).length < 2 ? "" : `, buckets agree ${percent(message.agreement)}`;
+    by("numbers").textContent = `${prompt} + ${completion} tokens${speed ? `, ${speed.toFixed(1)} a second` : ""}${agreement}`;
     return;
   }
   const { delta } = choice;
@@ -226,7 +230,7 @@ async function answer() {
     complain(`the tools are not JSON: ${error.message}`);
     return;
   }
-  const message = { role: "assistant", thought: "", words: [], calls: [], bases: null };
+  const message = { role: "assistant", thought: "", words: [], calls: [], bases: null, agreement: null };
   const running = { message, abort: new AbortController() };
   state.running = running;
   chat.messages.push(message);
@@ -325,6 +329,7 @@ function showFiles() {
 function startChat() {
   state.running?.abort.abort();
   state.chat = newChat();
+  by("numbers").textContent = "";
   showMessages();
   showChatList();
   showChats(false);

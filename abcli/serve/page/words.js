@@ -39,10 +39,16 @@ function addToWords(words, text, tokens) {
   return words.at(-1);
 }
 
+/** The element of a word, behind its white space. */
+function wordElement(word) {
+  return [word.text.match(/^\s*/)[0], make("span", { className: "word" })];
+}
+
 function showWord(element, word) {
-  element.textContent = word.text;
+  element.textContent = word.text.trimStart();
   const agreement = agreementOf(word.tokens);
-  element.style.setProperty("--doubt", (1 - agreement).toFixed(3));
+  // Where the buckets share half of the probability the shade is full.
+  element.style.setProperty("--doubt", Math.min(1, 2 * (1 - agreement)).toFixed(3));
   element.classList.toggle("split", agreement < 0.5);
   if (word.tokens.length) element.title = `buckets agree ${percent(agreement)}`;
 }
