@@ -119,6 +119,8 @@ set_name = ggml_function("ggml_set_name", _pointer, _pointer, _text)
 tensor_overhead = ggml_function("ggml_tensor_overhead", _size)
 # size_t ggml_row_size(enum ggml_type type, int64_t ne);
 row_size = ggml_function("ggml_row_size", _size, _int, _int64)
+# size_t ggml_nbytes(const struct ggml_tensor * tensor);
+tensor_bytes = ggml_function("ggml_nbytes", _size, _pointer)
 # struct ggml_cgraph * ggml_new_graph(struct ggml_context * ctx);
 new_graph = ggml_function("ggml_new_graph", _pointer, _pointer)
 # struct ggml_cgraph * ggml_new_graph_custom(struct ggml_context * ctx, size_t size, bool grads);

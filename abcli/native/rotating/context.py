@@ -23,9 +23,10 @@ from abcli.native.ggml_api import check_tensor_layout
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
 from abcli.native.rotating.callback import ByCallback
-from abcli.native.rotating.cells import DeviceCache, Range
+from abcli.native.rotating.cells import DeviceCache
 from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.following import following_rotations
+from abcli.native.rotating.giving import Gift, Range
 from abcli.native.rotating.graph import Observation, Observer
 from abcli.native.rotating.hook import hook_obstacle
 from abcli.native.rotating.keys import PROBE_POSITION, agree
@@ -37,6 +38,9 @@ from abcli.native.rotating.turning import InGraph, Turning, Visit
 MAX_SEQUENCES = 256
 # llama.cpp pads the cells of a sequence to a multiple of this.
 _CELL_STEP = 256
+# So many tokens get their cells faster one by one than by llama.cpp's copying, for which it plans all graphs anew
+# (135M, 2 cores: 0.1 ms each, and 15 ms).
+_FEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class FusedContext(Sequences):
         with ExitStack() as stack:
             # A graph may be reserved for as many rows as make whole sequences.
             rows = parameters.n_ubatch + parameters.n_seq_max
-            self.devices = stack.enter_context(Devices(max(rows, self._slot_cells)))
+            self.devices = stack.enter_context(Devices())
             tables = Tables(self.devices, base, rows) if self.follows else None
             way: Turning = ByCallback(base, tables, self.devices) if obstacle else InGraph(base, tables)
             stack.callback(way.close)
@@ -240,12 +244,14 @@ class FusedContext(Sequences):
         The targets hold exactly the tokens before `position`. Raises NativeError; the caller then truncates.
         """
         end = position + len(tokens)
-        if self._copied:
-            self._settle(slot, targets[0], position)
-        if self._way.copies is None:
-            for start in range(0, len(tokens), self.ubatch_size):
-                self._reserve_each(slot, targets, position + start, tokens[start : start + self.ubatch_size])
+        if len(tokens) <= _FEW_TOKENS or self._way.copies is None:
+            # A few go one by one: llama.cpp keeps the graph, which then computes the token that follows.
+            size = 1 if len(tokens) <= _FEW_TOKENS else self.ubatch_size
+            for start in range(0, len(tokens), size):
+                self._reserve_each(slot, targets, position + start, tokens[start : start + size])
         else:
+            if self._copied:
+                self._settle(slot, targets[0], position)
             # llama.cpp gives a target the cells of the source, and would copy all that they hold before it computes.
             self._mirrored = True
             for target in targets:
@@ -326,10 +332,9 @@ class FusedContext(Sequences):
 
     def _give(self, slot: int, source: int, targets: Sequence[int], where: Range) -> None:
         self._synchronize()
-        positions = np.arange(where.start, where.start + where.count, dtype=np.int32)
-        self.devices.prepare(positions, self._threads)
+        self.devices.set_threads(self._threads)
         bases = {self.sequence(slot, target): self.bases[target] for target in targets}
-        self._cells.give(self.sequence(slot, source), self.bases[source], bases, where)
+        self._cells.give(Gift(self.sequence(slot, source), self.bases[source], bases, where))
 
     def keys_at(self, column: int, cell: int) -> dict[int, NDArray[np.float32]]:
         """The keys (float32 [numbers]) of one cell of slot 0 in each layer whose keys are f32 or f16."""
