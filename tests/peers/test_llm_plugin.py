@@ -25,6 +25,7 @@ from llm.parts import AttachmentPart, Message, TextPart, user  # noqa: E402
 from abcli import llm_plugin  # noqa: E402
 from abcli.llm import LLM  # noqa: E402
 
+pytestmark = pytest.mark.peers
 PLAIN: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "buckets": 2, "ctx_size": 1024}
 
 
