@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 from starlette.responses import Response
 from starlette.routing import Route
 
-from abcli.errors import ContextFullError
 from abcli.serve.chat import read_chat
-from abcli.serve.problems import Shape, openai_error
+from abcli.serve.problems import RefusedError, Shape, openai_error
 from abcli.serve.routing import Body, JsonResponse, post
 from abcli.serve.service import Service
 
@@ -37,5 +36,8 @@ def routes() -> list[Route]:
 def _count(service: Service, body: Mapping[str, Any]) -> int:
     try:
         return len(read_chat(service, body).asked[0].tokens)
-    except ContextFullError as error:
-        return error.used
+    except RefusedError as error:
+        # One that does not fit has tokens, too.
+        if error.problem.code != "context_length_exceeded":
+            raise
+        return int(error.problem.more["n_prompt_tokens"])
