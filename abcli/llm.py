@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator as Generating
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from abcli.chat.answer import Answer, Piece
 from abcli.chat.asking import Asked, Asker, plain_asked, split_settings
+from abcli.chat.continuation import continued
 from abcli.chat.conversation import Overflow
 from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
@@ -265,7 +267,7 @@ class LLM(Owner):
         **settings: Any,
     ) -> Iterator[Piece]:
         """The answer piece by piece, as `generate`; the last piece has the whole. Closing it early is allowed."""
-        options, config = self._split(settings)
+        options, config = self.split(settings)
         yield from self.answer(self.ask(prompt, options, config, raw=raw), on_progress, trace=trace)
 
     def ask(
@@ -276,10 +278,12 @@ class LLM(Owner):
         *,
         raw: bool = False,
         parse_special: bool = False,
+        held: Sequence[int] = (),
     ) -> Asked:
         """What `answer` answers: a prompt's tokens, how to decode its answer, and who reads it. Raises as `generate`.
 
-        With `raw` and `parse_special` control tokens in the text are read as such.
+        With `raw` and `parse_special` control tokens in the text are read as such. A conversation is spelled in the
+        tokens of `held`, which a slot holds, as far as these stand for the same text.
         """
         config = config or GenerationConfig()
         if raw:
@@ -288,7 +292,8 @@ class LLM(Owner):
             return plain_asked(self.prompt_tokens(prompt, raw=True, parse_special=parse_special), config)
         messages = as_messages(prompt)
         with self._turn.text():
-            return self.asker.ask(messages, options or ChatOptions(), config)
+            asked = self.asker.ask(messages, options or ChatOptions(), config)
+            return replace(asked, tokens=continued(tuple(held), asked.tokens, self._native.piece)) if held else asked
 
     def answer(
         self,
@@ -297,7 +302,7 @@ class LLM(Owner):
         *,
         trace: bool = False,
         on_trace: Progress | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generating[Piece, None, None]:
         """The answer to what is asked, piece by piece; raises as `generate`.
 
         With `trace` the whole answer has one; `on_trace` gets (buckets done, buckets) while attention is read.
@@ -349,7 +354,7 @@ class LLM(Owner):
         `on_done` is called with the number of answers after each. Raises as `generate` does, for the first prompt that
         fails; the others are given up then.
         """
-        options, config = self._split(settings)
+        options, config = self.split(settings)
         self.check(config.sampling)
         waiting = deque((place, self.ask(prompt, options, config, raw=raw)) for place, prompt in enumerate(prompts))
         found: dict[int, Answer] = {}
@@ -392,7 +397,7 @@ class LLM(Owner):
         """
         from abcli.chat.controller import Chat
 
-        options, generation = self._split(settings)
+        options, generation = self.split(settings)
         chat = Chat(self, self.template, self.asker, generation, options, overflow=overflow)
         chat.conversation.replace(as_messages(messages) if messages else [])
         if system is not None:
@@ -522,8 +527,8 @@ class LLM(Owner):
             if not 0 <= token < self.vocabulary_size:
                 raise PromptError(f"token {token} is not in the vocabulary", f"it ends at {self.vocabulary_size - 1}")
 
-    def _split(self, settings: Mapping[str, Any]) -> tuple[ChatOptions, GenerationConfig]:
-        """Settings as a template's and a decoder's, with the model's gate where they leave it open."""
+    def split(self, settings: Mapping[str, Any]) -> tuple[ChatOptions, GenerationConfig]:
+        """Settings by name as `ask` takes them, with the model's gate where they leave it open."""
         usual = {} if "generation" in settings else {"gate": self._gate}
         return split_settings({**usual, **settings})
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from abcli.cli._flags import flag
 from abcli.errors import UsageError
-from abcli.trace.trace import check_name
+from abcli.trace.page import check_name
 from abcli.ui.plots import ImageFormat, require_matplotlib
 
 

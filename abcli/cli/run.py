@@ -18,6 +18,7 @@ from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOption
 from abcli.cli._prompt_options import PromptOptions, answered
 from abcli.cli._setup import opened, prepared
 from abcli.llm import LLM
+from abcli.trace.page import save_trace
 from abcli.ui.terminal import Terminal
 
 
@@ -60,7 +61,7 @@ def run(
         if not as_json:
             terminal.write("".join(_call_line(call) for call in answer.tool_calls))
         if trace is not None and answer.trace is not None:
-            answer.trace.save(trace)
+            save_trace(answer.trace, trace)
         if stats if stats is not None else terminal.interactive and not as_json:
             terminal.statistics(running.statistics, len(llm.held(running.slot)), llm.context_size, len(llm.bases))
 

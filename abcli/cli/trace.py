@@ -13,6 +13,7 @@ from abcli.cli._figures import check_trace_file
 from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
 from abcli.cli._prompt_options import PromptOptions, answered
 from abcli.cli._setup import opened, prepared
+from abcli.trace.page import save_trace
 from abcli.ui.terminal import Terminal
 
 _DEFAULT_FILE = Path("trace.html")
@@ -59,5 +60,5 @@ def trace(
     if as_json:
         terminal.write(json.dumps(answer.trace.fields(), ensure_ascii=False) + "\n")
     if output is not None:
-        answer.trace.save(output)
+        save_trace(answer.trace, output)
         terminal.note(f"written to {output}")

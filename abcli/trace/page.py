@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.atomic import write_atomically
+from abcli.errors import UsageError
 from abcli.pages.charts import Chart, Series, chart
 from abcli.pages.rendering import render
 from abcli.trace.trace import Attention, Candidate, Step, Trace
@@ -53,6 +57,23 @@ def trace_page(trace: Trace) -> str:
             "attention": None if attention is None else _packed(attention, trace.passages),
         },
     )
+
+
+def save_trace(trace: Trace, path: Path) -> None:
+    """Write a trace to a file: JSON for .json, else the page. Raises UsageError if it cannot be written."""
+    check_name(path)
+    text = json.dumps(trace.fields(), ensure_ascii=False) if path.suffix.lower() == ".json" else trace_page(trace)
+    try:
+        # Half a character of a prompt may stand alone.
+        write_atomically(path, text.encode("utf-8", "replace"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}", "name another file") from None
+
+
+def check_name(path: Path) -> None:
+    """Raise UsageError for a name that promises something else than a trace is written as."""
+    if path.suffix.lower() not in (".html", ".htm", ".json"):
+        raise UsageError(f"a trace cannot be written as {path.suffix!r:.40}", "end the name in .html or .json")
 
 
 def bucket_names(bases: Sequence[float], native_base: float, native: int) -> list[str]:

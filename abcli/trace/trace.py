@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from abcli.atomic import write_atomically
-from abcli.errors import UsageError
 
 # Of each token of an answer, the tokens of the text that it attends to most.
 STRONGEST = 24
@@ -111,23 +106,6 @@ class Trace:
     attention: Attention | None = None
     without_attention: str = ""
 
-    def html(self) -> str:
-        """The trace as one HTML file, which opens from the disk without a network."""
-        # What draws it is only needed here, and draws traces.
-        from abcli.trace.page import trace_page
-
-        return trace_page(self)
-
-    def save(self, path: Path) -> None:
-        """Write the trace to a file: JSON for .json, else the page. Raises UsageError if it cannot be written."""
-        check_name(path)
-        text = json.dumps(self.fields(), ensure_ascii=False) if path.suffix.lower() == ".json" else self.html()
-        try:
-            # Half a character of a prompt may stand alone.
-            write_atomically(path, text.encode("utf-8", "replace"))
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}", "name another file") from None
-
     def fields(self) -> dict[str, Any]:
         """The trace as JSON has it."""
         return {
@@ -163,12 +141,6 @@ class Trace:
                 for view in step.views
             ],
         }
-
-
-def check_name(path: Path) -> None:
-    """Raise UsageError for a name that promises something else than a trace is written as."""
-    if path.suffix.lower() not in (".html", ".htm", ".json"):
-        raise UsageError(f"a trace cannot be written as {path.suffix!r:.40}", "end the name in .html or .json")
 
 
 def passages_of(texts: Sequence[str]) -> tuple[tuple[int, int], ...]:

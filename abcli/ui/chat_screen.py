@@ -12,7 +12,7 @@ from abcli.chat.files import read_text_file
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.text import counted
-from abcli.trace.trace import check_name
+from abcli.trace.page import check_name, save_trace
 from abcli.ui.lines import Entry, LineReader, read_message
 from abcli.ui.terminal import Terminal, on_interrupt
 from abcli.ui.tool_desk import ToolDesk
@@ -199,7 +199,7 @@ class ChatScreen:
         check_name(path)
         with on_interrupt(self._cancel), self.terminal.tracing() as progress:
             trace = self.chat.trace(progress)
-        trace.save(path)
+        save_trace(trace, path)
         self.terminal.note(f"written to {path}")
 
     def _call(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from abcli.trace.page import save_trace
 from tests.support.browser import browser, problems
 from tests.trace.samples import made_trace
 
@@ -23,7 +24,7 @@ def page_of(opened, tmp_path):
 
     def show(trace, **settings):
         path = tmp_path / "trace.html"
-        trace.save(path)
+        save_trace(trace, path)
         page = opened.new_page(**settings)
         pages.append(page)
         page.complaints = []

@@ -10,6 +10,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abcli.trace.page import trace_page
 from abcli.trace.trace import MAX_PASSAGES, passages_of
 from tests.trace.samples import made_trace
 
@@ -50,9 +51,9 @@ def read(page):
 
 @given(texts, texts, st.text(max_size=20))
 def test_texts_stay_texts(prompt, answer, model):
-    page = made_trace(prompt, answer, model=model).html()
+    page = trace_page(made_trace(prompt, answer, model=model))
     reader = read(page)
-    plain = read(made_trace(["a"] * len(prompt), ["b"] * len(answer)).html())
+    plain = read(trace_page(made_trace(["a"] * len(prompt), ["b"] * len(answer))))
     assert len(reader.scripts) == 2
     assert set(reader.elements) <= set(plain.elements)
     assert reader.scripts[1] == plain.scripts[1]
@@ -67,7 +68,7 @@ def test_texts_stay_texts(prompt, answer, model):
 
 
 def test_a_page_loads_nothing():
-    page = made_trace(NASTY * 20, NASTY * 3).html()
+    page = trace_page(made_trace(NASTY * 20, NASTY * 3))
     assert "http:" not in page
     assert "https:" not in page
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
@@ -77,15 +78,15 @@ def test_a_page_loads_nothing():
 
 def test_a_long_text_stays_small():
     prompt = [" word", " another", "."] * 1333 + ["\n"]
-    page = made_trace(prompt, [" answer"] * 200, buckets=6).html()
+    page = trace_page(made_trace(prompt, [" answer"] * 200, buckets=6))
     assert len(prompt) == 4000
     assert len(page.encode()) < 2_000_000
 
 
 def test_a_trace_without_attention_says_why():
-    page = made_trace(["a", "b"], ["c"], attention=False).html()
+    page = trace_page(made_trace(["a", "b"], ["c"], attention=False))
     assert "no weights" in page
-    assert made_trace(["a", "b"], []).html()
+    assert trace_page(made_trace(["a", "b"], []))
 
 
 @given(st.lists(st.sampled_from([".", " a", "\n", "x.", "?"]), min_size=1, max_size=2000))

@@ -11,6 +11,7 @@ import pytest
 from abcli import load
 from abcli.errors import UsageError
 from abcli.merge import Merger
+from abcli.trace.page import save_trace
 from abcli.trace.recorder import CANDIDATES
 
 PROMPT = "tell me about the house on the hill and the road that leads to it, " * 2
@@ -104,9 +105,9 @@ def test_a_chat_traces_its_last_answer(llm):
 
 def test_only_what_a_trace_is_written_as_can_be_named(llm, tmp_path):
     trace = llm.generate("hello", max_tokens=1, trace=True).trace
-    trace.save(tmp_path / "trace.html")
-    trace.save(tmp_path / "trace.json")
+    save_trace(trace, tmp_path / "trace.html")
+    save_trace(trace, tmp_path / "trace.json")
     assert json.loads((tmp_path / "trace.json").read_text())["model"] == trace.model
     for name, what in (("trace.txt", "cannot be written as"), ("missing/trace.html", "cannot be written")):
         with pytest.raises(UsageError, match=what):
-            trace.save(tmp_path / name)
+            save_trace(trace, tmp_path / name)
