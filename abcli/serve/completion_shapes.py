@@ -12,7 +12,6 @@ from abcli.generate import TextStream
 from abcli.serve.chat_shapes import FINGERPRINT, finite, own_fields, timings_of
 from abcli.serve.chosen import Chosen, Likely
 
-
 _LEGACY = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
