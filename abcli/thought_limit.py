@@ -28,7 +28,7 @@ class _Sampler(Protocol):
 
 
 class LimitedSampler:
-    """A sampler that ends thoughts that have had their tokens; what it chooses is otherwise another sampler's choice."""
+    """A sampler that ends thoughts that have had their tokens; it chooses as another sampler does otherwise."""
 
     def __init__(self, inner: _Sampler, limit: ThoughtLimit, piece: Callable[[int], bytes]) -> None:
         """`piece` gives the bytes of any token, those of control tokens included."""

@@ -29,11 +29,10 @@ import abcli
 from abcli.chat.asking import Asked, split_settings
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.report import read_report
+from abcli.evals.tools import in_json_schema
 from abcli.gguf.header import read_header
 from abcli.hub.locate import locate_model
 
-# Python's names of types, which these functions have beside JSON's.
-TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 SETTINGS: dict[str, Any] = {
     "tool_choice": "required",
     "parallel_tool_calls": False,
@@ -73,21 +72,6 @@ class Outcome:
     right_name: bool
     cut: bool
     names: tuple[str, ...]
-
-
-def in_json_schema(schema: Any) -> Any:
-    """The schema of a function's arguments in JSON Schema's words."""
-    if isinstance(schema, list):
-        return [in_json_schema(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: in_json_schema(value) for key, value in schema.items()}
-    kind = found.get("type")
-    if isinstance(kind, str):
-        found["type"] = TYPES.get(kind, kind)
-        if kind == "any":
-            del found["type"]
-    return found
 
 
 def read_requests(data: Path) -> list[Request]:
