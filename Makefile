@@ -23,7 +23,7 @@ OUTDATED := outdated
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model chat test check lint format-check types layers bench format clean distclean outdated
+.PHONY: help setup model chat serve test peers dist check lint format-check types layers bench format clean distclean outdated
 
 help: ## show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -33,8 +33,8 @@ help: ## show this list
 	@echo "variables:"
 	@echo "  PYTHON=python3.12    the Python to make the environment with (3.10 or newer)"
 	@echo "  ACCEL=cuda,rpc       cpu, blas, cuda, hip, metal, rpc, sycl, vulkan; kept until another is given"
-	@echo "  MODEL=FILE BUCKETS=6 for make chat, else as abcli chat takes them"
-	@echo "  ARGS='...'           handed on by chat, test and bench"
+	@echo "  MODEL=FILE BUCKETS=6 for make chat and make serve, else as abcli chat takes them"
+	@echo "  ARGS='...'           handed on by chat, serve, test, peers and bench"
 
 setup: $(STAMP) ## make .venv with everything in it; the first time builds llama.cpp (minutes)
 
@@ -69,6 +69,14 @@ endif
 chat: ## chat with the default model, or with MODEL=FILE
 	@$(VENV_PYTHON) scripts/at_the_terminal.py $(VENV)/bin/abcli chat $(if $(MODEL),"$(MODEL)") $(if $(BUCKETS),--buckets $(BUCKETS)) $(ARGS)
 
+ifeq ($(MODEL),)
+serve: model
+else
+serve: $(STAMP)
+endif
+serve: ## serve the default model, or MODEL=FILE, to clients of OpenAI's protocol
+	@$(VENV)/bin/abcli serve $(if $(MODEL),"$(MODEL)") $(if $(BUCKETS),--buckets $(BUCKETS)) $(ARGS)
+
 # Ray is large and not to be had everywhere; where it is missing the tests that need it are skipped, and say so.
 test: model ## run the tests
 	@$(VENV_PYTHON) -c 'import ray' 2>/dev/null || $(PIP_INSTALL) -c constraints.txt -e '.[ray]' || \
@@ -76,6 +84,13 @@ test: model ## run the tests
 	@$(VENV_PYTHON) scripts/fetch_public_templates.py || \
 	  echo "the tests that read the public chat templates will be skipped" >&2
 	@$(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+
+peers: dist model ## test with the tools of others, in an environment of their own (900 MB)
+	@$(VENV_PYTHON) scripts/run_peers.py $(ARGS)
+
+dist: $(STAMP) ## build what is published, a source archive and a wheel, into dist/
+	@rm -rf dist
+	@$(VENV_PYTHON) -m uv build --quiet --python $(VENV_PYTHON) --out-dir dist
 
 check: lint format-check types layers ## lint, formatting, types and the order of the layers
 
@@ -103,6 +118,6 @@ clean: ## remove caches and build products
 	@find abcli tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "left alone: $(VENV), models/*.gguf and the built wheels in your cache directory"
 
-distclean: clean ## clean, and remove .venv
-	@rm -rf $(VENV)
-	@echo "removed: $(VENV)"
+distclean: clean ## clean, and remove .venv and .venv-peers
+	@rm -rf $(VENV) .venv-peers
+	@echo "removed: $(VENV), .venv-peers"

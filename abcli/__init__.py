@@ -36,9 +36,12 @@ if TYPE_CHECKING:
         UsageError,
     )
     from abcli.generate import Sampler, Tokenizer
+    from abcli.likelihood import TokenScore
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
-    from abcli.sampling import GenerationConfig, SamplingConfig
+    from abcli.sampling import Choice, GenerationConfig, SamplingConfig
+    from abcli.trace.page import save_trace
+    from abcli.trace.trace import Trace
 
 # Where each name comes from, imported when it is first used: the command line needs few of them.
 _HOMES = {
@@ -53,9 +56,12 @@ _HOMES = {
         *("SessionError", "TemplateError", "ToolServerError", "UnsupportedModelError", "UsageError"),
     ),
     "abcli.generate": ("Sampler", "Tokenizer"),
+    "abcli.likelihood": ("TokenScore",),
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
-    "abcli.sampling": ("GenerationConfig", "SamplingConfig"),
+    "abcli.sampling": ("Choice", "GenerationConfig", "SamplingConfig"),
+    "abcli.trace.page": ("save_trace",),
+    "abcli.trace.trace": ("Trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -66,6 +72,7 @@ __all__ = [
     "BatchError",
     "CancelledError",
     "Chat",
+    "Choice",
     "ContextFullError",
     "DownloadError",
     "Engine",
@@ -87,15 +94,18 @@ __all__ = [
     "SessionError",
     "TemplateError",
     "Timings",
+    "TokenScore",
     "Tokenizer",
     "Tool",
     "ToolCall",
     "ToolServerError",
+    "Trace",
     "UnsupportedModelError",
     "Usage",
     "UsageError",
     "__version__",
     "load",
+    "save_trace",
 ]
 
 

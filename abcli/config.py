@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import platformdirs
 
@@ -15,6 +15,9 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
 FlashAttention = Literal["auto", "on", "off"]
 PrefillMode = Literal["auto", "shared", "exact"]
 EngineChoice = Literal["auto", "fused", "contexts"]
+
+# A factor on the output of each attention head, layer by layer.
+Gains: TypeAlias = tuple[tuple[float, ...], ...]
 
 MERGE_RULES: tuple[MergeRule, ...] = get_args(MergeRule)
 SPREADS: tuple[Spread, ...] = get_args(Spread)
@@ -60,7 +63,9 @@ class ContextConfig:
     No `prefill` is that of the model's profile if it has one, else "auto", which shares long prompts.
     `prompt_cache` is the directory that keeps the state of long prompts, None for none. `engine` decodes all buckets in
     one batch ("fused"), each in a context of its own ("contexts"), or as measured to be faster ("auto").
-    `gated` lays the cells out for answers with a gate. `force` loads also what is predicted not to fit into memory.
+    `gated` lays the cells out for answers with a gate. A batch gives the logits after `outputs` tokens in each bucket,
+    or after one in each slot if these are more; `make_engine` sees to it. `force` loads also what is predicted not to
+    fit into memory.
     """
 
     context_size: int = DEFAULT_CONTEXT
@@ -75,6 +80,7 @@ class ContextConfig:
     prompt_cache: Path | None = None
     engine: EngineChoice = "auto"
     gated: bool = False
+    outputs: int = 1
     force: bool = False
 
 

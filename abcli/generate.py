@@ -17,12 +17,14 @@ from abcli.config import MergeRule
 from abcli.engine.engine import Engine, Gate, Progress
 from abcli.engine.workers import available_cores
 from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
-from abcli.merge import Merger
+from abcli.merge import Merged, Merger
 from abcli.native.owner import Owner
-from abcli.sampling import GenerationConfig, SamplingConfig
+from abcli.sampling import Choice, GenerationConfig, SamplingConfig
 from abcli.thought_limit import LimitedSampler
 
 FinishReason = Literal["stop", "length"]
+# The weights of a single row.
+_ALONE = np.ones(1)
 
 
 class Tokenizer(Protocol):
@@ -262,8 +264,12 @@ class Generator(Owner):
             self._cancelled = False
             raise CancelledError
         try:
-            any_token = any(item.sampler.may_choose_any for item in self._running.values())
-            rule = None if any_token else self._rule
+            # What is merged where it is computed leaves neither the buckets' logits nor all of the merged ones.
+            all_logits = any(
+                item.sampler.may_choose_any or item.config.observer or item.config.merge not in (None, self._rule)
+                for item in self._running.values()
+            )
+            rule = None if all_logits else self._rule
             logits = self._engine.step(tokens, rule, self._gates()) if self._running else {}
         except CancelledError:
             self._cancelled = False
@@ -304,6 +310,12 @@ class Generator(Owner):
         finally:
             self.drop(slot)
 
+    def merged(self, logits: NDArray[np.float32], rule: MergeRule | None = None) -> Merged:
+        """What `rule`, or else the usual one, makes of logits [buckets, vocab], until the next step."""
+        if rule is None:
+            return self._merger.merge(logits, self._rule, self._pool_weights)
+        return self._merger.merge(logits, rule)
+
     def drop(self, slot: int) -> None:
         """Stop the answer in `slot`, if any, or computing its prompt; what the engine's slot holds stays for reuse."""
         running = self._running.pop(slot, None)
@@ -343,14 +355,16 @@ class Generator(Owner):
         statistics = running.answer.statistics
         statistics.steps += 1
         # One row is all there is, or merged already; the sampler refuses numbers that are none.
-        chosen, agreement = logits[0], self._engine.agreement(running.answer.slot)
+        chosen, weights, agreement = logits[0], _ALONE, self._engine.agreement(running.answer.slot)
         if len(logits) > 1:
-            merged = self._merger.merge(logits, self._rule, self._pool_weights)
-            chosen, agreement = merged.logits, merged.agreement
+            merged = self.merged(logits, running.config.merge)
+            chosen, weights, agreement = merged.logits, merged.weights, merged.agreement
         if agreement is not None:
             statistics.agreement_sum += agreement
             statistics.asked_steps += 1
         running.next_token = running.sampler.sample(chosen)
+        if running.config.observer is not None:
+            running.config.observer(Choice(running.next_token, logits, chosen, weights, agreement))
 
     def _emit(self, running: _Running) -> Piece:
         """Turn the token just sampled into text and finish the answer if it is the last one."""
@@ -384,7 +398,12 @@ class Generator(Owner):
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """The number of tokens with which both sequences begin."""
-    length = min(len(left), len(right))
-    if list(left[:length]) == list(right[:length]):
-        return length
-    return next(index for index in range(length) if left[index] != right[index])
+    same, end = 0, min(len(left), len(right))
+    # Whole slices are compared much faster than tokens one by one.
+    while same < end:
+        middle = (same + end + 1) // 2
+        if list(left[same:middle]) == list(right[same:middle]):
+            same = middle
+        else:
+            end = middle - 1
+    return same

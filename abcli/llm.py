@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator as Generating
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 
 from abcli.chat.answer import Answer, Piece
 from abcli.chat.asking import Asked, Asker, plain_asked, split_settings
+from abcli.chat.continuation import continued
 from abcli.chat.conversation import Overflow
 from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
@@ -38,12 +42,18 @@ from abcli.generate import Generator, common_prefix
 from abcli.generate import Piece as RunningPiece
 from abcli.gguf.checked import CheckedModel
 from abcli.grammar.check import check
+from abcli.grammar.constraint import constraint_of
 from abcli.hub.locate import Fetch, locate_model
+from abcli.likelihood import Scorer, TokenScore, pair_tokens, windows
+from abcli.native.llama import CancelFlag
 from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
 from abcli.rope.bases import asked_buckets
-from abcli.sampling import GenerationConfig, SamplingConfig, check_gate, check_sampling
+from abcli.sampling import Choice, GenerationConfig, SamplingConfig, check_gate, check_sampling
+from abcli.trace.recorder import Recorder
+from abcli.trace.trace import Trace
+from abcli.trace.tracing import Tracer
 from abcli.turn import Turn
 
 if TYPE_CHECKING:
@@ -153,6 +163,7 @@ class LLM(Owner):
         self._turn = Turn()
         self._warn = warn
         self._remarks: set[str] = set()
+        self._tracing = CancelFlag()
         with ExitStack() as stack:
             opened = stack.enter_context(open_engine(prepared.model, prepared.context, prepared.buckets, warn, say))
             self.engine: Engine = opened.engine
@@ -166,6 +177,7 @@ class LLM(Owner):
             self.generator = stack.enter_context(
                 Generator(opened.engine, opened.model, make_sampler, buckets.merge, buckets.weights)
             )
+            self._tracer = Tracer(opened.model, opened.engine, prepared.context, buckets)
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -177,6 +189,7 @@ class LLM(Owner):
     def cancel(self) -> None:
         """Make what is computed now raise CancelledError soon; without anything, do nothing."""
         if self._turn.taken:
+            self._tracing.set()
             self.generator.cancel()
 
     @property
@@ -222,27 +235,40 @@ class LLM(Owner):
         return Asker(self.template)
 
     def generate(
-        self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        trace: bool = False,
+        on_progress: Progress | None = None,
+        **settings: Any,
     ) -> Answer:
         """The answer to a prompt or a conversation; see `generation_config` and `ChatOptions` for the settings.
 
         `tools` are `Tool`s, mappings as OpenAI's clients write them, or Python functions with type hints. With `raw`
-        the text is continued as it is, without a chat template. `on_progress` gets (tokens done, tokens in all) while
-        the prompt is computed. Raises PromptError, TemplateError, UsageError, GrammarError, ContextFullError,
+        the text is continued as it is, without a chat template. With `trace` the answer has one: what each bucket saw;
+        it takes a pass over prompt and answer of its own. `on_progress` gets (tokens done, tokens in all) while the
+        prompt is computed. Raises PromptError, TemplateError, UsageError, GrammarError, ContextFullError,
         CancelledError and NativeError.
         """
         answer: Answer | None = None
-        for piece in self.stream(prompt, raw=raw, on_progress=on_progress, **settings):
+        for piece in self.stream(prompt, raw=raw, trace=trace, on_progress=on_progress, **settings):
             answer = piece.answer
         assert answer is not None  # noqa: S101 - the last piece has it
         return answer
 
     def stream(
-        self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        trace: bool = False,
+        on_progress: Progress | None = None,
+        **settings: Any,
     ) -> Iterator[Piece]:
         """The answer piece by piece, as `generate`; the last piece has the whole. Closing it early is allowed."""
-        options, config = self._split(settings)
-        yield from self.answer(self.ask(prompt, options, config, raw=raw), on_progress)
+        options, config = self.split(settings)
+        yield from self.answer(self.ask(prompt, options, config, raw=raw), on_progress, trace=trace)
 
     def ask(
         self,
@@ -252,10 +278,12 @@ class LLM(Owner):
         *,
         raw: bool = False,
         parse_special: bool = False,
+        held: Sequence[int] = (),
     ) -> Asked:
         """What `answer` answers: a prompt's tokens, how to decode its answer, and who reads it. Raises as `generate`.
 
-        With `raw` and `parse_special` control tokens in the text are read as such.
+        With `raw` and `parse_special` control tokens in the text are read as such. A conversation is spelled in the
+        tokens of `held`, which a slot holds, as far as these stand for the same text.
         """
         config = config or GenerationConfig()
         if raw:
@@ -264,11 +292,54 @@ class LLM(Owner):
             return plain_asked(self.prompt_tokens(prompt, raw=True, parse_special=parse_special), config)
         messages = as_messages(prompt)
         with self._turn.text():
-            return self.asker.ask(messages, options or ChatOptions(), config)
+            asked = self.asker.ask(messages, options or ChatOptions(), config)
+            return replace(asked, tokens=continued(tuple(held), asked.tokens, self._native.piece)) if held else asked
 
-    def answer(self, asked: Asked, on_progress: Progress | None = None) -> Iterator[Piece]:
-        """The answer to what is asked, piece by piece; raises as `generate`."""
-        yield from asked.reader().read(self.decode(asked.tokens, asked.generation, on_progress))
+    def answer(
+        self,
+        asked: Asked,
+        on_progress: Progress | None = None,
+        *,
+        trace: bool = False,
+        on_trace: Progress | None = None,
+    ) -> Generating[Piece, None, None]:
+        """The answer to what is asked, piece by piece; raises as `generate`.
+
+        With `trace` the whole answer has one; `on_trace` gets (buckets done, buckets) while attention is read.
+        """
+        if not trace:
+            yield from asked.reader().read(self.decode(asked.tokens, asked.generation, on_progress))
+            return
+        recorder, told = self._tracer.recorder(), asked.generation.observer
+
+        def observe(choice: Choice) -> None:
+            recorder(choice)
+            if told is not None:
+                told(choice)
+
+        generation = replace(asked.generation, observer=observe)
+        for piece in asked.reader().read(self.decode(asked.tokens, generation, on_progress)):
+            if piece.answer is None:
+                yield piece
+        if piece.answer is not None:
+            found = self._finished(recorder, asked.tokens, on_trace)
+            yield replace(piece, answer=replace(piece.answer, trace=found))
+
+    def trace(
+        self, prompt: Sequence[int], answer: Sequence[int], on_trace: Progress | None = None, slot: int = 0
+    ) -> Trace:
+        """What the buckets see of an answer's tokens that follow those of a prompt; they are decoded again in `slot`.
+
+        Raises ContextFullError, CancelledError and NativeError.
+        """
+        with self._turn.take():
+            recorder = self._tracer.replay(prompt, answer, slot)
+        return self._finished(recorder, prompt, on_trace)
+
+    def _finished(self, recorder: Recorder, prompt: Sequence[int], on_trace: Progress | None) -> Trace:
+        with self._turn.take():
+            self._tracing.clear()
+            return self._tracer.finish(recorder, prompt, self._tracing, on_trace or (lambda _done, _total: None))
 
     def generate_many(
         self,
@@ -283,7 +354,7 @@ class LLM(Owner):
         `on_done` is called with the number of answers after each. Raises as `generate` does, for the first prompt that
         fails; the others are given up then.
         """
-        options, config = self._split(settings)
+        options, config = self.split(settings)
         self.check(config.sampling)
         waiting = deque((place, self.ask(prompt, options, config, raw=raw)) for place, prompt in enumerate(prompts))
         found: dict[int, Answer] = {}
@@ -326,7 +397,7 @@ class LLM(Owner):
         """
         from abcli.chat.controller import Chat
 
-        options, generation = self._split(settings)
+        options, generation = self.split(settings)
         chat = Chat(self, self.template, self.asker, generation, options, overflow=overflow)
         chat.conversation.replace(as_messages(messages) if messages else [])
         if system is not None:
@@ -340,8 +411,7 @@ class LLM(Owner):
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; nothing for control tokens."""
-        if not 0 <= token < self.vocabulary_size:
-            raise PromptError(f"token {token} is not in the vocabulary", f"it ends at {self.vocabulary_size - 1}")
+        self._check_tokens([token])
         with self._turn.text():
             return self._native.piece(token)
 
@@ -355,31 +425,82 @@ class LLM(Owner):
         with self._turn.text():
             return self.template.tokens(messages)
 
+    def render(self, prompt: Prompt, options: ChatOptions | None = None) -> str:
+        """The text that the chat template makes of a prompt or conversation. Raises PromptError and TemplateError."""
+        messages = as_messages(prompt)
+        with self._turn.text():
+            return self.template.render(messages, options or ChatOptions())
+
+    @property
+    def special_texts(self) -> tuple[str, str]:
+        """The texts of the tokens that begin and end a sequence; empty where there is none."""
+        with self._turn.text():
+            return self._native.bos_text, self._native.eos_text
+
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The logits (float32 [buckets, vocabulary]) after `tokens`, of which there must be one or more.
 
         Raises ContextFullError, CancelledError and NativeError.
         """
-        if not tokens or not all(0 <= token < self.vocabulary_size for token in tokens):
-            raise PromptError(
-                "the tokens are none, or not all in the vocabulary",
-                f"it has the tokens 0 to {self.vocabulary_size - 1}",
-            )
+        if not tokens:
+            raise PromptError("there are no tokens", "give one or more")
+        self._check_tokens(tokens)
         with self._turn.take():
             slot = self._nearest(tokens, range(self.engine.slots))
             kept = self.engine.truncate(slot, min(common_prefix(self.engine.tokens(slot), tokens), len(tokens) - 1))
             return self.engine.prefill(slot, tokens[kept:]).copy()
 
+    def score(
+        self,
+        pairs: Iterable[tuple[str | Sequence[int], str | Sequence[int]]],
+        *,
+        top: int = 0,
+        on_done: Callable[[int], object] = lambda _done: None,
+    ) -> list[tuple[TokenScore, ...]]:
+        """How likely each token of the continuation of each (context, continuation) is, in as many slots as there are.
+
+        Both are texts or tokens. Texts are tokenised together, and white space at the end of a context counts as the
+        continuation's; an empty context stands for the token that begins texts. All buckets are asked for every token,
+        whatever the gate. `top` likeliest tokens are told at each place. `on_done` gets the number of pairs done.
+
+        Raises PromptError, ContextFullError before anything is computed, CancelledError and NativeError.
+        """
+        asked = [self._scored(*pair) for pair in pairs]
+        with self._turn.take():
+            return Scorer(self.engine, self.generator.merged, top).score(asked, on_done)
+
+    def score_text(self, text: str | Sequence[int], *, overlap: int = 1, top: int = 0) -> tuple[TokenScore, ...]:
+        """How likely each token of a text is after those before it, the first after the token that begins texts.
+
+        A text longer than the context is read in windows, in which each token has at least `overlap` tokens before it.
+        Raises as `score`, and UsageError for an `overlap` that leaves no place.
+        """
+        if not 1 <= overlap < self.context_size:
+            raise UsageError(f"`overlap={overlap}` is impossible", f"choose 1 to {self.context_size - 1}")
+        tokens = self.tokenize(text, add_special=False) if isinstance(text, str) else text
+        parts = windows([self.first_token, *tokens], self.context_size, overlap)
+        return tuple(score for part in self.score(parts, top=top) for score in part)
+
+    @property
+    def first_token(self) -> int:
+        """The token that begins texts: the model's BOS, or without one its EOS."""
+        with self._turn.text():
+            return self._native.first_token
+
     def check(self, sampling: SamplingConfig) -> None:
         """Raise UsageError for sampler settings that this model cannot have, GrammarError for a schema or grammar.
 
-        What is not enforced of a schema is a warning, once.
+        What is not enforced of a schema is a warning, once. A schema, regular expression or Lark grammar is compiled
+        for the model, so that no time is lost when an answer to it begins.
         """
         check_sampling(sampling, self.vocabulary_size)
         for remark in check(sampling):
             if remark not in self._remarks:
                 self._remarks.add(remark)
                 self._warn(remark)
+        constraint = constraint_of(sampling)
+        if constraint is not None and constraint.kind != "grammar":
+            self._native.matcher(constraint)
 
     def decode(
         self,
@@ -395,8 +516,19 @@ class LLM(Owner):
                 slot = self._nearest(tokens, range(self.engine.slots))
             yield from self.generator.stream(slot, tokens, config, on_progress)
 
-    def _split(self, settings: Mapping[str, Any]) -> tuple[ChatOptions, GenerationConfig]:
-        """Settings as a template's and a decoder's, with the model's gate where they leave it open."""
+    def _scored(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> tuple[list[int], list[int]]:
+        """The tokens of a pair. Raises PromptError."""
+        tokens = pair_tokens(self.tokenize, context, continuation)
+        self._check_tokens(chain(*tokens))
+        return tokens[0] or [self.first_token], tokens[1]
+
+    def _check_tokens(self, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            if not 0 <= token < self.vocabulary_size:
+                raise PromptError(f"token {token} is not in the vocabulary", f"it ends at {self.vocabulary_size - 1}")
+
+    def split(self, settings: Mapping[str, Any]) -> tuple[ChatOptions, GenerationConfig]:
+        """Settings by name as `ask` takes them, with the model's gate where they leave it open."""
         usual = {} if "generation" in settings else {"gate": self._gate}
         return split_settings({**usual, **settings})
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from abcli.config import MergeRule
 from abcli.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # llama.cpp reads this seed as "draw one"; abcli draws its own so that it can be shown.
 NATIVE_RANDOM_SEED = 0xFFFFFFFF
@@ -121,12 +126,29 @@ class Steering:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What one token was chosen from; the arrays are valid only while the observer is called."""
+
+    token: int
+    logits: NDArray[np.float32]
+    """[buckets, vocabulary]; [1, vocabulary], the native bucket's, where it decided alone."""
+    merged: NDArray[np.float32]
+    """[vocabulary]: the merged logits, before penalties, grammar and sampling."""
+    weights: NDArray[np.float64]
+    """[buckets], or [1]: how much each row weighed; they sum to 1."""
+    agreement: float | None
+    """The probability mass (0..1) on which the buckets agree; None where one decided alone."""
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """One answer: how to sample it and when to stop; -1 new tokens means until the context is full.
 
     Where the native bucket's likeliest token has more than the probability `gate`, that bucket decides alone; without a
-    gate all buckets are asked for every token. `steering` is made for each answer, from its conversation, and no
-    setting of anyone's.
+    gate all buckets are asked for every token. `merge` is the rule of this answer, without the model's weights; where
+    there is none, the model's. `steering` is made for each answer, from its conversation, and no
+    setting of anyone's. `observer` is called with each token's choice, the one that ends the answer included, while
+    others wait; it must not raise.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -134,7 +156,9 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     gate: float | None = None
+    merge: MergeRule | None = None
     steering: Steering = field(default_factory=Steering)
+    observer: Callable[[Choice], None] | None = field(default=None, repr=False, compare=False)
 
 
 SETTINGS: Mapping[str, Setting] = {item.name: item.metadata["setting"] for item in dataclasses.fields(SamplingNumbers)}
@@ -229,8 +253,8 @@ def generation_config(
     sampling: SamplingConfig | None = None, generation: GenerationConfig | None = None, **settings: Any
 ) -> GenerationConfig:
     """How to answer: llama.cpp's sampler settings by name (`temperature` or `temp`, `top_k`, ...), `max_tokens`,
-    `stop` (a text or several), `ignore_eos` and `gate` (a probability, or "off"), on top of whole configurations.
-    `json_schema` may be a mapping.
+    `stop` (a text or several), `ignore_eos`, `gate` (a probability, or "off") and `observer`, on top of whole
+    configurations. `json_schema` may be a mapping.
 
     Raises UsageError for a setting that is not known or has a value of another type.
     """
@@ -241,14 +265,14 @@ def generation_config(
     numbers: dict[str, Any] = {}
     for name, value in settings.items():
         field = field_of(name)
-        if name in LIMITS:
+        if name in LIMITS or name == "observer":
             limits[name] = (value,) if name == "stop" and isinstance(value, str) else value
         elif field in FIELDS:
             if field == "json_schema" and isinstance(value, (dict, bool)):
                 value = json.dumps(value, ensure_ascii=False)
             numbers[field] = _number(name, value, getattr(SamplingConfig, field, None))
         else:
-            known = ", ".join([*LIMITS, *FIELDS])
+            known = ", ".join([*LIMITS, "observer", *FIELDS])
             raise UsageError(f"there is no setting `{name}`", f"choose one of: {known}", setting=name)
     if "stop" in limits:
         limits["stop"] = tuple(limits["stop"])

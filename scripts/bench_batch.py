@@ -31,7 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 from abcli.batch.jobs import Job
-from abcli.batch.prefixes import ReuseRule
 from abcli.batch.scheduler import Scheduler, StopSwitch
 from abcli.batch.slots import plan_slots, reuse_rule
 from abcli.config import BucketConfig, ContextConfig, ModelConfig
@@ -40,6 +39,7 @@ from abcli.hub.locate import locate_model
 from abcli.llm import LLM
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.prepare import prepare
+from abcli.reuse import ReuseRule
 from abcli.sampling import GenerationConfig, SamplingConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from abcli.errors import CancelledError, ContextFullError, PromptError, UsageError
 from abcli.generate import Generator, TextStream, common_prefix
-from abcli.sampling import GenerationConfig, SamplingConfig
+from abcli.sampling import Choice, GenerationConfig, SamplingConfig
 from tests.support.fakes import END, ByteTokenizer, FakeEngine, GreedySampler, reciting
 
 PROMPT = list(b"What?")
@@ -205,6 +205,31 @@ def test_agreement_and_seed_are_reported() -> None:
         answer = [piece.answer for piece in generator.stream(0, PROMPT, config)][-1]
     assert answer.seed == 7
     assert 0 < answer.statistics.agreement < 0.5
+
+
+def test_an_observer_sees_what_each_token_was_chosen_from() -> None:
+    engine = FakeEngine(
+        lambda tokens, bucket: END if len(tokens) > len(PROMPT) + 1 else ord("a") + bucket, bases=(1.0, 2.0)
+    )
+    seen: list[tuple[int, list[int], int, float, float | None]] = []
+
+    def note(choice: Choice) -> None:
+        rows = [int(row.argmax()) for row in choice.logits]
+        seen.append((choice.token, rows, int(choice.merged.argmax()), float(choice.weights.sum()), choice.agreement))
+
+    with make(engine) as generator:
+        answer = [piece.answer for piece in generator.stream(0, PROMPT, GenerationConfig(observer=note))][-1]
+        gated = GenerationConfig(observer=note, gate=0.5)
+        list(generator.stream(0, PROMPT, gated))
+    ungated, last = seen[:3], seen[2]
+    assert [token for token, *_ in ungated] == [*answer.tokens, END]
+    assert [rows for _, rows, *_ in ungated] == [[ord("a"), ord("b")], [ord("a"), ord("b")], [END, END]]
+    assert all(token == merged and total == pytest.approx(1) for token, _, merged, total, _ in seen)
+    assert last[-1] == pytest.approx(1)
+    assert [(rows, agreement) for _, rows, *_, agreement in seen[3:]] == [
+        *[([ord("a")], None)] * 2,
+        ([END], None),
+    ]
 
 
 @given(st.lists(st.integers(0, 2), max_size=8), st.lists(st.integers(0, 2), max_size=8))

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from abcli.batch.jobs import BadLine, Job, Result, result_of
-from abcli.batch.prefixes import HeldPrompts, PrefixKeys, ReuseRule, prefix_keys
+from abcli.batch.prefixes import HeldPrompts, PrefixKeys, prefix_keys
 from abcli.chat.asking import Asked
 from abcli.engine.engine import Engine
 from abcli.errors import AbcliError, CancelledError, ContextFullError, NativeError, OutOfMemoryError
 from abcli.generate import Answer as RunningAnswer
 from abcli.generate import Generator
+from abcli.reuse import ReuseRule
 
 LOOK_AHEAD = 256
 # How many blocks more than the oldest prompt another must share with a slot to be taken first.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from abcli.batch.prefixes import ReuseRule
 from abcli.engine.memory import Room, free_room, predict
 from abcli.errors import OutOfMemoryError, UsageError
 from abcli.llm import LLM
 from abcli.prepare import Prepared
+from abcli.reuse import ReuseRule
 from abcli.text import counted, gibibytes
 
 # llama.cpp's sequences: one for each slot, and a spare one.

@@ -33,14 +33,20 @@ class Sharing:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Tokens that continue `slot` at `position`; the logits [vocab] after the last go to `logits`, one array for each
-    column, if given.
+    """Tokens that continue `slot` at `position`; the logits go to `logits`, if given, one array for each column.
+
+    It is [vocab] for those after the last token, [n, vocab] for those after each of the last n.
     """
 
     slot: int
     position: int
     tokens: Sequence[int]
     logits: Sequence[NDArray[np.float32]] | None = None
+
+    @property
+    def outputs(self) -> int:
+        """After how many of its tokens the logits are asked for."""
+        return 0 if self.logits is None else len(np.atleast_2d(self.logits[0]))
 
 
 class Backend(Protocol):
@@ -60,6 +66,8 @@ class Backend(Protocol):
     sharing: Sharing
     turning: str
     """How rows of one batch come to have several bases, and why so; empty where they need not."""
+    outputs: int
+    """After how many tokens one computation gives the logits, in all its parts; more where each slot has one."""
     cancel: CancelFlag
     cell_format: tuple[str, str]
     """What bytes of cells depend on beside model, base and cache types: the rotation's scaling, and their layout."""

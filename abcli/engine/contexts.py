@@ -60,6 +60,7 @@ class ContextsBackend(Owner):
             if model.sliding_window > 0 and (self.sharing.shared or config.prompt_cache is not None):
                 # A state leaves out what the window has passed, so no piece may be longer than the window.
                 self._piece = min(self._piece, model.sliding_window)
+            self.outputs = min(config.outputs, self._piece, TILED_TOKENS - 1)
             self._stack = stack.pop_all()
 
     def piece(self, columns: int) -> int:
@@ -122,7 +123,7 @@ class ContextsBackend(Owner):
 
     def _decode(self, parts: Sequence[Part], columns: Sequence[int]) -> None:
         """One batch in each of the columns; one column alone has all the cores."""
-        batch = [BatchPart(part.slot, part.position, part.tokens, output=part.logits is not None) for part in parts]
+        batch = [BatchPart(part.slot, part.position, part.tokens, output=part.outputs) for part in parts]
 
         def job(index: int) -> None:
             rows = [None if part.logits is None else part.logits[index] for part in parts]

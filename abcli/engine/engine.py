@@ -194,6 +194,35 @@ class Engine(Owner):
                 if slot in found:
                     return found[slot]
 
+    @property
+    def outputs(self) -> int:
+        """The most tokens that `read` takes at once."""
+        return self._backend.outputs
+
+    def read(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, NDArray[np.float32]]:
+        """Append tokens to each slot named, computed by every bucket as in decoding; the logits after each of them.
+
+        These are [tokens, buckets, vocab] arrays, in the mapping's order. One token in each slot, or at most `outputs`
+        in all; no prompt waits there. Raises as `begin` does.
+        """
+        if not all(tokens.values()) or any(slot in self._waiting for slot in tokens):
+            raise ValueError("to read takes at least a token for each slot, in which no prompt waits")
+        shape = len(self._buckets), self.vocabulary_size
+        found = {slot: np.empty((len(taken), *shape), np.float32) for slot, taken in tokens.items()}
+        for slot, taken in tokens.items():
+            self._check_room(len(self._tokens[slot]) + len(taken))
+        with self._computing():
+            for slot in tokens:
+                self._catch_up(slot, self._buckets)
+            self._compute(
+                [
+                    Part(slot, len(self._tokens[slot]), taken, [found[slot][:, column] for column in self._buckets])
+                    for slot, taken in tokens.items()
+                ],
+                self._buckets,
+            )
+        return found
+
     def drop(self, slot: int) -> None:
         """Compute no more of the slot's prompt; what it holds stays."""
         self._waiting.pop(slot, None)

@@ -59,6 +59,7 @@ class FusedBackend(Owner):
             scaling = repr([rope.parameters for rope in self._context.observation.ropes])
             self.cell_format = (scaling, f"{version()}, all layers in one cache")
             self._piece = min(self._context.batch_size, self._context.ubatch_size)
+            self.outputs = min(config.outputs, self.piece(self.buckets), TILED_TOKENS - 1)
             self._stack = stack.pop_all()
 
     def piece(self, columns: int) -> int:
@@ -81,6 +82,7 @@ class FusedBackend(Owner):
             self._unproved -= unproved
             self._proved |= unproved
             return agreements
+        unproved = self._unproved.intersection(part.slot for part in parts if part.outputs)
         groups = _alike(parts, self._piece, self._slot_cells) if self.buckets == 1 else ([part] for part in parts)
         for group in groups:
             batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
@@ -90,8 +92,10 @@ class FusedBackend(Owner):
                 continue
             for neighbours in self._context.neighbours(columns):
                 logits = [_rows_of(row, columns, neighbours) for row in rows] or None
-                careful = list(columns) == [self.leader]
+                careful = list(columns) == [self.leader] or not unproved.isdisjoint(part.slot for part in group)
                 self._run(partial(self._context.compute, batch, neighbours, logits, careful=careful))
+        self._unproved -= unproved
+        self._proved |= unproved
         return {}
 
     def share(self, slot: int, source: int, targets: Sequence[int], start: int, tokens: Sequence[int]) -> None:
@@ -151,17 +155,31 @@ class FusedBackend(Owner):
         limit = self.piece(len(neighbours)) if self._context.slots_follow(neighbours) else 1
         for slots in _runs(list(rows), limit, idle, _BATCH_ROWS // len(neighbours)):
             group = [rows.get(slot) or idle[slot] for slot in slots]
-            batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
-            logits = [_rows_of(part.logits, columns, neighbours) for part in group if part.logits is not None]
-
-            def compute(batch: list[SlotPart] = batch, logits: list[list[NDArray[np.float32]]] = logits) -> None:
-                agreements = self._context.compute(batch, neighbours, logits, careful=careful, merge=merge)
-                merged.update(zip((part.slot for part in batch), agreements or (), strict=False))
-
-            self._run(compute)
+            self._run(partial(self._compute_batch, group, columns, neighbours, merge, merged, careful=careful))
             for slot in idle.keys() & set(slots):
                 self.truncate(slot, idle[slot].position, neighbours)
         return merged
+
+    def _compute_batch(
+        self,
+        group: Sequence[Part],
+        columns: Sequence[int],
+        neighbours: Sequence[int],
+        merge: MergeRule | None,
+        merged: dict[int, float],
+        *,
+        careful: bool,
+    ) -> None:
+        """Compute single tokens of neighbouring slots; the agreements of those that are merged go to `merged`."""
+        batch = [SlotPart(part.slot, part.position, part.tokens) for part in group]
+        wanted = [part.logits for part in group if part.logits is not None]
+        logits = [_rows_of(rows, columns, neighbours) for rows in wanted]
+        agreements = self._context.compute(batch, neighbours, logits, careful=careful, merge=merge)
+        if agreements is not None:
+            merged.update(zip((part.slot for part in group), agreements, strict=True))
+            # A bucket that is set apart is the last one of the batch, but may be the first one of the slot.
+            for rows, computed in zip(wanted, logits, strict=True):
+                rows[0][:] = computed[0]
 
     def _run(self, job: Callable[[], object]) -> None:
         """Run `job` on the thread that computes, unless a cancellation came before."""
@@ -228,8 +246,8 @@ def _experts_obstacle(model: Model, context: FusedContext) -> str:
 def _rows_of(
     logits: Sequence[NDArray[np.float32]], columns: Sequence[int], chosen: Sequence[int]
 ) -> list[NDArray[np.float32]]:
-    """Those of `logits`, which are of `columns`, that are of the columns `chosen`."""
-    return [row for row, column in zip(logits, columns, strict=True) if column in chosen]
+    """Those of `logits`, which are of `columns`, that are of the columns `chosen`, in their order."""
+    return [logits[columns.index(column)] for column in chosen]
 
 
 def _alike(parts: Sequence[Part], limit: int, slot_cells: int) -> Iterator[list[Part]]:

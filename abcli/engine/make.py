@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from abcli.engine.backend import Backend
 from abcli.engine.contexts import ContextsBackend
 from abcli.engine.engine import MIN_SHARED_TOKENS, Engine
 from abcli.engine.fused import FusedBackend
+from abcli.engine.memory import outputs_at_once
 from abcli.engine.prompt_cache import CacheKey, PromptCache
 from abcli.gguf.checked import CheckedModel
 from abcli.native.model import Model
@@ -27,6 +29,7 @@ def make_engine(
     `warn` gets a line for what goes wrong with the prompt cache on disk. Raises UnsupportedModelError for a model that
     a fused engine cannot serve, with the reason, and NativeError if llama.cpp cannot make a context.
     """
+    config = replace(config, outputs=outputs_at_once(model.checked, config, len(buckets.bases), fused=kind == "fused"))
     with ExitStack() as stack:
         backend: Backend
         backend = FusedBackend(model, config, buckets) if kind == "fused" else ContextsBackend(model, config, buckets)

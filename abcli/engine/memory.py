@@ -30,6 +30,8 @@ _HOST_DEVICES = ("CPU", "BLAS", "ACCEL")
 _BLOCK_TYPES = {"q8_0", "q5_1", "q5_0", "q4_1", "q4_0"}
 _BLOCK_ELEMENTS = 32
 _FLOAT = 4
+# What the logits of several tokens at once may take, in all buckets.
+_OUTPUT_BYTES = 64 << 20
 # What CUDA keeps on a device from the first computation on, and for each context (H100). Others were not measured.
 _CUDA_BYTES = 70_000_000
 _CUDA_CONTEXT_BYTES = 12_000_000
@@ -259,6 +261,19 @@ def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
         _split("adapters", shape.adapter_bytes, round(share * shape.adapter_bytes)),
     )
     return Prediction(setup, shape, fused, contexts, cells, per_token, items)
+
+
+def outputs_at_once(model: CheckedModel, config: ContextConfig, buckets: int, *, fused: bool) -> int:
+    """After how many tokens a batch may give the logits in each bucket without a larger compute buffer; at least 1.
+
+    The logits of all buckets take at most 64 MiB.
+    """
+    shape = MemoryShape.of(model)
+    tokens = min(config.ubatch_size, config.batch_size, config.context_size)
+    without = shape.graph_bytes(tokens, 0)
+    columns = buckets if fused else 1
+    limit = _OUTPUT_BYTES // (_FLOAT * shape.vocabulary * buckets)
+    return max(1, _largest(lambda outputs: shape.graph_bytes(tokens, outputs * columns) <= without, limit))
 
 
 def _few_tokens(shape: MemoryShape, cells: int, config: ContextConfig, outputs: int) -> int:

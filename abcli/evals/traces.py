@@ -19,6 +19,7 @@ from abcli.atomic import write_atomically
 from abcli.engine.engine import Engine
 from abcli.errors import NativeError
 from abcli.generate import common_prefix
+from abcli.likelihood import Beginning, Walk
 
 # Each base's likeliest tokens are kept; what a merge of them misses is below the least of these.
 KEPT_TOKENS = 48
@@ -82,29 +83,20 @@ def trace(
         engine.prefill(slot, prompt[cached:-1])
         cached = len(prompt) - 1
     logits = engine.prefill(slot, prompt[cached:])
-    nodes: list[Node] = []
-    known: dict[tuple[int, ...], int] = {}
-    paths: dict[int, tuple[tuple[int, int], ...]] = {}
-    # In order of their tokens the continuations share the longest beginnings with their neighbours.
-    order = sorted(range(len(continuations)), key=lambda index: (index != 0, tuple(continuations[index])))
-    for index in order:
-        tokens = tuple(continuations[index])
-        path = []
-        for at, token in enumerate(tokens):
-            beginning = tokens[:at]
-            if beginning not in known:
-                if beginning:
-                    held = engine.tokens(slot)[len(prompt) :]
-                    shared = common_prefix(held, beginning)
-                    engine.truncate(slot, len(prompt) + shared)
-                    for missing in beginning[shared:]:
-                        logits = engine.step({slot: missing})[slot]
-                following = {t[at] for t in map(tuple, continuations) if t[:at] == beginning and len(t) > at}
-                known[beginning] = len(nodes)
-                nodes.append(_node(logits, following, engine.bases))
-            path.append((known[beginning], int(token)))
-        paths[index] = tuple(path)
-    return Trace(engine.bases, tuple(nodes), tuple(paths[index] for index in range(len(continuations))))
+    nodes: dict[Beginning, Node] = {}
+    walk = Walk(continuations)
+    while taken := walk.take(1):
+        (beginning,) = taken
+        if beginning is not walk.root:
+            engine.truncate(slot, len(prompt) + beginning.length - 1)
+            logits = engine.step({slot: beginning.token})[slot]
+        nodes[beginning] = _node(logits, set(beginning.following), engine.bases)
+    numbers = {beginning: number for number, beginning in enumerate(nodes)}
+    paths = (
+        tuple((numbers[before], int(token)) for before, token in zip(walk.along(tokens), tokens, strict=True))
+        for tokens in continuations
+    )
+    return Trace(engine.bases, tuple(nodes.values()), tuple(paths))
 
 
 def _node(logits: NDArray[np.float32], following: set[int], bases: Sequence[float]) -> Node:

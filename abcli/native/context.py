@@ -41,12 +41,12 @@ _DECODE_ABORTED = 2
 
 @dataclass(frozen=True)
 class BatchPart:
-    """Tokens that continue one sequence at `position`; `output` asks for the logits after the last."""
+    """Tokens that continue one sequence at `position`; the logits after the last `output` of them are asked for."""
 
     sequence: int
     position: int
     tokens: Sequence[int]
-    output: bool
+    output: int
 
 
 class _Batch:
@@ -84,7 +84,7 @@ class _Batch:
             self._positions[start:end] = np.arange(part.position, part.position + end - start)
             self._sequences[start:end] = part.sequence
             self._outputs[start:end] = 0
-            self._outputs[end - 1] = part.output
+            self._outputs[end - part.output : end] = 1
             last.append(end - 1)
         self.native.n_tokens = end
         return last
@@ -116,7 +116,8 @@ class Sequences(Owner):
         """
         clear_log()
         with ExitStack() as stack:
-            handle = llama.llama_init_from_model(model.handle, parameters)
+            with model.making():
+                handle = llama.llama_init_from_model(model.handle, parameters)
             if not handle:
                 raise NativeError(
                     f"llama.cpp cannot make a context of {parameters.n_ctx} tokens: {log_tail() or 'no reason given'}",
@@ -131,19 +132,21 @@ class Sequences(Owner):
         self._last: list[int] = []
         self._memory = llama.llama_get_memory(handle)
         self._cancel = cancel
+        self._computing = model.computing
         self._row_bytes = model.vocabulary_size * 4
         self.base = float(parameters.rope_freq_base)
         self.batch_size: int = llama.llama_n_batch(handle)
         self.ubatch_size: int = llama.llama_n_ubatch(handle)
 
     def decode(self, parts: Sequence[BatchPart], logits: Sequence[NDArray[np.float32] | None] = ()) -> None:
-        """Compute `parts` in one `llama_decode`; the logits of part i go to `logits[i]` [vocab], if given, by `fetch`.
+        """Compute `parts` in one `llama_decode`; the logits of part i go to `logits[i]`, if given, by `fetch`.
 
         At most `batch_size` tokens in all. Raises CancelledError if the cancel flag stopped it and
         NativeError if llama.cpp failed; the caller then restores the sequences to their former lengths.
         """
         self._last = self._batch.fill(parts)
-        status = llama.llama_decode(self._handle, self._batch.native)
+        with self._computing():
+            status = llama.llama_decode(self._handle, self._batch.native)
         if status == _DECODE_ABORTED or (status != 0 and self._cancel.is_set()):
             raise CancelledError
         if status == _DECODE_NO_ROOM:
@@ -157,13 +160,14 @@ class Sequences(Owner):
             self.fetch(logits)
 
     def fetch(self, logits: Sequence[NDArray[np.float32] | None]) -> None:
-        """Copy the logits of part i of the last `decode` into `logits[i]` [vocab], if given."""
-        for index, target in zip(self._last, logits, strict=True):
-            if target is not None:
+        """Copy the logits of part i of the last `decode` into `logits[i]`, if given: [vocab], or [output, vocab]."""
+        for last, target in zip(self._last, logits, strict=True):
+            rows = () if target is None else np.atleast_2d(target)
+            for index, row in enumerate(rows, last + 1 - len(rows)):
                 source = llama.llama_get_logits_ith(self._handle, index)
                 if not source:
                     raise NativeError(f"llama.cpp has no logits for token {index} of the batch")
-                ctypes.memmove(target.ctypes.data, source, self._row_bytes)
+                ctypes.memmove(row.ctypes.data, source, self._row_bytes)
 
     def truncate(self, sequence: int, length: int) -> bool:
         """Forget what follows the first `length` tokens; False if the memory cannot drop a part."""
@@ -182,18 +186,28 @@ class Context(Sequences):
     """A `llama_context` with one RoPE base, a sequence for each slot and a spare one in one pool of cells."""
 
     def __init__(
-        self, model: Model, base: float, config: ContextConfig, cells: int, threads: int, cancel: CancelFlag
+        self,
+        model: Model,
+        base: float,
+        config: ContextConfig,
+        cells: int,
+        threads: int,
+        cancel: CancelFlag,
+        watch: Any = None,
     ) -> None:
         """A context under RoPE base `base` whose cache holds `cells` tokens over `config.slots` sequences.
 
+        llama.cpp calls `watch` (`ggml_backend_sched_eval_callback`), which must outlive the context, at every node.
         Raises NativeError if llama.cpp cannot make it (too little memory, an impossible combination).
         """
         parameters = context_parameters(model, base, config, threads, cancel)
+        if watch is not None:
+            parameters.cb_eval = watch
         parameters.n_ctx = cells
         # One spare sequence beyond the slots carries pieces of a cache from context to context.
         parameters.n_seq_max = config.slots + 1
-        # Logits are read for one token per slot; the default would reserve room for a whole batch of them.
-        parameters.n_outputs_max = config.slots + 1
+        # The default would reserve room for the logits of a whole batch.
+        parameters.n_outputs_max = max(config.outputs, config.slots + 1)
         parameters.kv_unified = True
         super().__init__(model, parameters, cancel)
         self.base = base

@@ -90,6 +90,8 @@ rope_inplace = ggml_function("ggml_rope_ext_inplace", _pointer, *[_pointer] * 4,
 copy = ggml_function("ggml_cpy", _pointer, _pointer, _pointer, _pointer)
 # struct ggml_tensor * ggml_mul(ctx, a, b); b is repeated where it has one number and a has several.
 multiply = ggml_function("ggml_mul", _pointer, _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_mul_mat(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
+matrix_product = ggml_function("ggml_mul_mat", _pointer, *[_pointer] * 3)
 # struct ggml_tensor * ggml_add(ctx, a, b);
 add = ggml_function("ggml_add", _pointer, _pointer, _pointer, _pointer)
 # struct ggml_tensor * ggml_reshape_3d(ctx, a, ne0, ne1, ne2);
@@ -119,6 +121,8 @@ set_name = ggml_function("ggml_set_name", _pointer, _pointer, _text)
 tensor_overhead = ggml_function("ggml_tensor_overhead", _size)
 # size_t ggml_row_size(enum ggml_type type, int64_t ne);
 row_size = ggml_function("ggml_row_size", _size, _int, _int64)
+# size_t ggml_nbytes(const struct ggml_tensor * tensor);
+tensor_bytes = ggml_function("ggml_nbytes", _size, _pointer)
 # struct ggml_cgraph * ggml_new_graph(struct ggml_context * ctx);
 new_graph = ggml_function("ggml_new_graph", _pointer, _pointer)
 # struct ggml_cgraph * ggml_new_graph_custom(struct ggml_context * ctx, size_t size, bool grads);

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from abcli.batch.jobs import BadLine, Job, Result
-from abcli.batch.prefixes import BLOCK, ReuseRule
+from abcli.batch.prefixes import BLOCK
 from abcli.batch.scheduler import Scheduler, StopSwitch
 from abcli.chat.asking import Asked, plain_asked
 from abcli.chat.messages import Message
 from abcli.errors import CancelledError, GrammarError, NativeError, PromptError, UsageError
 from abcli.generate import Generator
+from abcli.reuse import ReuseRule
 from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.fakes import END, ByteTokenizer, FakeEngine, GreedySampler
 

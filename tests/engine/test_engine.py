@@ -32,6 +32,10 @@ def answer(tokens: Sequence[int], column: int) -> int:
 class NarrowBackend(FakeBackend):
     """A batch has room for fewer tokens the more columns compute them."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.outputs = self.piece(self.buckets)
+
     def piece(self, columns: int) -> int:
         return max(1, super().piece(columns) // columns)
 
@@ -176,6 +180,25 @@ class Slots(RuleBasedStateMachine):
     @staticmethod
     def raise_(error: type[Exception]) -> None:
         raise error("out of order")
+
+    @rule(tokens=st.dictionaries(SLOT, st.lists(TOKEN, min_size=1, max_size=4), min_size=1))
+    def read(self, tokens: dict[int, list[int]]) -> None:
+        taken: dict[int, list[int]] = {}
+        for slot, wanted in tokens.items():
+            room = min(CONTEXT - len(self.held[slot]), self.engine.outputs - sum(map(len, taken.values())))
+            if not self.waiting[slot] and room > 0:
+                taken[slot] = wanted[:room]
+        if not taken:
+            return
+        found = self.engine.read(taken)
+        assert list(found) == list(taken)
+        for slot, added in taken.items():
+            for token, logits in zip(added, found[slot], strict=True):
+                self.held[slot].append(token)
+                assert [row.argmax() for row in logits] == [
+                    answer(self.held[slot], bucket) for bucket in range(self.backend.buckets)
+                ]
+        check(self.engine, self.backend, {slot: found[slot][-1] for slot in taken})
 
     @rule(slot=SLOT, length=st.integers(0, CONTEXT))
     def truncate(self, slot: int, length: int) -> None:

@@ -21,6 +21,7 @@ from abcli.errors import CancelledError
 from abcli.generate import Generator
 from abcli.native.context import Sequences
 from abcli.native.model import Model
+from abcli.native.rotating.mixing import LogitsMixer
 from abcli.native.sampler import SamplerChain
 from abcli.native.state import parse_state
 from abcli.sampling import GenerationConfig, SamplingConfig
@@ -177,6 +178,26 @@ def test_slots_that_are_sure_are_left_alone_in_batches_of_others(tiny: Model, mo
         backend = engine._backend
         assert [backend.length(1, column) for column in range(3)] == [30, 31, 30]
         assert {backend.length(slot, column) for slot in (0, 2) for column in range(3)} == {31}
+
+
+@pytest.mark.parametrize("native", range(len(BASES)))
+def test_all_buckets_of_one_slot_are_one_batch_in_their_order(
+    tiny: Model, native: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = (*BASES[1:], BASES[0]) if native == 0 else BASES if native == NATIVE else (BASES[0], BASES[2], BASES[1])
+    logits: list[NDArray[np.float32]] = []
+    merged: list[NDArray[np.float32]] = []
+    for gated in (False, True):
+        chosen = config(bases=bases, gated=gated, slots=1, prefill="exact")
+        with make_engine("fused", tiny, *chosen) as engine:
+            monkeypatch.setattr(LogitsMixer, "mixes_on_cpu", False)
+            engine.prefill(0, range(30))
+            logits.append(engine.step({0: 5})[0].copy())
+            monkeypatch.setattr(LogitsMixer, "mixes_on_cpu", True)
+            merged.append(engine.step({0: 5}, "confidence")[0].copy())
+            assert len(merged[-1]) == 1
+    np.testing.assert_allclose(*logits, atol=1e-4)
+    np.testing.assert_allclose(*merged, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

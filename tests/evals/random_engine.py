@@ -16,10 +16,19 @@ class RandomEngine(FakeEngine):
     """`scale` says how sharp the distributions are; buckets agree more than not."""
 
     def __init__(
-        self, bases: Sequence[float] = BASES, scale: float = 4.0, vocabulary: int = VOCABULARY, context_size: int = 512
+        self,
+        bases: Sequence[float] = BASES,
+        scale: float = 4.0,
+        vocabulary: int = VOCABULARY,
+        context_size: int = 512,
+        slots: int = 1,
     ) -> None:
         super().__init__(
-            lambda _tokens, _bucket: 0, bases=tuple(bases), context_size=context_size, vocabulary=vocabulary
+            lambda _tokens, _bucket: 0,
+            bases=tuple(bases),
+            slots=slots,
+            context_size=context_size,
+            vocabulary=vocabulary,
         )
         self.backend.logits = lambda tokens, column: self.row(tokens, self.bases[column])  # type: ignore[method-assign]
         self.prefills: list[int] = []

@@ -55,6 +55,7 @@ class FakeBackend:
         self.next_token = next_token
         self.forgets_parts = forgets_parts
         self.held: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in self.bases]
+        self.outputs = piece
         self.calls: list[tuple[str, list[int]]] = []
         """What was computed: "rows" (or "native" or "others", if not in all buckets), "piece" (or "owed", if in the
         others alone) or "lead", and the number of tokens of each part."""
@@ -75,6 +76,7 @@ class FakeBackend:
         sizes = [len(part.tokens) for part in parts]
         rows = all(len(part.tokens) == 1 and part.logits is not None for part in parts)
         assert rows or sum(sizes) <= self.piece(len(columns))
+        assert rows or sum(part.outputs for part in parts) <= self.outputs
         if len(columns) == self.buckets:
             kind = "rows" if rows else "piece"
         elif rows:
@@ -89,7 +91,9 @@ class FakeBackend:
                 assert len(held) == part.position
                 held += part.tokens
                 if part.logits is not None:
-                    part.logits[row][:] = self.logits(held, column)
+                    targets = np.atleast_2d(part.logits[row])
+                    for end, target in enumerate(targets, len(held) + 1 - len(targets)):
+                        target[:] = self.logits(held[:end], column)
         return {}
 
     def logits(self, tokens: Sequence[int], column: int) -> NDArray[np.float32]:

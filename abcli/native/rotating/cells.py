@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import llama_cpp.llama_cpp as llama
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 from abcli.errors import NativeError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
-from abcli.native.rotating.devices import Device, DeviceGraph, Devices
+from abcli.native.rotating.devices import Device, Devices
+from abcli.native.rotating.giving import Gift, Giver, Range, stack_up
 from abcli.native.rotating.graph import CacheTensor, Observation, RopeNode
 from abcli.native.rotating.keys import aligned_bytes
 from abcli.native.rotating.turning import Visit, input_of
@@ -27,17 +27,7 @@ from abcli.rope.frequencies import angular_frequencies
 
 # ggml's CPU rotates these and no others.
 _TURNABLE = frozenset({llama.GGML_TYPE_F32, llama.GGML_TYPE_F16})
-_TENSORS_PER_LAYER = 8
 _OPERATION_OFFSET = TensorStruct.op.offset
-
-
-@dataclass(frozen=True)
-class Range:
-    """The tokens at positions `start` to `start + count`, in the cells from `cell` on."""
-
-    start: int
-    count: int
-    cell: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +48,7 @@ class DeviceCache:
         self._ropes = observation.ropes
         self._follows = follows
         self._devices = devices
+        self._givers: list[Giver] = []
         # By the number of a graph's nodes, the places of those that write keys.
         self._places: dict[int, list[int]] = {}
 
@@ -79,21 +70,17 @@ class DeviceCache:
         """The number of layers whose keys follow the base."""
         return sum(self._rope(keys) is not None for keys in self._keys.values())
 
-    def give(self, source: int, base: float, targets: Mapping[int, float], where: Range) -> None:
-        """Copy a range from sequence `source`, under `base`, to each of `targets`, its keys turned to their base.
-
-        All of them hold the range in the same cells; the devices' positions are set. One graph does it on each device.
-        Raises NativeError.
-        """
-
-        def build(context: int, device: Device, layers: Sequence[int]) -> list[int]:
-            return [
-                result
-                for target, new in targets.items()
-                for result in self._copies(context, device, layers, (source, target), where, (base, new))
-            ]
-
-        self._on_each_device(build, _TENSORS_PER_LAYER * len(targets))
+    def give(self, gift: Gift) -> None:
+        """Copy what a gift says. Raises NativeError."""
+        if not self._givers:
+            tensors: dict[Device, list[tuple[CacheTensor, RopeNode | None]]] = {}
+            items = [(keys, self._rope(keys)) for keys in self._keys.values()]
+            for tensor, rope in [*items, *((values, None) for values in self._values.values())]:
+                device = self._devices.of(TensorStruct.from_address(tensor.pointer))
+                tensors.setdefault(device, []).append((tensor, rope))
+            self._givers = [Giver(device, stack_up(chosen)) for device, chosen in tensors.items()]
+        for giver in self._givers:
+            giver.give(gift)
 
     def turned(
         self, layer: int, key: NDArray[np.float32], position: int, bases: tuple[float, float]
@@ -194,44 +181,6 @@ class DeviceCache:
         """The rotation that keys of this layer take part in, None if they do not follow the base."""
         return self._ropes[keys.rope] if keys.rope in self._follows and keys.rope is not None else None
 
-    def _on_each_device(self, build: Callable[[int, Device, Sequence[int]], list[int]], tensors: int) -> None:
-        """Compute what `build` makes of the layers of each device, at most `tensors` tensors for each layer."""
-        layers: dict[int, tuple[Device, list[int]]] = {}
-        for layer, keys in self._keys.items():
-            device = self._devices.of(TensorStruct.from_address(keys.pointer))
-            layers.setdefault(device.backend, (device, []))[1].append(layer)
-        with ExitStack() as stack:
-            for device, chosen in layers.values():
-                graph = DeviceGraph(
-                    device.backend,
-                    tensors * len(chosen) + 8,
-                    lambda context, device=device, chosen=chosen: build(context, device, chosen),  # type: ignore[misc]
-                )
-                stack.enter_context(graph).compute()
-
-    def _copies(
-        self,
-        context: int,
-        device: Device,
-        layers: Sequence[int],
-        streams: tuple[int, int],
-        where: Range,
-        bases: tuple[float, float],
-    ) -> list[int]:
-        results = []
-        for layer in layers:
-            keys, values = self._keys[layer], self._values.get(layer)
-            rope = self._rope(keys)
-            if rope is None or bases[0] == bases[1]:
-                results.append(_copy_rows(context, keys, streams, where))
-            else:
-                angles = device.inverse_angles((rope.parameters, *bases))
-                results.append(_turn_rows(context, keys, rope, streams, where, device.positions(where.count), angles))
-            if values is not None:
-                copy = _copy_columns if values.transposed else _copy_rows
-                results.append(copy(context, values, streams, where))
-        return results
-
     def _sections(self, where: Range) -> Iterator[_Section]:
         transposed = any(values.transposed for values in self._values.values())
         cells = b"".join(struct.pack("<iIi", where.start + index, 1, 0) for index in range(where.count))
@@ -271,64 +220,3 @@ class DeviceCache:
 
 def _elsewhere() -> NativeError:
     return NativeError("llama.cpp keeps a token elsewhere than at its position", "use `engine=contexts`")
-
-
-def _place(context: int, tensor: CacheTensor, count: int, offset: int) -> int:
-    """A vector of `count` numbers over the tensor's memory from byte `offset` on."""
-    native = TensorStruct.from_address(tensor.pointer)
-    vector = api.new_1d(context, tensor.type_id, count)
-    api.check(api.place(native.buffer, vector, native.data + offset))
-    return int(vector)
-
-
-def _copy_rows(context: int, tensor: CacheTensor, streams: tuple[int, int], where: Range) -> int:
-    old, new = (
-        _place(context, tensor, tensor.width * where.count, (stream * tensor.cells + where.cell) * tensor.row_bytes)
-        for stream in streams
-    )
-    result = api.copy(context, old, new)
-    api.check(api.view_init(result))
-    return int(result)
-
-
-def _copy_columns(context: int, tensor: CacheTensor, streams: tuple[int, int], where: Range) -> int:
-    element = tensor.row_bytes // tensor.width
-
-    def columns(stream: int) -> int:
-        whole = _place(context, tensor, tensor.width * tensor.cells, stream * tensor.cells * tensor.row_bytes)
-        step = tensor.cells * element
-        size = step * tensor.width
-        view = api.view_4d(context, whole, where.count, tensor.width, 1, 1, step, size, size, where.cell * element)
-        api.check(api.view_init(view))
-        return int(view)
-
-    result = api.copy(context, *(columns(stream) for stream in streams))
-    api.check(api.view_init(result))
-    return int(result)
-
-
-def _turn_rows(
-    context: int,
-    keys: CacheTensor,
-    rope: RopeNode,
-    streams: tuple[int, int],
-    where: Range,
-    positions: int,
-    inverse_angles: int,
-) -> int:
-    """The operation that writes the source's keys, turned, to the target's cells."""
-    native = TensorStruct.from_address(keys.pointer)
-    source, target = (native.data + (stream * keys.cells + where.cell) * keys.row_bytes for stream in streams)
-    old = api.new_3d(context, keys.type_id, rope.width, keys.width // rope.width, where.count)
-    api.check(api.place(native.buffer, old, source))
-    new = api.rope(
-        context,
-        old,
-        positions,
-        inverse_angles,
-        rope.parameters.dimensions,
-        api.MODE_NEOX if rope.parameters.neox else api.MODE_NORMAL,
-        *(0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0),
-    )
-    api.check(api.place(native.buffer, new, target))
-    return int(new)

@@ -23,9 +23,10 @@ from abcli.native.ggml_api import check_tensor_layout
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
 from abcli.native.rotating.callback import ByCallback
-from abcli.native.rotating.cells import DeviceCache, Range
+from abcli.native.rotating.cells import DeviceCache
 from abcli.native.rotating.devices import Devices
 from abcli.native.rotating.following import following_rotations
+from abcli.native.rotating.giving import Gift, Range
 from abcli.native.rotating.graph import Observation, Observer
 from abcli.native.rotating.hook import hook_obstacle
 from abcli.native.rotating.keys import PROBE_POSITION, agree
@@ -37,6 +38,9 @@ from abcli.native.rotating.turning import InGraph, Turning, Visit
 MAX_SEQUENCES = 256
 # llama.cpp pads the cells of a sequence to a multiple of this.
 _CELL_STEP = 256
+# So many tokens get their cells faster one by one than by llama.cpp's copying, for which it plans all graphs anew
+# (135M, 2 cores: 0.1 ms each, and 15 ms).
+_FEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class FusedContext(Sequences):
         parameters = context_parameters(model, base, config, threads, cancel)
         parameters.n_ctx = cells * sequences
         parameters.n_seq_max = sequences
-        parameters.n_outputs_max = sequences
+        parameters.n_outputs_max = max(sequences, config.outputs * self.buckets)
         # Each sequence attends to its own cells only: in a pool it would pass over those of all others.
         parameters.kv_unified = False
         self._token = model.vocabulary_size // 2
@@ -121,7 +125,7 @@ class FusedContext(Sequences):
         with ExitStack() as stack:
             # A graph may be reserved for as many rows as make whole sequences.
             rows = parameters.n_ubatch + parameters.n_seq_max
-            self.devices = stack.enter_context(Devices(max(rows, self._slot_cells)))
+            self.devices = stack.enter_context(Devices())
             tables = Tables(self.devices, base, rows) if self.follows else None
             way: Turning = ByCallback(base, tables, self.devices) if obstacle else InGraph(base, tables)
             stack.callback(way.close)
@@ -168,7 +172,8 @@ class FusedContext(Sequences):
         careful: bool = False,
         merge: MergeRule | None = None,
     ) -> list[float] | None:
-        """Compute `parts` in each of `columns`, as one batch; part i's logits go to `logits[i]` [columns, vocab].
+        """Compute `parts` in each of `columns`, as one batch; part i's logits go to `logits[i]`, an array per column:
+        [vocab] for those after its last token, [n, vocab] for those after its last n.
 
         With `merge`, and on a device that can, only the merged logits go to the first row of `logits[i]`: the parts'
         agreements are then returned, else None.
@@ -178,12 +183,12 @@ class FusedContext(Sequences):
         expected. Raises as `Sequences.decode` does; the caller then truncates.
         """
         tokens = range(len(parts[0].tokens))
-        batch = [
-            BatchPart(self.sequence(part.slot, column), part.position, part.tokens, output=logits is not None)
-            for part in parts
-            for column in columns
-        ]
         rows = [None if logits is None else logits[i][j] for i in range(len(parts)) for j in range(len(columns))]
+        places = [(part, column) for part in parts for column in columns]
+        batch = [
+            BatchPart(self.sequence(part.slot, column), part.position, part.tokens, output=_count(row))
+            for (part, column), row in zip(places, rows, strict=True)
+        ]
         turned = self._turned_rows(columns, len(parts) * len(tokens))
         visit = None
         if turned or careful:
@@ -204,7 +209,7 @@ class FusedContext(Sequences):
         return None
 
     def compute_side_by_side(self, parts: Sequence[SlotPart], logits: Sequence[NDArray[np.float32]]) -> None:
-        """Compute `parts` of a context with one bucket as one batch; the logits [vocab] after part i go to `logits[i]`.
+        """Compute `parts` of a context with one bucket as one batch; the logits of part i go to `logits[i]`.
 
         The slots are neighbours in ascending order. llama.cpp computes sequences of equal length together: shorter
         parts are filled up with tokens that are dropped again, so that every slot needs room for the longest part,
@@ -215,7 +220,7 @@ class FusedContext(Sequences):
         rows: list[NDArray[np.float32] | None] = []
         for part, row in zip(parts, logits, strict=True):
             sequence, end = self.sequence(part.slot, 0), part.position + len(part.tokens)
-            batch.append(BatchPart(sequence, part.position, part.tokens, output=True))
+            batch.append(BatchPart(sequence, part.position, part.tokens, output=_count(row)))
             rows.append(row)
             if missing := longest - len(part.tokens):
                 batch.append(BatchPart(sequence, end, [self._token] * missing, output=False))
@@ -239,12 +244,14 @@ class FusedContext(Sequences):
         The targets hold exactly the tokens before `position`. Raises NativeError; the caller then truncates.
         """
         end = position + len(tokens)
-        if self._copied:
-            self._settle(slot, targets[0], position)
-        if self._way.copies is None:
-            for start in range(0, len(tokens), self.ubatch_size):
-                self._reserve_each(slot, targets, position + start, tokens[start : start + self.ubatch_size])
+        if len(tokens) <= _FEW_TOKENS or self._way.copies is None:
+            # A few go one by one: llama.cpp keeps the graph, which then computes the token that follows.
+            size = 1 if len(tokens) <= _FEW_TOKENS else self.ubatch_size
+            for start in range(0, len(tokens), size):
+                self._reserve_each(slot, targets, position + start, tokens[start : start + size])
         else:
+            if self._copied:
+                self._settle(slot, targets[0], position)
             # llama.cpp gives a target the cells of the source, and would copy all that they hold before it computes.
             self._mirrored = True
             for target in targets:
@@ -325,10 +332,9 @@ class FusedContext(Sequences):
 
     def _give(self, slot: int, source: int, targets: Sequence[int], where: Range) -> None:
         self._synchronize()
-        positions = np.arange(where.start, where.start + where.count, dtype=np.int32)
-        self.devices.prepare(positions, self._threads)
+        self.devices.set_threads(self._threads)
         bases = {self.sequence(slot, target): self.bases[target] for target in targets}
-        self._cells.give(self.sequence(slot, source), self.bases[source], bases, where)
+        self._cells.give(Gift(self.sequence(slot, source), self.bases[source], bases, where))
 
     def keys_at(self, column: int, cell: int) -> dict[int, NDArray[np.float32]]:
         """The keys (float32 [numbers]) of one cell of slot 0 in each layer whose keys are f32 or f16."""
@@ -386,3 +392,8 @@ class FusedContext(Sequences):
             if not agree(found, wanted):
                 return f"the keys of layer {layer} came out wrong inside the graph"
         return ""
+
+
+def _count(logits: NDArray[np.float32] | None) -> int:
+    """Of how many tokens the logits go to an array: [vocab] or [n, vocab]."""
+    return 0 if logits is None else len(np.atleast_2d(logits))

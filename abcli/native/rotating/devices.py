@@ -53,10 +53,10 @@ class DeviceGraph(Owner):
 
 
 class Device(Owner):
-    """A device, memory of ours there, and what turning a cache's keys there needs: a backend, positions and angles."""
+    """A device, memory of ours there, and what turning a cache's keys there needs: a backend and angles."""
 
-    def __init__(self, handle: int, capacity: int) -> None:
-        """`capacity` is the largest number of positions. Raises NativeError if the device has no room."""
+    def __init__(self, handle: int) -> None:
+        """Raises NativeError if the device has no room."""
         with ExitStack() as stack:
             backend = api.device_init(handle, None)
             if not backend:
@@ -66,9 +66,6 @@ class Device(Owner):
             self.backend: int = backend
             self._handle = handle
             self._tensors = stack.enter_context(ExitStack())
-            self._positions = self.memory(4 * capacity)
-            self._lengths: dict[int, int] = {capacity: self.tensor(llama.GGML_TYPE_I32, (capacity,), self._positions)}
-            self._capacity = capacity
             # A tensor i32 [2] that holds 0 and 1.
             self.turns = self.tensor(llama.GGML_TYPE_I32, (2,), self.memory(8))
             api.tensor_set(self.turns, np.arange(2, dtype=np.int32).ctypes.data, 0, 8)
@@ -79,16 +76,6 @@ class Device(Owner):
         """How many threads compute here, if this is the CPU."""
         if self.is_cpu:
             api.set_threads(self.backend, threads)
-
-    def set_positions(self, positions: NDArray[np.int32]) -> None:
-        """The positions (int32 [n]) of the rows to be turned next."""
-        api.tensor_set(self._lengths[self._capacity], positions.ctypes.data, 0, positions.nbytes)
-
-    def positions(self, count: int) -> int:
-        """A tensor over the first `count` positions."""
-        if count not in self._lengths:
-            self._lengths[count] = self.tensor(llama.GGML_TYPE_I32, (count,), self._positions)
-        return self._lengths[count]
 
     def inverse_angles(self, key: DeltaKey) -> int:
         """A tensor f32 [pairs] of 1 / (theta under the new base - theta under the old one), for ggml's RoPE."""
@@ -137,12 +124,9 @@ class Device(Owner):
 class Devices(Owner):
     """The devices that llama.cpp's tensors turn out to lie on, opened when they are first met."""
 
-    def __init__(self, capacity: int) -> None:
-        """`capacity` is the largest number of rows to be turned at once."""
-        self._capacity = capacity
+    def __init__(self) -> None:
         self._by_handle: dict[int, Device] = {}
         self._by_buffer: dict[int, Device] = {}
-        self._positions: NDArray[np.int32] = np.zeros(1, np.int32)
         self._threads = 1
         self._stack = ExitStack()
 
@@ -166,9 +150,8 @@ class Devices(Owner):
         if not handle:
             raise NativeError("llama.cpp keeps numbers in memory of an unknown device")
         if handle not in self._by_handle:
-            device = self._by_handle[handle] = self._stack.enter_context(Device(handle, self._capacity))
+            device = self._by_handle[handle] = self._stack.enter_context(Device(handle))
             device.set_threads(self._threads)
-            device.set_positions(self._positions)
         return self._by_handle[handle]
 
     @property
@@ -176,12 +159,10 @@ class Devices(Owner):
         """The devices met so far."""
         return list(self._by_handle.values())
 
-    def prepare(self, positions: NDArray[np.int32], threads: int) -> None:
-        """Set the positions (int32 [n]) of the rows that come next, on every device, and the CPU's threads."""
-        self._positions = positions
+    def set_threads(self, threads: int) -> None:
+        """How many threads compute where the CPU does."""
         self._threads = threads
         for device in self._by_handle.values():
-            device.set_positions(positions)
             device.set_threads(threads)
 
 

@@ -38,7 +38,7 @@ def following_rotations(
     parameters.n_seq_max = parameters.n_outputs_max = 1
     observer = Observer()
     with ExitStack() as stack:
-        way: Turning = ByCallback(base, None, Devices(1)) if obstacle else InGraph(base, None)
+        way: Turning = ByCallback(base, None, Devices()) if obstacle else InGraph(base, None)
         made: list[Sequences] = []
         way.make(parameters, lambda: made.append(stack.enter_context(Sequences(model, parameters, cancel))))
         (other,) = made

@@ -21,7 +21,7 @@ SHAPES = [(6, 320, 1), (2, 1000, 3), (3, 4099, 2), (16, 49152, 1)]
 
 @pytest.fixture
 def devices() -> Iterator[Devices]:
-    with Devices(8) as found:
+    with Devices() as found:
         yield found
 
 

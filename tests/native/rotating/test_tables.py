@@ -20,7 +20,7 @@ ROWS = 8
 
 @pytest.fixture(scope="module")
 def devices() -> Iterator[Devices]:
-    with Devices(ROWS) as opened:
+    with Devices() as opened:
         yield opened
 
 
