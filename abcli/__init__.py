@@ -35,10 +35,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from abcli.generate import Sampler, Tokenizer
     from abcli.likelihood import TokenScore
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
+    from abcli.protocols import Sampler, Tokenizer
     from abcli.sampling import Choice, GenerationConfig, SamplingConfig
 
 # Where each name comes from, imported when it is first used: the command line needs few of them.
@@ -53,10 +53,10 @@ _HOMES = {
         *("GrammarError", "ModelFileError", "NativeError", "OutOfMemoryError", "ProfileError", "PromptError"),
         *("SessionError", "TemplateError", "ToolServerError", "UnsupportedModelError", "UsageError"),
     ),
-    "abcli.generate": ("Sampler", "Tokenizer"),
     "abcli.likelihood": ("TokenScore",),
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
+    "abcli.protocols": ("Sampler", "Tokenizer"),
     "abcli.sampling": ("Choice", "GenerationConfig", "SamplingConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
