@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator as Generating
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from abcli.chat.answer import Answer, Piece
 from abcli.chat.asking import Asked, Asker, plain_asked, split_settings
+from abcli.chat.continuation import continued
 from abcli.chat.conversation import Overflow
 from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
@@ -39,6 +42,7 @@ from abcli.generate import Generator, common_prefix
 from abcli.generate import Piece as RunningPiece
 from abcli.gguf.checked import CheckedModel
 from abcli.grammar.check import check
+from abcli.grammar.constraint import constraint_of
 from abcli.hub.locate import Fetch, locate_model
 from abcli.likelihood import Scorer, TokenScore, pair_tokens, windows
 from abcli.native.owner import Owner
@@ -243,7 +247,7 @@ class LLM(Owner):
         self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
     ) -> Iterator[Piece]:
         """The answer piece by piece, as `generate`; the last piece has the whole. Closing it early is allowed."""
-        options, config = self._split(settings)
+        options, config = self.split(settings)
         yield from self.answer(self.ask(prompt, options, config, raw=raw), on_progress)
 
     def ask(
@@ -254,10 +258,12 @@ class LLM(Owner):
         *,
         raw: bool = False,
         parse_special: bool = False,
+        held: Sequence[int] = (),
     ) -> Asked:
         """What `answer` answers: a prompt's tokens, how to decode its answer, and who reads it. Raises as `generate`.
 
-        With `raw` and `parse_special` control tokens in the text are read as such.
+        With `raw` and `parse_special` control tokens in the text are read as such. A conversation is spelled in the
+        tokens of `held`, which a slot holds, as far as these stand for the same text.
         """
         config = config or GenerationConfig()
         if raw:
@@ -266,9 +272,10 @@ class LLM(Owner):
             return plain_asked(self.prompt_tokens(prompt, raw=True, parse_special=parse_special), config)
         messages = as_messages(prompt)
         with self._turn.text():
-            return self.asker.ask(messages, options or ChatOptions(), config)
+            asked = self.asker.ask(messages, options or ChatOptions(), config)
+            return replace(asked, tokens=continued(tuple(held), asked.tokens, self._native.piece)) if held else asked
 
-    def answer(self, asked: Asked, on_progress: Progress | None = None) -> Iterator[Piece]:
+    def answer(self, asked: Asked, on_progress: Progress | None = None) -> Generating[Piece, None, None]:
         """The answer to what is asked, piece by piece; raises as `generate`."""
         yield from asked.reader().read(self.decode(asked.tokens, asked.generation, on_progress))
 
@@ -285,7 +292,7 @@ class LLM(Owner):
         `on_done` is called with the number of answers after each. Raises as `generate` does, for the first prompt that
         fails; the others are given up then.
         """
-        options, config = self._split(settings)
+        options, config = self.split(settings)
         self.check(config.sampling)
         waiting = deque((place, self.ask(prompt, options, config, raw=raw)) for place, prompt in enumerate(prompts))
         found: dict[int, Answer] = {}
@@ -328,7 +335,7 @@ class LLM(Owner):
         """
         from abcli.chat.controller import Chat
 
-        options, generation = self._split(settings)
+        options, generation = self.split(settings)
         chat = Chat(self, self.template, self.asker, generation, options, overflow=overflow)
         chat.conversation.replace(as_messages(messages) if messages else [])
         if system is not None:
@@ -355,6 +362,18 @@ class LLM(Owner):
         messages = as_messages(prompt)
         with self._turn.text():
             return self.template.tokens(messages)
+
+    def render(self, prompt: Prompt, options: ChatOptions | None = None) -> str:
+        """The text that the chat template makes of a prompt or conversation. Raises PromptError and TemplateError."""
+        messages = as_messages(prompt)
+        with self._turn.text():
+            return self.template.render(messages, options or ChatOptions())
+
+    @property
+    def special_texts(self) -> tuple[str, str]:
+        """The texts of the tokens that begin and end a sequence; empty where there is none."""
+        with self._turn.text():
+            return self._native.bos_text, self._native.eos_text
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The logits (float32 [buckets, vocabulary]) after `tokens`, of which there must be one or more.
@@ -409,13 +428,17 @@ class LLM(Owner):
     def check(self, sampling: SamplingConfig) -> None:
         """Raise UsageError for sampler settings that this model cannot have, GrammarError for a schema or grammar.
 
-        What is not enforced of a schema is a warning, once.
+        What is not enforced of a schema is a warning, once. A schema, regular expression or Lark grammar is compiled
+        for the model, so that no time is lost when an answer to it begins.
         """
         check_sampling(sampling, self.vocabulary_size)
         for remark in check(sampling):
             if remark not in self._remarks:
                 self._remarks.add(remark)
                 self._warn(remark)
+        constraint = constraint_of(sampling)
+        if constraint is not None and constraint.kind != "grammar":
+            self._native.matcher(constraint)
 
     def decode(
         self,
@@ -442,8 +465,8 @@ class LLM(Owner):
             if not 0 <= token < self.vocabulary_size:
                 raise PromptError(f"token {token} is not in the vocabulary", f"it ends at {self.vocabulary_size - 1}")
 
-    def _split(self, settings: Mapping[str, Any]) -> tuple[ChatOptions, GenerationConfig]:
-        """Settings as a template's and a decoder's, with the model's gate where they leave it open."""
+    def split(self, settings: Mapping[str, Any]) -> tuple[ChatOptions, GenerationConfig]:
+        """Settings by name as `ask` takes them, with the model's gate where they leave it open."""
         usual = {} if "generation" in settings else {"gate": self._gate}
         return split_settings({**usual, **settings})
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from abcli.config import MergeRule
 from abcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -145,9 +146,10 @@ class GenerationConfig:
 
     Where the native bucket's likeliest token has more than the probability `gate`, that bucket decides alone; without a
     gate all buckets are asked for every token. `lookup` is the most tokens of a draft that is looked up in prompt and
-    answer: as many as pay ("auto"), or None for no drafts. `steering` is made for each answer, from its conversation,
-    and no setting of anyone's. `observer` is called with each token's choice, the one that ends the answer included,
-    while others wait; it must not raise.
+    answer: as many as pay ("auto"), or None for no drafts. `merge` is the rule of this answer, without the model's
+    weights; where there is none, the model's. `steering` is made for each answer, from its conversation, and no setting
+    of anyone's. `observer` is called with each token's choice, the one that ends the answer included, while others
+    wait; it must not raise.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -155,6 +157,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     gate: float | None = None
+    merge: MergeRule | None = None
     lookup: LookupLength = None
     steering: Steering = field(default_factory=Steering)
     observer: Callable[[Choice], None] | None = field(default=None, repr=False, compare=False)

@@ -50,6 +50,8 @@ LAYERS: dict[str, int] = {
     "calibrate": 11,
     "ui": 12,
     "cli": 13,
+    # Doors for other programs.
+    "llm_plugin": 14,
 }
 PACKAGE = "abcli"
 NATIVE_MODULES = {"llama_cpp", "ctypes", "_ctypes"}

@@ -109,7 +109,7 @@ def test_an_answer_is_what_it_is_without_drafts(
     found = []
     for length in (None, lookup):
         engine = FakeEngine(chaotic(seed, agree), bases=(1e4, 2e4, 3e4)[:buckets], piece=5)
-        config = GenerationConfig(SamplingConfig(), limit, stop, False, gate, length)
+        config = GenerationConfig(SamplingConfig(), limit, stop, gate=gate, lookup=length)
         answer, text, held = answered(engine, prompt, config)
         statistics = answer.statistics
         counted = (statistics.steps, statistics.asked_steps, statistics.completion_tokens)
@@ -173,7 +173,7 @@ def test_a_real_context_gives_the_same_answer(
     with open_model(tiny_model) as model, make_engine(kind, model, *chosen) as engine:
         for lookup in (None, 6):
             config = GenerationConfig(
-                SamplingConfig(**{**vars(sampling), "logit_bias": bias}), 40, (), True, gate, lookup
+                SamplingConfig(**{**vars(sampling), "logit_bias": bias}), 40, ignore_eos=True, gate=gate, lookup=lookup
             )
             with Generator(engine, model, lambda sampling: SamplerChain(model, sampling)) as generator:
                 *_, piece = generator.stream(0, prompt, config)

@@ -116,7 +116,8 @@ class Sequences(Owner):
         """
         clear_log()
         with ExitStack() as stack:
-            handle = llama.llama_init_from_model(model.handle, parameters)
+            with model.making():
+                handle = llama.llama_init_from_model(model.handle, parameters)
             if not handle:
                 raise NativeError(
                     f"llama.cpp cannot make a context of {parameters.n_ctx} tokens: {log_tail() or 'no reason given'}",
@@ -131,6 +132,7 @@ class Sequences(Owner):
         self._last: list[int] = []
         self._memory = llama.llama_get_memory(handle)
         self._cancel = cancel
+        self._computing = model.computing
         self._row_bytes = model.vocabulary_size * 4
         self.base = float(parameters.rope_freq_base)
         self.batch_size: int = llama.llama_n_batch(handle)
@@ -143,7 +145,8 @@ class Sequences(Owner):
         NativeError if llama.cpp failed; the caller then restores the sequences to their former lengths.
         """
         self._last = self._batch.fill(parts)
-        status = llama.llama_decode(self._handle, self._batch.native)
+        with self._computing():
+            status = llama.llama_decode(self._handle, self._batch.native)
         if status == _DECODE_ABORTED or (status != 0 and self._cancel.is_set()):
             raise CancelledError
         if status == _DECODE_NO_ROOM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from abcli.errors import ModelFileError, NativeError, PromptError
 from abcli.gguf.checked import CheckedModel
 from abcli.gguf.lora import Adapter
 from abcli.grammar.constraint import Constraint
+from abcli.native.gains import HeadGains
 from abcli.native.llama import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
 
@@ -34,18 +35,19 @@ _SENTINEL = "\x01"
 _DEFAULT_BASE = 10000.0
 _ROTATIONS: dict[int, Rotation] = {llama.LLAMA_ROPE_TYPE_NORM: "pairs", llama.LLAMA_ROPE_TYPE_NEOX: "halves"}
 _MAX_TEXT_BYTES = 2**31 - 1
+_NOTHING = nullcontext()
 
 
 class Model(Owner):
-    """Owns one `llama_model` with its adapters: weights, vocabulary and metadata.
+    """Owns one `llama_model` with its adapters and gains: weights, vocabulary and metadata.
 
     Close it after every context made of it.
     """
 
     def __init__(self, checked: CheckedModel) -> None:
-        """Load a model with its adapters, with which every context that is made of it computes.
+        """Load a model with its adapters and gains, with which every context that is made of it computes.
 
-        Raises ModelFileError if llama.cpp refuses a file.
+        Raises ModelFileError if llama.cpp refuses a file, UnsupportedModelError where it cannot be given gains.
         """
         path, adapters = checked.path, checked.adapters
         initialise()
@@ -66,6 +68,7 @@ class Model(Owner):
             # llama.cpp frees them with the model (llama_model::~llama_model).
             self._adapter_handles = [_load_adapter(handle, path, adapter) for adapter in adapters]
             raise_interrupt()
+            self._gains = stack.enter_context(HeadGains(checked.gains)) if checked.gains else None
             self._stack = stack.pop_all()
         self.checked = checked
         self.path = path
@@ -78,13 +81,20 @@ class Model(Owner):
         self.rotation = _ROTATIONS.get(rope_type)
         self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
-        self._piece_buffer = ctypes.create_string_buffer(256)
         self.closed = False
 
     def close(self) -> None:
         """Free the weights; a second call does nothing."""
         self.closed = True
         super().close()
+
+    def making(self) -> AbstractContextManager[None]:
+        """What a `llama_context` of this model is made in."""
+        return _NOTHING if self._gains is None else self._gains.making()
+
+    def computing(self) -> AbstractContextManager[None]:
+        """What its contexts compute in, each on one thread."""
+        return _NOTHING if self._gains is None else self._gains.acting()
 
     def apply_adapters(self, context: Any) -> None:
         """Let a new `llama_context` of this model compute with its adapters."""
@@ -227,10 +237,11 @@ class Model(Owner):
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes a token stands for (`llama_token_to_piece`); none for control tokens unless `special`."""
-        buffer = self._piece_buffer
+        # Each call has its own: the thread that decodes asks while others read texts.
+        buffer = ctypes.create_string_buffer(64)
         length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
         if length < 0:
-            self._piece_buffer = buffer = ctypes.create_string_buffer(-length)
+            buffer = ctypes.create_string_buffer(-length)
             length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
         return buffer.raw[:length]
 
