@@ -23,7 +23,7 @@ OUTDATED := outdated
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model chat test peers dist check lint format-check types layers bench format clean distclean outdated
+.PHONY: help setup model chat serve test peers dist check lint format-check types layers bench format clean distclean outdated
 
 help: ## show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -33,8 +33,8 @@ help: ## show this list
 	@echo "variables:"
 	@echo "  PYTHON=python3.12    the Python to make the environment with (3.10 or newer)"
 	@echo "  ACCEL=cuda,rpc       cpu, blas, cuda, hip, metal, rpc, sycl, vulkan; kept until another is given"
-	@echo "  MODEL=FILE BUCKETS=6 for make chat, else as abcli chat takes them"
-	@echo "  ARGS='...'           handed on by chat, test, peers and bench"
+	@echo "  MODEL=FILE BUCKETS=6 for make chat and make serve, else as abcli chat takes them"
+	@echo "  ARGS='...'           handed on by chat, serve, test, peers and bench"
 
 setup: $(STAMP) ## make .venv with everything in it; the first time builds llama.cpp (minutes)
 
@@ -68,6 +68,14 @@ chat: $(STAMP)
 endif
 chat: ## chat with the default model, or with MODEL=FILE
 	@$(VENV_PYTHON) scripts/at_the_terminal.py $(VENV)/bin/abcli chat $(if $(MODEL),"$(MODEL)") $(if $(BUCKETS),--buckets $(BUCKETS)) $(ARGS)
+
+ifeq ($(MODEL),)
+serve: model
+else
+serve: $(STAMP)
+endif
+serve: ## serve the default model, or MODEL=FILE, to clients of OpenAI's protocol
+	@$(VENV)/bin/abcli serve $(if $(MODEL),"$(MODEL)") $(if $(BUCKETS),--buckets $(BUCKETS)) $(ARGS)
 
 # Ray is large and not to be had everywhere; where it is missing the tests that need it are skipped, and say so.
 test: model ## run the tests

@@ -265,7 +265,10 @@ class Generator(Owner):
             raise CancelledError
         try:
             # What is merged where it is computed leaves neither the buckets' logits nor all of the merged ones.
-            all_logits = any(item.sampler.may_choose_any or item.config.observer for item in self._running.values())
+            all_logits = any(
+                item.sampler.may_choose_any or item.config.observer or item.config.merge not in (None, self._rule)
+                for item in self._running.values()
+            )
             rule = None if all_logits else self._rule
             logits = self._engine.step(tokens, rule, self._gates()) if self._running else {}
         except CancelledError:
@@ -307,9 +310,11 @@ class Generator(Owner):
         finally:
             self.drop(slot)
 
-    def merged(self, logits: NDArray[np.float32]) -> Merged:
-        """What the merge rule makes of logits [buckets, vocab], until the next step."""
-        return self._merger.merge(logits, self._rule, self._pool_weights)
+    def merged(self, logits: NDArray[np.float32], rule: MergeRule | None = None) -> Merged:
+        """What `rule`, or else the usual one, makes of logits [buckets, vocab], until the next step."""
+        if rule is None:
+            return self._merger.merge(logits, self._rule, self._pool_weights)
+        return self._merger.merge(logits, rule)
 
     def drop(self, slot: int) -> None:
         """Stop the answer in `slot`, if any, or computing its prompt; what the engine's slot holds stays for reuse."""
@@ -352,7 +357,7 @@ class Generator(Owner):
         # One row is all there is, or merged already; the sampler refuses numbers that are none.
         chosen, weights, agreement = logits[0], _ALONE, self._engine.agreement(running.answer.slot)
         if len(logits) > 1:
-            merged = self.merged(logits)
+            merged = self.merged(logits, running.config.merge)
             chosen, weights, agreement = merged.logits, merged.weights, merged.agreement
         if agreement is not None:
             statistics.agreement_sum += agreement
@@ -393,7 +398,12 @@ class Generator(Owner):
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """The number of tokens with which both sequences begin."""
-    length = min(len(left), len(right))
-    if list(left[:length]) == list(right[:length]):
-        return length
-    return next(index for index in range(length) if left[index] != right[index])
+    same, end = 0, min(len(left), len(right))
+    # Whole slices are compared much faster than tokens one by one.
+    while same < end:
+        middle = (same + end + 1) // 2
+        if list(left[same:middle]) == list(right[same:middle]):
+            same = middle
+        else:
+            end = middle - 1
+    return same

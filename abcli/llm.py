@@ -39,6 +39,7 @@ from abcli.generate import Generator, common_prefix
 from abcli.generate import Piece as RunningPiece
 from abcli.gguf.checked import CheckedModel
 from abcli.grammar.check import check
+from abcli.grammar.constraint import constraint_of
 from abcli.hub.locate import Fetch, locate_model
 from abcli.likelihood import Scorer, TokenScore, pair_tokens, windows
 from abcli.native.owner import Owner
@@ -356,6 +357,18 @@ class LLM(Owner):
         with self._turn.text():
             return self.template.tokens(messages)
 
+    def render(self, prompt: Prompt, options: ChatOptions | None = None) -> str:
+        """The text that the chat template makes of a prompt or conversation. Raises PromptError and TemplateError."""
+        messages = as_messages(prompt)
+        with self._turn.text():
+            return self.template.render(messages, options or ChatOptions())
+
+    @property
+    def special_texts(self) -> tuple[str, str]:
+        """The texts of the tokens that begin and end a sequence; empty where there is none."""
+        with self._turn.text():
+            return self._native.bos_text, self._native.eos_text
+
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """The logits (float32 [buckets, vocabulary]) after `tokens`, of which there must be one or more.
 
@@ -409,13 +422,17 @@ class LLM(Owner):
     def check(self, sampling: SamplingConfig) -> None:
         """Raise UsageError for sampler settings that this model cannot have, GrammarError for a schema or grammar.
 
-        What is not enforced of a schema is a warning, once.
+        What is not enforced of a schema is a warning, once. A schema, regular expression or Lark grammar is compiled
+        for the model, so that no time is lost when an answer to it begins.
         """
         check_sampling(sampling, self.vocabulary_size)
         for remark in check(sampling):
             if remark not in self._remarks:
                 self._remarks.add(remark)
                 self._warn(remark)
+        constraint = constraint_of(sampling)
+        if constraint is not None and constraint.kind != "grammar":
+            self._native.matcher(constraint)
 
     def decode(
         self,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from abcli.config import MergeRule
 from abcli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -140,7 +141,8 @@ class GenerationConfig:
     """One answer: how to sample it and when to stop; -1 new tokens means until the context is full.
 
     Where the native bucket's likeliest token has more than the probability `gate`, that bucket decides alone; without a
-    gate all buckets are asked for every token. `steering` is made for each answer, from its conversation, and no
+    gate all buckets are asked for every token. `merge` is the rule of this answer, without the model's weights; where
+    there is none, the model's. `steering` is made for each answer, from its conversation, and no
     setting of anyone's. `observer` is called with each token's choice, the one that ends the answer included, while
     others wait; it must not raise.
     """
@@ -150,6 +152,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     gate: float | None = None
+    merge: MergeRule | None = None
     steering: Steering = field(default_factory=Steering)
     observer: Callable[[Choice], None] | None = field(default=None, repr=False, compare=False)
 

@@ -46,6 +46,19 @@ def read_messages(value: Any) -> tuple[Message, ...]:
     return tuple(_message(item, number) for number, item in enumerate(value, 1))
 
 
+def known_fields(value: Any) -> Any:
+    """A message without the fields that are not known: servers pass over them. What is no message stays as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    known = (
+        "role",
+        "content",
+        *_IGNORED,
+        *next((names for role, names in _OWN.items() if role == value.get("role")), ()),
+    )
+    return {name: content for name, content in value.items() if name in known}
+
+
 def message_fields(message: Message) -> dict[str, Any]:
     """`message` as JSON values, without what is empty; `read_messages` reads it back."""
     fields: dict[str, Any] = {"role": message.role, "content": message.content}

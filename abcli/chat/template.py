@@ -82,6 +82,7 @@ class ChatTemplate:
         """
         if len(source) > _MAX_SOURCE_BYTES:
             raise TemplateError(f"the chat template is too long: {len(source):,} characters", OTHER_TEMPLATE)
+        self.source = source
         self._model = model
         self._template = CompiledTemplate(source)
         self._tokenizer = PartTokenizer(model)

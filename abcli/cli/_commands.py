@@ -53,6 +53,7 @@ COMMANDS = {
     "run": CommandPlace("abcli.cli.run", "run", "Answer one prompt and exit."),
     "chat": CommandPlace("abcli.cli.chat", "chat", "Talk with a model."),
     "batch": CommandPlace("abcli.cli.batch", "app", "Answer a file of prompts: abcli batch [MODEL] INPUT -o OUTPUT."),
+    "serve": CommandPlace("abcli.cli.serve", "serve", "Serve a model to every client that speaks OpenAI's protocol."),
     "pull": CommandPlace("abcli.cli.pull", "pull", "Fetch a model from the hub."),
     "models": CommandPlace("abcli.cli.models", "app", "Show, remove and name the models on this machine."),
     "inspect": CommandPlace(

@@ -269,16 +269,21 @@ class Matchers:
             ) from None
         self._size = len(vocabulary.tokens)
         self._templates: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
 
     def start(self, constraint: Constraint) -> Matcher:
         """A matcher that has seen nothing yet. Raises GrammarError as `compile_constraint`, or if no token fits."""
-        template = self._templates.pop(constraint, None)
+        with self._lock:
+            template = self._templates.get(constraint)
         if template is None:
+            # Others need not wait meanwhile.
             template = self._compile(compile_constraint(constraint))
-        self._templates[constraint] = template
-        if len(self._templates) > KEPT:
-            self._templates.popitem(last=False)
-        return Matcher(template.deep_copy(), self._size)
+        with self._lock:
+            self._templates[constraint] = template
+            self._templates.move_to_end(constraint)
+            if len(self._templates) > KEPT:
+                self._templates.popitem(last=False)
+            return Matcher(template.deep_copy(), self._size)
 
     def _compile(self, compiled: Compiled) -> LLMatcher:
         guidance = _llguidance()

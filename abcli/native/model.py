@@ -78,7 +78,6 @@ class Model(Owner):
         self.rotation = _ROTATIONS.get(rope_type)
         self.sliding_window: int = llama.llama_model_n_swa(handle)
         self.is_recurrent = bool(llama.llama_model_is_recurrent(handle) or llama.llama_model_is_hybrid(handle))
-        self._piece_buffer = ctypes.create_string_buffer(256)
         self.closed = False
 
     def close(self) -> None:
@@ -227,10 +226,11 @@ class Model(Owner):
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes a token stands for (`llama_token_to_piece`); none for control tokens unless `special`."""
-        buffer = self._piece_buffer
+        # Each call has its own: the thread that decodes asks while others read texts.
+        buffer = ctypes.create_string_buffer(64)
         length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
         if length < 0:
-            self._piece_buffer = buffer = ctypes.create_string_buffer(-length)
+            buffer = ctypes.create_string_buffer(-length)
             length = llama.llama_token_to_piece(self.vocabulary, token, buffer, len(buffer), 0, special)
         return buffer.raw[:length]
 

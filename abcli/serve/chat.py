@@ -1,0 +1,188 @@
+"""OpenAI's chat completions: POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.responses import Response
+from starlette.routing import Route
+
+from abcli.chat.answer import Answer
+from abcli.chat.asking import Asked, check_tools
+from abcli.chat.message_format import known_fields, read_messages
+from abcli.chat.messages import Message
+from abcli.chat.options import ChatOptions, chat_options
+from abcli.errors import ContextFullError, UsageError
+from abcli.sampling import GenerationConfig
+from abcli.serve.asking import Watching, check_constraint, read_generation, read_watching, with_seed
+from abcli.serve.chat_shapes import ChatShape
+from abcli.serve.events import DONE, EventStream, event
+from abcli.serve.fields import Fields
+from abcli.serve.gathering import merged_events
+from abcli.serve.problems import blaming
+from abcli.serve.routing import Body, JsonResponse, post
+from abcli.serve.service import Answering, Service
+
+MAX_MESSAGES = 10_000
+MAX_CHOICES = 128
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A chat request, read: what is asked for each of its choices, and how the answer is wanted."""
+
+    asked: tuple[Asked, ...]
+    model: str
+    stream: bool = False
+    include_usage: bool = False
+    fresh: bool = False
+    watching: Watching | None = None
+
+
+def routes() -> list[Route]:
+    """The routes of this module."""
+    return [post(path, chat_completions) for path in ("/v1/chat/completions", "/chat/completions")]
+
+
+async def chat_completions(service: Service, body: Body) -> Response:
+    """Answer a chat request."""
+    request, answers = await ask_chat(service, body)
+    shape = ChatShape(service, request.model)
+    if request.stream:
+        return EventStream(
+            _events(shape, request, answers),
+            ping_seconds=service.settings.ping_seconds,
+            on_close=partial(_close, answers),
+        )
+    try:
+        finished = await asyncio.gather(*map(finished_answer, answers))
+    finally:
+        _close(answers)
+    return JsonResponse(shape.completion(finished, [answering.chosen for answering in answers], request.watching))
+
+
+async def ask_chat(service: Service, body: Mapping[str, Any]) -> tuple[ChatRequest, list[Answering]]:
+    """Let a chat request be answered: the request, and an answer in progress for each of its choices; close each.
+
+    Raises what is wrong with the request before anything is computed, and RefusedError where there is no room.
+    """
+    request = await service.prepare(partial(read_chat, service, body))
+    watching = request.watching
+    answers = service.answers(
+        request.asked,
+        fresh=request.fresh,
+        top=None if watching is None else watching.top,
+        each_bucket=watching is not None and watching.each_bucket,
+    )
+    return request, answers
+
+
+async def finished_answer(answering: Answering) -> Answer:
+    """The whole answer. Raises what goes wrong."""
+    async with aclosing(answering):
+        async for piece in answering:
+            if piece.answer is not None:
+                return piece.answer
+    raise AssertionError("the last piece has the answer")
+
+
+def read_chat(service: Service, body: Mapping[str, Any]) -> ChatRequest:
+    """A chat request as clients of OpenAI and llama-server write it; takes its time.
+
+    Raises UsageError with the field to blame, PromptError, TemplateError, GrammarError and ContextFullError.
+    """
+    fields = Fields(body)
+    stream_options = fields.inner("stream_options")
+    choices = fields.whole("n", 1, 1, min(MAX_CHOICES, service.capacity))
+    watching = read_watching(fields)
+    generation = read_generation(fields, service)
+    options = read_options(fields, service.settings.options)
+    if watching is not None:
+        # Made here, where it keeps nobody waiting.
+        _ = service.pieces
+    asked = ask_messages(service, body.get("messages"), options, generation, fields)
+    return ChatRequest(
+        asked=tuple(
+            Asked(asked.tokens, with_seed(asked.generation, number), asked.reader) for number in range(choices)
+        ),
+        model=fields.text("model", service.settings.alias),
+        stream=fields.flag("stream"),
+        include_usage=stream_options.flag("include_usage"),
+        fresh=not fields.flag("cache_prompt", default=True),
+        watching=watching,
+    )
+
+
+def read_options(fields: Fields, base: ChatOptions) -> ChatOptions:
+    """What a request says to the chat template. Raises UsageError with the field to blame."""
+    names = ("tool_choice", "parallel_tool_calls", "reasoning_effort", "reasoning_format", "chat_template_kwargs")
+    found = {name: fields.any(name) for name in names if name in fields}
+    budgets = ("thinking_budget", "thinking_budget_tokens", "reasoning_budget_tokens")
+    if fields.any(*budgets) is not None:
+        found["thinking_budget"] = fields.any(*budgets)
+    if "enable_thinking" in fields:
+        found["thinking"] = fields.flag("enable_thinking")
+    if "tools" in fields:
+        with blaming("tools"):
+            tools = chat_options({"tools": fields.any("tools")}).tools
+            check_tools(tools)
+            found["tools"] = tools
+    if not found.get("tools") and found.get("tool_choice") in ("auto", "none"):
+        del found["tool_choice"]
+    return chat_options(found, base)
+
+
+def read_conversation(value: Any) -> tuple[Message, ...]:
+    """The messages of a request; fields of theirs that are not known are passed over. Raises UsageError."""
+    with blaming("messages"):
+        if isinstance(value, list):
+            if len(value) > MAX_MESSAGES:
+                raise UsageError(f"there are {len(value):,} messages", f"send at most {MAX_MESSAGES:,}")
+            value = list(map(known_fields, value))
+        return read_messages(value)
+
+
+def ask_messages(
+    service: Service, value: Any, options: ChatOptions, generation: GenerationConfig, fields: Fields
+) -> Asked:
+    """What is asked with messages. Raises UsageError for the messages, ContextFullError."""
+    messages = read_conversation(value)
+    with blaming("messages"):
+        asked = service.llm.ask(messages, options, generation)
+    check_constraint(fields, service, asked.generation.sampling)
+    check_length(service, asked.tokens)
+    return asked
+
+
+def check_length(service: Service, tokens: Sequence[int]) -> None:
+    """Raise ContextFullError for a prompt that leaves no room for a token of an answer."""
+    size = service.llm.context_size
+    if len(tokens) >= size:
+        raise ContextFullError(len(tokens), size)
+
+
+async def _events(shape: ChatShape, request: ChatRequest, answers: Sequence[Answering]) -> AsyncIterator[bytes]:
+    """The chunks of all choices, as they come."""
+    wires = [shape.chunks(number, request) for number in range(len(answers))]
+    finished: list[Answer] = []
+    for wire in wires:
+        yield event(wire.first())
+    async with aclosing(merged_events(answers)) as pieces:
+        async for number, piece in pieces:
+            for chunk in wires[number].add(piece, answers[number].chosen):
+                yield event(chunk)
+            if piece.answer is not None:
+                finished.append(piece.answer)
+    if request.include_usage:
+        yield event(shape.usage_chunk(finished))
+    yield DONE
+
+
+def _close(answers: Sequence[Answering]) -> None:
+    for answering in answers:
+        answering.close()

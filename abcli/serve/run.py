@@ -1,0 +1,133 @@
+"""Serves an application on a socket until the process is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from abcli.errors import UsageError
+from abcli.serve.worker import Worker
+
+# A connection that has not sent the head of a request after so many seconds is closed.
+HEAD_SECONDS = 20.0
+_KEEP_ALIVE_SECONDS = 30
+_MAX_HEAD_BYTES = 32 * 1024
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 takes any that is free. Raises UsageError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, kind, protocol)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+            found.listen(1024)
+        except BaseException:
+            found.close()
+            raise
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UsageError(
+            f"cannot listen at {host} port {port}: {reason}", "choose another `host` or `port`", setting="port"
+        ) from None
+    return found
+
+
+def serve(app: ASGIApp, worker: Worker, listening: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT, then finish what was begun; a second signal ends that, too.
+
+    `on_ready` is called when requests are taken. Call it in the process's main thread.
+    """
+    config = uvicorn.Config(
+        app,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+    )
+    server = _Server(config, worker, on_ready)
+    asyncio.run(server.serve(sockets=[listening]))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server with signals as `serve` describes them, which end in a normal exit."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._worker = worker
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # A handler may run amid anything, so what takes locks is left to a thread or the loop.
+        if self.should_exit:
+            self.force_exit = True
+            self._worker.stop_soon()
+        self.should_exit = True
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol that does not wait for ever for a request's head (slow loris)."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._waiting is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_head()
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before:
+            self._forget_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._waiting = self.loop.call_later(HEAD_SECONDS, partial(self._too_late, self.cycle))
+
+    def _forget_head(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def _too_late(self, before: object) -> None:
+        self._waiting = None
+        if self.cycle is before and not self.transport.is_closing():
+            self.transport.close()

@@ -1,0 +1,229 @@
+"""What endpoints ask: a model with its worker, and how the server was started."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from time import monotonic, time
+from typing import TypeVar
+
+from abcli.chat.answer import Piece
+from abcli.chat.asking import Asked
+from abcli.chat.calls.events import CallBegun, CallFinished, Event
+from abcli.chat.messages import ToolCall
+from abcli.chat.options import ChatOptions
+from abcli.llm import LLM
+from abcli.sampling import GenerationConfig
+from abcli.serve.chosen import Chosen, Watcher
+from abcli.serve.problems import refused
+from abcli.serve.worker import Delivery, Ticket, Worker
+
+# Templates and grammars take processor time: more threads would only slow each other down.
+_READERS = 2
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server was started; `seconds` is the most a request may take, `queue` how many may wait.
+
+    `generation` and `options` are what requests leave open.
+    """
+
+    alias: str
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    options: ChatOptions = field(default_factory=ChatOptions)
+    queue: int = 64
+    seconds: float = 600.0
+    ping_seconds: float = 15.0
+    body_seconds: float = 60.0
+    show_slots: bool = True
+    show_metrics: bool = True
+
+
+class Service:
+    """A model that is served. Its coroutines belong to one event loop."""
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        """The model is the caller's to close, after `close`."""
+        self.llm = llm
+        self.settings = settings
+        self.started = int(time())
+        self.worker = Worker(llm.engine, llm.generator)
+        self.worker.start()
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="abcli-read")
+        self._reading = 0
+        self._open = 0
+
+    def close(self) -> None:
+        """End what is computed, and wait for that."""
+        self.worker.stop()
+        self.worker.join()
+        self._readers.shutdown(cancel_futures=True)
+
+    @property
+    def capacity(self) -> int:
+        """How many answers may run and wait at once."""
+        return self.worker.slots + self.settings.queue
+
+    @cached_property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes that each token stands for; the first use takes its time."""
+        return [self.llm.piece(token) for token in range(self.llm.vocabulary_size)]
+
+    async def prepare(self, read: Callable[[], Result]) -> Result:
+        """The result of `read`, which may take its time, from another thread.
+
+        Raises what it raises, and RefusedError where too many requests wait.
+        """
+        self.check_room(1)
+        self._reading += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        finally:
+            self._reading -= 1
+
+    async def compute(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`, run on the thread that computes, between two steps. Raises as `prepare`."""
+        self.check_room(1)
+        return await asyncio.wrap_future(self.worker.call(work))
+
+    def check_room(self, count: int) -> None:
+        """Raise RefusedError where so many further answers cannot even wait."""
+        if self._reading + self._open + count > self.capacity:
+            raise refused(
+                429, "rate_limit_error", "too many requests are waiting", code="rate_limit_exceeded", Retry_After="5"
+            )
+
+    def answers(
+        self,
+        asked: Sequence[Asked],
+        *,
+        fresh: bool = False,
+        top: int | None = None,
+        each_bucket: bool = False,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Answering]:
+        """Let all of `asked` be answered; close each of what is returned.
+
+        With `top`, log-probabilities are kept of every token and of so many of the likeliest. Raises RefusedError where
+        there is no room, or the server is stopping.
+        """
+        self.check_room(len(asked))
+        found: list[Answering] = []
+        try:
+            for item in asked:
+                watcher = None if top is None else Watcher(top, each_bucket=each_bucket)
+                found.append(Answering(self, item, fresh=fresh, watcher=watcher, on_progress=on_progress))
+        except BaseException:
+            for answering in found:
+                answering.close()
+            raise
+        return found
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Count an answer that is not a ticket's."""
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+
+    def opened(self, change: int) -> None:
+        """Count answers that begin (1) and end (-1)."""
+        self._open += change
+
+
+class Answering(AsyncIterator[Piece]):
+    """One answer as it comes: an iterator of its pieces, of which the last has the whole.
+
+    Raises what goes wrong. Close it when nobody reads on; closing it twice, or after its end, does nothing.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        asked: Asked,
+        *,
+        fresh: bool = False,
+        watcher: Watcher | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.chosen: list[Chosen] = []
+        """What was kept of the tokens so far, where log-probabilities are wanted."""
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._ids: dict[int, str] = {}
+        self._ended = False
+        generation = asked.generation if watcher is None else replace(asked.generation, observer=watcher)
+        self._ticket = Ticket(
+            asked.tokens,
+            generation,
+            asked.reader(),
+            self._hear,
+            monotonic() + service.settings.seconds,
+            fresh=fresh,
+            watcher=watcher,
+            on_progress=on_progress,
+        )
+        service.worker.submit(self._ticket)
+        service.opened(1)
+
+    async def __anext__(self) -> Piece:
+        if self._ended:
+            raise StopAsyncIteration
+        delivery = await self._queue.get()
+        if delivery.error is not None:
+            self._end()
+            raise delivery.error
+        assert delivery.piece is not None  # noqa: S101 - it is the one or the other
+        if delivery.piece.answer is not None:
+            self._end()
+        self.chosen += delivery.chosen
+        return self._with_own_ids(delivery.piece)
+
+    def close(self) -> None:
+        """Nobody reads on."""
+        if not self._ended:
+            self._service.worker.give_up(self._ticket)
+            self._end()
+
+    async def aclose(self) -> None:
+        """As `close`, for `contextlib.aclosing`."""
+        self.close()
+
+    def _hear(self, delivery: Delivery) -> None:
+        """Take a delivery from the worker's thread."""
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, delivery)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._service.opened(-1)
+
+    def _with_own_ids(self, piece: Piece) -> Piece:
+        """The piece with ids of calls that no other answer has."""
+        if piece.events:
+            piece = replace(piece, events=tuple(map(self._named, piece.events)))
+        if piece.answer is not None and piece.answer.tool_calls:
+            calls = (self._renamed(number, call) for number, call in enumerate(piece.answer.tool_calls))
+            piece = replace(piece, answer=replace(piece.answer, tool_calls=tuple(calls)))
+        return piece
+
+    def _named(self, event: Event) -> Event:
+        if isinstance(event, CallBegun):
+            self._ids[event.index] = f"call_{secrets.token_hex(12)}"
+            return replace(event, id=self._ids[event.index])
+        if isinstance(event, CallFinished):
+            return replace(event, call=self._renamed(event.index, event.call))
+        return event
+
+    def _renamed(self, index: int, call: ToolCall) -> ToolCall:
+        return replace(call, id=self._ids.get(index, call.id))

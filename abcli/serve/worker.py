@@ -1,0 +1,366 @@
+"""The one thread that computes: as many answers at once as the engine has slots, the others wait their turn."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, Protocol, TypeVar
+
+from abcli.chat.answer import Piece
+from abcli.chat.asking import AnswerReader
+from abcli.errors import AbcliError, CancelledError
+from abcli.generate import Answer as RunningAnswer
+from abcli.generate import Generator, common_prefix
+from abcli.sampling import GenerationConfig
+from abcli.serve.chosen import Chosen, Watcher
+from abcli.serve.problems import refused
+
+log = logging.getLogger("abcli.serve")
+
+# Copying fewer tokens from another slot, or waiting for it to compute them, is not worth it.
+WORTH_SHARING = 64
+# So many of those that wait may be overtaken by one whose beginning need not be waited for.
+_LOOK_AHEAD = 64
+
+Result = TypeVar("Result")
+
+
+class Slots(Protocol):
+    """What the worker needs to know of an engine."""
+
+    @property
+    def slots(self) -> int:
+        """The number of slots, numbered from 0."""
+
+    def tokens(self, slot: int) -> Sequence[int]:
+        """The tokens a slot holds."""
+
+    def truncate(self, slot: int, length: int) -> int:
+        """Forget what follows the first `length` tokens."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target` hold what slot `source` holds."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a step gave one answer: a piece and the tokens chosen in it, or the error that ends it."""
+
+    piece: Piece | None = None
+    chosen: tuple[Chosen, ...] = ()
+    error: AbcliError | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """An answer that is wanted. `deliver` is called by the worker's thread, until a piece has the answer or an error.
+
+    `deadline` is the time (`time.monotonic`) at which it is given up; `fresh` takes over nothing of other prompts;
+    `on_progress` gets (tokens computed, tokens to compute).
+    """
+
+    tokens: Sequence[int]
+    config: GenerationConfig
+    reader: AnswerReader
+    deliver: Callable[[Delivery], None]
+    deadline: float
+    fresh: bool = False
+    watcher: Watcher | None = None
+    on_progress: Callable[[int, int], None] | None = None
+    gone: bool = False
+    """Nobody waits for it any more."""
+    running: RunningAnswer | None = None
+    begun: bool = False
+    """Its prompt is complete."""
+
+
+@dataclass
+class Counts:
+    """What was done so far: numbers of answers and tokens, seconds."""
+
+    answers: int = 0
+    errors: int = 0
+    given_up: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    steps: int = 0
+    busy: int = 0
+    """Slots that were busy, summed over the steps."""
+    agreement_sum: float = 0.0
+    asked_steps: int = 0
+
+
+@dataclass
+class _Job:
+    work: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+class Worker:
+    """Answers tickets in the slots of an engine, all of them together, on a thread of its own.
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(self, engine: Slots, generator: Generator) -> None:
+        """Nobody else may use the engine and the generator as long as the thread runs."""
+        self.counts = Counts()
+        self._engine = engine
+        self._generator = generator
+        self._changed = threading.Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[int, Ticket] = {}
+        self._jobs: deque[_Job] = deque()
+        # When each slot was last used; an empty one never was.
+        self._used = [0.0] * engine.slots
+        self._draining = False
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="abcli-serve", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def slots(self) -> int:
+        """How many answers are computed at once."""
+        return self._engine.slots
+
+    @property
+    def waiting(self) -> int:
+        """How many answers wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> dict[int, Ticket]:
+        """The tickets that are answered now, by slot."""
+        return dict(self._running)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether new tickets are taken."""
+        return not (self._draining or self._stopping)
+
+    def submit(self, ticket: Ticket) -> None:
+        """Let a ticket be answered. Raises RefusedError where no more are taken."""
+        with self._changed:
+            self._check_open()
+            self._waiting.append(ticket)
+            self._changed.notify()
+
+    def give_up(self, ticket: Ticket) -> None:
+        """Nobody waits for the answer any more: its slot is free after the running step."""
+        ticket.gone = True
+        with self._changed:
+            self._changed.notify()
+
+    def call(self, work: Callable[[], Result]) -> Future[Result]:
+        """Run `work` on the thread between two steps; everything else waits for it. Raises as `submit`."""
+        job = _Job(work)
+        with self._changed:
+            self._check_open()
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    def drain(self) -> None:
+        """Take no new tickets; the thread ends when those it has are answered."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End now: what waits or runs gets CancelledError."""
+        self.stop_soon()
+        with self._changed:
+            self._changed.notify()
+
+    def stop_soon(self) -> None:
+        """As `stop` where something is computed; for signal handlers, which must not wait for a lock."""
+        self._stopping = True
+        self._generator.cancel()
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Wait for the thread to end; whether it has."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _check_open(self) -> None:
+        if not self.accepts:
+            raise refused(503, "unavailable_error", "the server is stopping", Retry_After="5")
+
+    def _run(self) -> None:
+        while self._await_work():
+            self._run_jobs()
+            self._drop_the_lost()
+            self._begin_waiting()
+            if self._running:
+                self._step()
+        self._fail(CancelledError())
+
+    def _await_work(self) -> bool:
+        """Wait until there is something to do; False when the thread is to end."""
+        with self._changed:
+            while not (self._stopping or self._jobs or self._waiting or self._running):
+                if self._draining:
+                    return False
+                self._changed.wait()
+            return not self._stopping
+
+    def _run_jobs(self) -> None:
+        while self._jobs:
+            job = self._jobs.popleft()
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            try:
+                job.future.set_result(job.work())
+            except Exception as error:  # it is the caller's, whatever it is
+                job.future.set_exception(error)
+
+    def _drop_the_lost(self) -> None:
+        """Free the slots of those that nobody waits for, or that took too long."""
+        now = monotonic()
+        for slot, ticket in list(self._running.items()):
+            if ticket.gone or now > ticket.deadline:
+                self._generator.drop(slot)
+                self._leave(slot)
+                self._lose(ticket)
+        with self._changed:
+            lost = [ticket for ticket in self._waiting if ticket.gone or now > ticket.deadline]
+            for ticket in lost:
+                self._waiting.remove(ticket)
+        for ticket in lost:
+            self._lose(ticket)
+
+    def _lose(self, ticket: Ticket) -> None:
+        self.counts.given_up += 1
+        if not ticket.gone:
+            error = refused(503, "timeout_error", "the request took longer than the server allows", code="timeout")
+            self._deliver(ticket, Delivery(error=error))
+
+    def _begin_waiting(self) -> None:
+        """Give free slots to those that wait, in their order, but for those whose beginning is being computed."""
+        free = [slot for slot in range(self.slots) if slot not in self._running]
+        with self._changed:
+            candidates = list(self._waiting)[:_LOOK_AHEAD] if free else []
+        for ticket in candidates:
+            if not free:
+                return
+            slot = self._choose_slot(ticket, free)
+            if slot is None:
+                continue
+            with self._changed:
+                self._waiting.remove(ticket)
+            if self._begin(ticket, slot):
+                free.remove(slot)
+
+    def _choose_slot(self, ticket: Ticket, free: Sequence[int]) -> int | None:
+        """The slot for a ticket, which holds then what any slot does of its beginning; None where that is to come.
+
+        A slot that mostly holds what the ticket needs goes on with it; else the one that was not used for longest
+        takes over the beginning, so that what others said stays where it is.
+        """
+        oldest = min(free, key=lambda slot: (bool(self._engine.tokens(slot)), self._used[slot], slot))
+        if ticket.fresh:
+            self._engine.truncate(oldest, 0)
+            return oldest
+        held = {slot: self._engine.tokens(slot) for slot in range(self.slots)}
+        common = {slot: common_prefix(tokens, ticket.tokens) for slot, tokens in held.items()}
+        best = max(common.values())
+        coming = (common_prefix(other.tokens, ticket.tokens) for other in self._running.values() if not other.begun)
+        if max(coming, default=0) >= best + WORTH_SHARING:
+            return None
+        going_on = [slot for slot in free if common[slot] and 2 * common[slot] >= len(held[slot])]
+        target = max(going_on, key=lambda slot: common[slot]) if going_on else oldest
+        if best >= common[target] + WORTH_SHARING:
+            self._engine.copy(max(common, key=lambda slot: common[slot]), target)
+        return target
+
+    def _begin(self, ticket: Ticket, slot: int) -> bool:
+        """Let a ticket be answered in a slot; False where that cannot be, of which it is told."""
+        try:
+            ticket.running = self._generator.start(slot, ticket.tokens, ticket.config, ticket.on_progress)
+        except AbcliError as error:
+            self._end_with_error(ticket, error)
+            return False
+        except Exception as error:
+            log.exception("internal error")
+            self._end_with_error(ticket, AbcliError(f"internal error: {type(error).__name__}"))
+            return False
+        self._running[slot] = ticket
+        self._used[slot] = monotonic()
+        return True
+
+    def _step(self) -> None:
+        self.counts.steps += 1
+        self.counts.busy += len(self._running)
+        try:
+            pieces = self._generator.step()
+        except AbcliError as error:
+            self._fail(error)
+            return
+        except Exception as error:
+            log.exception("internal error")
+            self._fail(AbcliError(f"internal error: {type(error).__name__}"))
+            return
+        for piece in pieces:
+            ticket = self._running[piece.answer.slot]
+            ticket.begun = True
+            if piece.answer.error is not None:
+                self._leave(piece.answer.slot)
+                self._end_with_error(ticket, piece.answer.error)
+                continue
+            if piece.answer.finish_reason is not None:
+                self._leave(piece.answer.slot)
+                self._count(piece.answer)
+            chosen = ticket.watcher.take(len(piece.answer.tokens)) if ticket.watcher is not None else ()
+            self._deliver(ticket, Delivery(ticket.reader.add(piece), chosen))
+
+    def _count(self, answer: RunningAnswer) -> None:
+        counts, statistics = self.counts, answer.statistics
+        counts.answers += 1
+        counts.prompt_tokens += statistics.prompt_tokens
+        counts.cached_tokens += statistics.cached_tokens
+        counts.completion_tokens += statistics.completion_tokens
+        counts.prefill_seconds += statistics.prefill_seconds
+        counts.decode_seconds += statistics.decode_seconds
+        counts.agreement_sum += statistics.agreement_sum
+        counts.asked_steps += statistics.asked_steps
+
+    def _fail(self, error: AbcliError) -> None:
+        """What concerns the model or the machine ends all that runs, and all that waits if the thread is to end."""
+        for slot, ticket in list(self._running.items()):
+            self._generator.drop(slot)
+            self._leave(slot)
+            self._end_with_error(ticket, error)
+        if self._stopping:
+            with self._changed:
+                waiting, jobs = list(self._waiting), list(self._jobs)
+                self._waiting.clear()
+                self._jobs.clear()
+            for ticket in waiting:
+                self._end_with_error(ticket, error)
+            for job in jobs:
+                if job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(error)
+
+    def _leave(self, slot: int) -> None:
+        del self._running[slot]
+        self._used[slot] = monotonic()
+
+    def _end_with_error(self, ticket: Ticket, error: AbcliError) -> None:
+        self.counts.errors += 1
+        self._deliver(ticket, Delivery(error=error))
+
+    @staticmethod
+    def _deliver(ticket: Ticket, delivery: Delivery) -> None:
+        if not ticket.gone:
+            ticket.deliver(delivery)
