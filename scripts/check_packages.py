@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 WHEEL = DIST / f"abcli-{__version__}-py3-none-any.whl"
 ARCHIVE = DIST / f"abcli-{__version__}.tar.gz"
-EXTRAS = {"serve": "starlette", "llm": "llm", "plot": "matplotlib"}
+EXTRAS = {"plot": "matplotlib", "serve": "starlette"}
 STEP_SECONDS = 300
 
 
@@ -88,7 +88,6 @@ def with_pip(scratch: Path, llama: Path) -> Path:
     run([sys.executable, "-m", "venv", str(scratch)])
     python = str(scratch / "bin" / "python")
     wanted = f"abcli[{','.join(EXTRAS)}] @ {WHEEL.as_uri()}"
-    run([python, "-m", "pip", "install", "--quiet", "--upgrade", "pip>=24"])
     run([python, "-m", "pip", "install", "--quiet", wanted, str(llama)])
     run([python, "-c", f"import {', '.join(EXTRAS.values())}"])
     return scratch / "bin" / "abcli"
