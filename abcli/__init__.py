@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
     from abcli.sampling import Choice, GenerationConfig, SamplingConfig
+    from abcli.trace.page import save_trace
+    from abcli.trace.trace import Trace
 
 # Where each name comes from, imported when it is first used: the command line needs few of them.
 _HOMES = {
@@ -58,6 +60,8 @@ _HOMES = {
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
     "abcli.sampling": ("Choice", "GenerationConfig", "SamplingConfig"),
+    "abcli.trace.page": ("save_trace",),
+    "abcli.trace.trace": ("Trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -95,11 +99,13 @@ __all__ = [
     "Tool",
     "ToolCall",
     "ToolServerError",
+    "Trace",
     "UnsupportedModelError",
     "Usage",
     "UsageError",
     "__version__",
     "load",
+    "save_trace",
 ]
 
 

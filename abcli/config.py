@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import platformdirs
 
@@ -15,6 +15,9 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
 FlashAttention = Literal["auto", "on", "off"]
 PrefillMode = Literal["auto", "shared", "exact"]
 EngineChoice = Literal["auto", "fused", "contexts"]
+
+# A factor on the output of each attention head, layer by layer.
+Gains: TypeAlias = tuple[tuple[float, ...], ...]
 
 MERGE_RULES: tuple[MergeRule, ...] = get_args(MergeRule)
 SPREADS: tuple[Spread, ...] = get_args(Spread)

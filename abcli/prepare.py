@@ -82,6 +82,7 @@ def prepare(
     if found is not None:
         prefill = prefill or found.prefill
         prefill_base = found.prefill_base if prefill_base is None else prefill_base
+        model = model.with_gains(found.gains)
         asked = BucketConfig(count=len(found.bases), bases=found.bases, merge=found.merge, weights=found.weights)
     buckets = resolve_buckets(asked or BucketConfig(), model.header.native_base, prefill_base)
     return Prepared(model, replace(context, context_size=size, prefill=prefill or "auto"), buckets, found)

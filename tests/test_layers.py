@@ -21,6 +21,8 @@ LAYERS: dict[str, int] = {
     "version": 0,
     "sampling": 1,
     "turn": 1,
+    # Drawn from plain data.
+    "pages": 1,
     "merge": 2,
     "gguf": 2,
     "rope": 3,
@@ -36,6 +38,7 @@ LAYERS: dict[str, int] = {
     # Design has chat beside generate; a chat is built on the loop, so it stands above it.
     "chat": 8,
     "prepare": 7,
+    "trace": 7,
     "llm": 9,
     "machine": 9,
     "tools": 9,
@@ -47,6 +50,8 @@ LAYERS: dict[str, int] = {
     "calibrate": 11,
     "ui": 12,
     "cli": 13,
+    # Doors for other programs.
+    "llm_plugin": 14,
 }
 PACKAGE = "abcli"
 NATIVE_MODULES = {"llama_cpp", "ctypes", "_ctypes"}

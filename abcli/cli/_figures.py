@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 from abcli.cli._flags import flag
 from abcli.errors import UsageError
+from abcli.trace.page import check_name
 from abcli.ui.plots import ImageFormat, require_matplotlib
 
 
@@ -43,3 +44,9 @@ def check_destination(name: str, path: Path) -> None:
     """Raise UsageError if the file that flag `name` asks for cannot be written."""
     if not path.parent.is_dir() or path.is_dir():
         raise UsageError(f"{name} {path} cannot be written", "name a file in a directory that exists")
+
+
+def check_trace_file(name: str, path: Path) -> None:
+    """Raise UsageError if the trace that flag `name` asks for cannot be written to `path`."""
+    check_name(path)
+    check_destination(name, path)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES, BucketConfig, MergeRule, PrefillMode, Spread
+from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES, BucketConfig, Gains, MergeRule, PrefillMode, Spread
 from abcli.errors import UsageError
 from abcli.merge import check_pool_weights
 from abcli.profiles.profile import Profile
@@ -27,6 +27,8 @@ class Configuration:
     prefill_base: float | None = None
     weights: tuple[float, ...] = ()
     """Of the merge rule `pool`."""
+    gains: Gains = ()
+    """Of the model's heads; none are all 1."""
 
 
 def parse_configuration(text: str, native_base: float, find_profile: Callable[[str | None], Profile]) -> Configuration:
@@ -65,7 +67,15 @@ def _start(text: str, native_base: float, find_profile: Callable[[str | None], P
     key, equals, value = (piece.strip() for piece in text.partition("="))
     if key == "profile" and (value or not equals):
         profile = find_profile(value if equals else None)
-        return Configuration(text, profile.bases, profile.merge, profile.prefill, profile.prefill_base, profile.weights)
+        return Configuration(
+            text,
+            profile.bases,
+            profile.merge,
+            profile.prefill,
+            profile.prefill_base,
+            profile.weights,
+            profile.gains,
+        )
     if text == "native":
         return Configuration(text, choose_bases(BucketConfig(count=1), native_base))
     if key == "bases" and equals:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from abcli.chat.template import ChatTemplate, load_template
-from abcli.config import Buckets, ContextConfig, PrefillMode
+from abcli.config import Buckets, ContextConfig, Gains, PrefillMode
 from abcli.engine.engine import MIN_SHARED_TOKENS, Engine
 from abcli.engine.make import make_engine
 from abcli.engine.memory import check_memory
@@ -27,10 +27,11 @@ from abcli.native.owner import Owner
 
 @dataclass(frozen=True)
 class Prefill:
-    """How prompts are computed; bases that are prefilled alike can be traced together."""
+    """How prompts are computed, and with which gains of heads; bases that are prefilled alike are traced together."""
 
     mode: PrefillMode
     base: float
+    gains: Gains = ()
 
 
 class Subject(Owner):
@@ -73,11 +74,11 @@ class Subject(Owner):
         """The RoPE base the model was trained with."""
         return self.checked.header.native_base
 
-    def prefill(self, mode: PrefillMode, base: float | None) -> Prefill:
+    def prefill(self, mode: PrefillMode, base: float | None, gains: Gains = ()) -> Prefill:
         """How a configuration's prompts are computed: those of an evaluation are long enough for `auto` to share."""
         if mode == "exact":
-            return Prefill("exact", self.native_base)
-        return Prefill("shared", base or self.native_base)
+            return Prefill("exact", self.native_base, gains)
+        return Prefill("shared", base or self.native_base, gains)
 
     def trace(
         self,
@@ -113,7 +114,10 @@ class Subject(Owner):
 
             def open_engine() -> Engine:
                 check_memory(self.checked, config, buckets)
-                return stack.enter_context(make_engine("contexts", self.model, config, buckets, self._warn))
+                model = self.model
+                if prefill.gains:
+                    model = stack.enter_context(Model(self.checked.with_gains(prefill.gains)))
+                return stack.enter_context(make_engine("contexts", model, config, buckets, self._warn))
 
             # A bucket alone would compute whole prompts, and its last bits would not be those it has in company.
             last_alone = prefill.mode == "shared" and len(bases) == 1
@@ -129,9 +133,9 @@ class Subject(Owner):
             return TraceStore(None)
         config = self.config
         key = (
-            self.checked.fingerprint,
+            self.checked.with_gains(prefill.gains).fingerprint,
             version(),
-            prefill,
+            (prefill.mode, prefill.base),
             config.cache_type_k,
             config.cache_type_v,
             config.flash_attention,

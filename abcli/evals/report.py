@@ -278,7 +278,12 @@ def _configuration(values: Mapping[str, Any]) -> Configuration:
         prefill,
         None if prefill_base is None else _number(values, "prefill_base"),
         tuple(_number({"weights": item}, "weights") for item in _list(values, "weights")),
+        tuple(_gains(layer) for layer in (_list(values, "gains") if "gains" in values else ())),
     )
+
+
+def _gains(layer: Any) -> tuple[float, ...]:
+    return tuple(_number({"gains": gain}, "gains") for gain in _list({"gains": layer}, "gains"))
 
 
 def _question(values: Mapping[str, Any]) -> RecordedQuestion:

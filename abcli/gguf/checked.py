@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from abcli.config import ModelConfig
+from abcli.config import Gains, ModelConfig
+from abcli.errors import UnsupportedModelError
 from abcli.gguf.check import check_file
 from abcli.gguf.fingerprint import fingerprint
 from abcli.gguf.header import Header
@@ -22,6 +23,8 @@ class CheckedModel:
     parts: tuple[Header, ...] = ()
     adapters: tuple[Adapter, ...] = ()
     """Those of scale 0 are left out."""
+    gains: Gains = ()
+    """Factors on the outputs of its heads; none leave them as they are."""
 
     @property
     def path(self) -> Path:
@@ -46,7 +49,18 @@ class CheckedModel:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what the model computes; see `abcli.gguf.fingerprint`. Raises OSError."""
-        return fingerprint(self.files, self.adapters)
+        return fingerprint(self.files, self.adapters, self.gains)
+
+    def with_gains(self, gains: Gains) -> CheckedModel:
+        """The model with these gains, of which all 1 are none. Raises UnsupportedModelError if they do not fit it."""
+        heads = self.header.heads
+        if gains and tuple(map(len, gains)) != heads:
+            raise UnsupportedModelError(
+                f"{self.name} has {len(heads)} layers of {max(heads)} heads, and gains are given for {len(gains)} of "
+                f"{max(map(len, gains))}",
+                "use a profile that was tuned for this model",
+            )
+        return replace(self, gains=gains if any(gain != 1 for layer in gains for gain in layer) else ())
 
 
 def check_model(config: ModelConfig) -> CheckedModel:

@@ -116,7 +116,8 @@ class Sequences(Owner):
         """
         clear_log()
         with ExitStack() as stack:
-            handle = llama.llama_init_from_model(model.handle, parameters)
+            with model.making():
+                handle = llama.llama_init_from_model(model.handle, parameters)
             if not handle:
                 raise NativeError(
                     f"llama.cpp cannot make a context of {parameters.n_ctx} tokens: {log_tail() or 'no reason given'}",
@@ -131,6 +132,7 @@ class Sequences(Owner):
         self._last: list[int] = []
         self._memory = llama.llama_get_memory(handle)
         self._cancel = cancel
+        self._computing = model.computing
         self._row_bytes = model.vocabulary_size * 4
         self.base = float(parameters.rope_freq_base)
         self.batch_size: int = llama.llama_n_batch(handle)
@@ -143,7 +145,8 @@ class Sequences(Owner):
         NativeError if llama.cpp failed; the caller then restores the sequences to their former lengths.
         """
         self._last = self._batch.fill(parts)
-        status = llama.llama_decode(self._handle, self._batch.native)
+        with self._computing():
+            status = llama.llama_decode(self._handle, self._batch.native)
         if status == _DECODE_ABORTED or (status != 0 and self._cancel.is_set()):
             raise CancelledError
         if status == _DECODE_NO_ROOM:
@@ -183,13 +186,23 @@ class Context(Sequences):
     """A `llama_context` with one RoPE base, a sequence for each slot and a spare one in one pool of cells."""
 
     def __init__(
-        self, model: Model, base: float, config: ContextConfig, cells: int, threads: int, cancel: CancelFlag
+        self,
+        model: Model,
+        base: float,
+        config: ContextConfig,
+        cells: int,
+        threads: int,
+        cancel: CancelFlag,
+        watch: Any = None,
     ) -> None:
         """A context under RoPE base `base` whose cache holds `cells` tokens over `config.slots` sequences.
 
+        llama.cpp calls `watch` (`ggml_backend_sched_eval_callback`), which must outlive the context, at every node.
         Raises NativeError if llama.cpp cannot make it (too little memory, an impossible combination).
         """
         parameters = context_parameters(model, base, config, threads, cancel)
+        if watch is not None:
+            parameters.cb_eval = watch
         parameters.n_ctx = cells
         # One spare sequence beyond the slots carries pieces of a cache from context to context.
         parameters.n_seq_max = config.slots + 1

@@ -90,6 +90,8 @@ rope_inplace = ggml_function("ggml_rope_ext_inplace", _pointer, *[_pointer] * 4,
 copy = ggml_function("ggml_cpy", _pointer, _pointer, _pointer, _pointer)
 # struct ggml_tensor * ggml_mul(ctx, a, b); b is repeated where it has one number and a has several.
 multiply = ggml_function("ggml_mul", _pointer, _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_mul_mat(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
+matrix_product = ggml_function("ggml_mul_mat", _pointer, *[_pointer] * 3)
 # struct ggml_tensor * ggml_add(ctx, a, b);
 add = ggml_function("ggml_add", _pointer, _pointer, _pointer, _pointer)
 # struct ggml_tensor * ggml_reshape_3d(ctx, a, ne0, ne1, ne2);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from abcli.errors import ModelFileError, NativeError, PromptError
 from abcli.gguf.checked import CheckedModel
 from abcli.gguf.lora import Adapter
 from abcli.grammar.constraint import Constraint
+from abcli.native.gains import HeadGains
 from abcli.native.llama import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
 
@@ -34,18 +35,19 @@ _SENTINEL = "\x01"
 _DEFAULT_BASE = 10000.0
 _ROTATIONS: dict[int, Rotation] = {llama.LLAMA_ROPE_TYPE_NORM: "pairs", llama.LLAMA_ROPE_TYPE_NEOX: "halves"}
 _MAX_TEXT_BYTES = 2**31 - 1
+_NOTHING = nullcontext()
 
 
 class Model(Owner):
-    """Owns one `llama_model` with its adapters: weights, vocabulary and metadata.
+    """Owns one `llama_model` with its adapters and gains: weights, vocabulary and metadata.
 
     Close it after every context made of it.
     """
 
     def __init__(self, checked: CheckedModel) -> None:
-        """Load a model with its adapters, with which every context that is made of it computes.
+        """Load a model with its adapters and gains, with which every context that is made of it computes.
 
-        Raises ModelFileError if llama.cpp refuses a file.
+        Raises ModelFileError if llama.cpp refuses a file, UnsupportedModelError where it cannot be given gains.
         """
         path, adapters = checked.path, checked.adapters
         initialise()
@@ -66,6 +68,7 @@ class Model(Owner):
             # llama.cpp frees them with the model (llama_model::~llama_model).
             self._adapter_handles = [_load_adapter(handle, path, adapter) for adapter in adapters]
             raise_interrupt()
+            self._gains = stack.enter_context(HeadGains(checked.gains)) if checked.gains else None
             self._stack = stack.pop_all()
         self.checked = checked
         self.path = path
@@ -84,6 +87,14 @@ class Model(Owner):
         """Free the weights; a second call does nothing."""
         self.closed = True
         super().close()
+
+    def making(self) -> AbstractContextManager[None]:
+        """What a `llama_context` of this model is made in."""
+        return _NOTHING if self._gains is None else self._gains.making()
+
+    def computing(self) -> AbstractContextManager[None]:
+        """What its contexts compute in, each on one thread."""
+        return _NOTHING if self._gains is None else self._gains.acting()
 
     def apply_adapters(self, context: Any) -> None:
         """Let a new `llama_context` of this model compute with its adapters."""

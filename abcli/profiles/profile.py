@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, NoReturn
 
-from abcli.config import MERGE_RULES, PREFILL_MODES, BucketConfig, MergeRule, PrefillMode
+from abcli.config import MERGE_RULES, PREFILL_MODES, BucketConfig, Gains, MergeRule, PrefillMode
 from abcli.errors import AbcliError, ProfileError, UsageError
 from abcli.merge import check_pool_weights
 from abcli.rope.bases import choose_bases
@@ -19,6 +19,7 @@ from abcli.rope.bases import choose_bases
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 20
 MAX_NAME = 64
+MAX_GAIN = 100.0
 # What stands for "no profile" on the command line.
 NO_PROFILE = "none"
 
@@ -80,7 +81,8 @@ class Profile:
 
     `fingerprint` is the hex of abcli.gguf.fingerprint, `model` the file's name for people, `length` the tokens of
     the contexts it was calibrated on, `created` a time in UTC (ISO 8601). `prefill_base` None is the native base.
-    `weights` are those of the merge rule `pool`, empty for equal ones and for other rules.
+    `weights` are those of the merge rule `pool`, empty for equal ones and for other rules. `gains` are factors on the
+    outputs of the model's heads, empty where all are 1.
     `chosen` is the time at which the user made it the model's default, empty if never.
     """
 
@@ -100,6 +102,7 @@ class Profile:
     abcli_version: str
     evidence: Evidence
     chosen: str = ""
+    gains: Gains = ()
 
 
 class _DamageError(Exception):
@@ -125,6 +128,8 @@ def check_name(name: str) -> str:
 def encode(profile: Profile) -> bytes:
     """`profile` as JSON in UTF-8. Raises ProfileError for values that `decode` would refuse."""
     values = {"format": FORMAT_VERSION, **dataclasses.asdict(profile)}
+    if not profile.gains:
+        del values["gains"]
     origin = f"the profile {profile.name!r:.120}"
     try:
         data = (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
@@ -169,7 +174,7 @@ def _profile(values: object) -> Profile:
     version = values["format"]
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise _DamageError(f"has profile format {version!r:.20}, and this abcli reads {FORMAT_VERSION}")
-    _check_keys(values, Profile, "", extra={"format"})
+    _check_keys({"gains": [], **values}, Profile, "", extra={"format"})
     fingerprint, merge, prefill = (_text(values, key) for key in ("fingerprint", "merge", "prefill"))
     if not _FINGERPRINT.fullmatch(fingerprint):
         _refuse("fingerprint", fingerprint)
@@ -199,6 +204,7 @@ def _profile(values: object) -> Profile:
         abcli_version=_text(values, "abcli_version"),
         evidence=_evidence(values["evidence"]),
         chosen=_time(values, "chosen") if values["chosen"] != "" else "",
+        gains=_gains(values),
     )
 
 
@@ -255,6 +261,17 @@ def _weights(values: Mapping[str, Any], buckets: int) -> tuple[float, ...]:
     except UsageError as error:
         raise _DamageError(f"is damaged: {error.message}") from None
     return weights
+
+
+def _gains(values: Mapping[str, Any]) -> Gains:
+    layers = _items(values, "gains") if "gains" in values else []
+    gains = tuple(
+        tuple(_number({"gains": gain}, "gains") for gain in _items({"gains": one}, "gains")) for one in layers
+    )
+    for gain in (gain for layer in gains for gain in layer):
+        if not 0 <= gain <= MAX_GAIN:
+            _refuse("gains", gain)
+    return gains
 
 
 def _name(values: Mapping[str, Any]) -> str:

@@ -11,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from abcli.serve import chat, infos
+from abcli.serve import anthropic, chat, completions, counting, infos, page, responses
 from abcli.serve.guard import Access, Guard
 from abcli.serve.problems import Problem
 from abcli.serve.routing import problem_response
 from abcli.serve.service import Service
 
-PARTS: tuple[ModuleType, ...] = (infos, chat)
+PARTS: tuple[ModuleType, ...] = (infos, chat, completions, counting, responses, anthropic, page)
 """The modules that have routes."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from abcli.config import MERGE_RULES
@@ -14,7 +14,7 @@ from abcli.profiles.profile import NO_PROFILE
 from abcli.sampling import NATIVE_RANDOM_SEED, SETTINGS, GenerationConfig, SamplingConfig, generation_config
 from abcli.serve.fields import Fields
 from abcli.serve.problems import blaming
-from abcli.serve.service import Service
+from abcli.serve.service import Service, Wanted
 
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1_000
@@ -23,14 +23,6 @@ MAX_TOP_LOGPROBS = 20
 MAX_CONSTRAINT_CHARACTERS = 512 * 1024
 _CONSTRAINTS = ("grammar", "json_schema", "response_format")
 _LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")
-
-
-@dataclass(frozen=True)
-class Watching:
-    """Which log-probabilities are wanted: of how many of the likeliest tokens, and of each bucket's."""
-
-    top: int
-    each_bucket: bool = False
 
 
 def read_generation(fields: Fields, service: Service) -> GenerationConfig:
@@ -182,14 +174,17 @@ def _with_buckets(fields: Fields, service: Service, config: GenerationConfig) ->
     return config
 
 
-def read_watching(fields: Fields) -> Watching | None:
-    """Which log-probabilities a chat request wants; None for none. Raises UsageError."""
-    each = fields.inner("abcli").flag("show_buckets")
-    if "n_probs" in fields and "logprobs" not in fields:
-        count = fields.whole("n_probs", 0, 0, MAX_TOP_LOGPROBS)
-        return Watching(count, each) if count else None
-    if not fields.flag("logprobs"):
-        if "top_logprobs" in fields and fields.any("top_logprobs") != 0:
-            raise UsageError("'top_logprobs' needs logprobs", "set 'logprobs' to true", setting="top_logprobs")
-        return None
-    return Watching(fields.whole("top_logprobs", 0, 0, MAX_TOP_LOGPROBS), each)
+def read_wanted(fields: Fields) -> Wanted:
+    """What a chat request wants beside the text. Raises UsageError."""
+    top: int | None = None
+    if fields.flag("logprobs"):
+        top = fields.whole("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
+    elif fields.any("top_logprobs"):
+        raise UsageError("'top_logprobs' needs logprobs", "set 'logprobs' to true", setting="top_logprobs")
+    elif "n_probs" in fields:
+        top = fields.whole("n_probs", 0, 0, MAX_TOP_LOGPROBS) or None
+    return Wanted(
+        fresh=not fields.flag("cache_prompt", default=True),
+        top=top,
+        each_bucket=fields.inner("abcli").flag("show_buckets"),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,14 @@ from abcli.chat.messages import Message
 from abcli.chat.options import ChatOptions, chat_options
 from abcli.errors import ContextFullError, UsageError
 from abcli.sampling import GenerationConfig
-from abcli.serve.asking import Watching, check_constraint, read_generation, read_watching, with_seed
+from abcli.serve.asking import check_constraint, read_generation, read_wanted, with_seed
 from abcli.serve.chat_shapes import ChatShape
 from abcli.serve.events import DONE, EventStream, event
 from abcli.serve.fields import Fields
 from abcli.serve.gathering import merged_events
-from abcli.serve.problems import blaming
+from abcli.serve.problems import RefusedError, blaming, problem_of
 from abcli.serve.routing import Body, JsonResponse, post
-from abcli.serve.service import Answering, Service
+from abcli.serve.service import USUAL, Answering, Service, Wanted
 
 MAX_MESSAGES = 10_000
 MAX_CHOICES = 128
@@ -40,8 +40,7 @@ class ChatRequest:
     model: str
     stream: bool = False
     include_usage: bool = False
-    fresh: bool = False
-    watching: Watching | None = None
+    wanted: Wanted = USUAL
 
 
 def routes() -> list[Route]:
@@ -57,13 +56,13 @@ async def chat_completions(service: Service, body: Body) -> Response:
         return EventStream(
             _events(shape, request, answers),
             ping_seconds=service.settings.ping_seconds,
-            on_close=partial(_close, answers),
+            on_close=partial(close_all, answers),
         )
     try:
         finished = await asyncio.gather(*map(finished_answer, answers))
     finally:
-        _close(answers)
-    return JsonResponse(shape.completion(finished, [answering.chosen for answering in answers], request.watching))
+        close_all(answers)
+    return JsonResponse(shape.completion(finished, [answering.chosen for answering in answers], request.wanted))
 
 
 async def ask_chat(service: Service, body: Mapping[str, Any]) -> tuple[ChatRequest, list[Answering]]:
@@ -72,14 +71,7 @@ async def ask_chat(service: Service, body: Mapping[str, Any]) -> tuple[ChatReque
     Raises what is wrong with the request before anything is computed, and RefusedError where there is no room.
     """
     request = await service.prepare(partial(read_chat, service, body))
-    watching = request.watching
-    answers = service.answers(
-        request.asked,
-        fresh=request.fresh,
-        top=None if watching is None else watching.top,
-        each_bucket=watching is not None and watching.each_bucket,
-    )
-    return request, answers
+    return request, service.answers(request.asked, request.wanted)
 
 
 async def finished_answer(answering: Answering) -> Answer:
@@ -99,10 +91,10 @@ def read_chat(service: Service, body: Mapping[str, Any]) -> ChatRequest:
     fields = Fields(body)
     stream_options = fields.inner("stream_options")
     choices = fields.whole("n", 1, 1, min(MAX_CHOICES, service.capacity))
-    watching = read_watching(fields)
+    wanted = read_wanted(fields)
     generation = read_generation(fields, service)
     options = read_options(fields, service.settings.options)
-    if watching is not None:
+    if wanted.top is not None:
         # Made here, where it keeps nobody waiting.
         _ = service.pieces
     asked = ask_messages(service, body.get("messages"), options, generation, fields)
@@ -113,8 +105,7 @@ def read_chat(service: Service, body: Mapping[str, Any]) -> ChatRequest:
         model=fields.text("model", service.settings.alias),
         stream=fields.flag("stream"),
         include_usage=stream_options.flag("include_usage"),
-        fresh=not fields.flag("cache_prompt", default=True),
-        watching=watching,
+        wanted=wanted,
     )
 
 
@@ -159,16 +150,16 @@ def ask_messages(
     return asked
 
 
-def check_length(service: Service, tokens: Sequence[int]) -> None:
-    """Raise ContextFullError for a prompt that leaves no room for a token of an answer."""
+def check_length(service: Service, tokens: Sequence[int], field: str = "messages") -> None:
+    """Raise RefusedError, which names the field, for a prompt that leaves no room for a token of an answer."""
     size = service.llm.context_size
     if len(tokens) >= size:
-        raise ContextFullError(len(tokens), size)
+        raise RefusedError(replace(problem_of(ContextFullError(len(tokens), size)), param=field))
 
 
 async def _events(shape: ChatShape, request: ChatRequest, answers: Sequence[Answering]) -> AsyncIterator[bytes]:
     """The chunks of all choices, as they come."""
-    wires = [shape.chunks(number, request) for number in range(len(answers))]
+    wires = [shape.chunks(number, request.wanted) for number in range(len(answers))]
     finished: list[Answer] = []
     for wire in wires:
         yield event(wire.first())
@@ -183,6 +174,7 @@ async def _events(shape: ChatShape, request: ChatRequest, answers: Sequence[Answ
     yield DONE
 
 
-def _close(answers: Sequence[Answering]) -> None:
+def close_all(answers: Sequence[Answering]) -> None:
+    """Nobody reads on in any of them."""
     for answering in answers:
         answering.close()

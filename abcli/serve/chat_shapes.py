@@ -5,27 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from time import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from abcli.chat.answer import Answer, Piece
 from abcli.chat.calls.events import ArgumentsText, CallBegun
 from abcli.chat.message_format import call_fields
-from abcli.serve.asking import Watching
 from abcli.serve.chosen import Chosen, Likely
+from abcli.serve.service import Service, Wanted
 from abcli.version import __version__
 
-if TYPE_CHECKING:
-    from abcli.serve.service import Service
-
 FINGERPRINT = f"abcli-{__version__}"
-
-
-class _Request(Protocol):
-    @property
-    def include_usage(self) -> bool: ...
-
-    @property
-    def watching(self) -> Watching | None: ...
 
 
 def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -76,7 +65,7 @@ class ChatShape:
         self._service = service
 
     def completion(
-        self, answers: Sequence[Answer], chosen: Sequence[Sequence[Chosen]], watching: Watching | None
+        self, answers: Sequence[Answer], chosen: Sequence[Sequence[Chosen]], wanted: Wanted
     ) -> dict[str, Any]:
         """The whole response."""
         return {
@@ -86,7 +75,7 @@ class ChatShape:
                 {
                     "index": number,
                     "message": message_of(answer),
-                    "logprobs": logprobs_of(found, self._service.pieces) if watching is not None else None,
+                    "logprobs": logprobs_of(found, self._service.pieces) if wanted.top is not None else None,
                     "finish_reason": answer.finish_reason,
                     "abcli": own_fields(answer),
                 }
@@ -97,9 +86,9 @@ class ChatShape:
             "abcli": {**self._buckets, **own_fields(answers[0])},
         }
 
-    def chunks(self, number: int, request: _Request) -> Chunks:
+    def chunks(self, number: int, wanted: Wanted) -> Chunks:
         """What makes chunks of the pieces of one choice."""
-        pieces = self._service.pieces if request.watching is not None else ()
+        pieces = self._service.pieces if wanted.top is not None else ()
         return Chunks(self._chunk, number, pieces, self._buckets)
 
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -204,6 +193,10 @@ def _likely_fields(likely: Likely, pieces: Sequence[bytes]) -> dict[str, Any]:
         "id": likely.token,
         "token": data.decode("utf-8", "replace"),
         "bytes": list(data),
-        # JSON has no infinity; OpenAI's clients know this number as "never".
-        "logprob": max(likely.logprob, -9999.0),
+        "logprob": finite(likely.logprob),
     }
+
+
+def finite(logprob: float) -> float:
+    """A log-probability for JSON, which has no infinity: OpenAI's clients know -9999 as "never"."""
+    return max(logprob, -9999.0)

@@ -69,6 +69,11 @@ class Watcher:
         return tuple(self._seen[taken:count])
 
 
+def scored(token: int, logprobs: NDArray[np.float32], top: int) -> Chosen:
+    """A token that was not chosen but given, of which `logprobs` [vocabulary] say how likely it was."""
+    return Chosen(token, float(logprobs[token]), likeliest(logprobs, top), None)
+
+
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """The log-probabilities (float32 [vocabulary]) of logits [vocabulary]."""
     moved = logits - logits.max()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import monotonic, time
@@ -44,6 +44,24 @@ class Settings:
     body_seconds: float = 60.0
     show_slots: bool = True
     show_metrics: bool = True
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of an answer beside its text.
+
+    `fresh`: nothing is taken over of other prompts. With `top`, log-probabilities are kept of every token and of so
+    many of the likeliest; with `each_bucket` also what each bucket would have said, with `score` also of the prompt's
+    tokens.
+    """
+
+    fresh: bool = False
+    top: int | None = None
+    each_bucket: bool = False
+    score: bool = False
+
+
+USUAL = Wanted()
 
 
 class Service:
@@ -103,37 +121,22 @@ class Service:
     def answers(
         self,
         asked: Sequence[Asked],
-        *,
-        fresh: bool = False,
-        top: int | None = None,
-        each_bucket: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
+        wanted: Wanted = USUAL,
     ) -> list[Answering]:
         """Let all of `asked` be answered; close each of what is returned.
 
-        With `top`, log-probabilities are kept of every token and of so many of the likeliest. Raises RefusedError where
-        there is no room, or the server is stopping.
+        Raises RefusedError where there is no room, or the server is stopping.
         """
         self.check_room(len(asked))
         found: list[Answering] = []
         try:
             for item in asked:
-                watcher = None if top is None else Watcher(top, each_bucket=each_bucket)
-                found.append(Answering(self, item, fresh=fresh, watcher=watcher, on_progress=on_progress))
+                found.append(Answering(self, item, wanted))
         except BaseException:
             for answering in found:
                 answering.close()
             raise
         return found
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Count an answer that is not a ticket's."""
-        self._open += 1
-        try:
-            yield
-        finally:
-            self._open -= 1
 
     def opened(self, change: int) -> None:
         """Count answers that begin (1) and end (-1)."""
@@ -150,18 +153,19 @@ class Answering(AsyncIterator[Piece]):
         self,
         service: Service,
         asked: Asked,
-        *,
-        fresh: bool = False,
-        watcher: Watcher | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
+        wanted: Wanted = USUAL,
     ) -> None:
         self.chosen: list[Chosen] = []
         """What was kept of the tokens so far, where log-probabilities are wanted."""
+        self.scored: tuple[Chosen, ...] = ()
+        """The same of the prompt's tokens after the first, before the first piece comes."""
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Delivery] = asyncio.Queue()
         self._ids: dict[int, str] = {}
         self._ended = False
+        top = wanted.top
+        watcher = None if top is None else Watcher(top, each_bucket=wanted.each_bucket)
         generation = asked.generation if watcher is None else replace(asked.generation, observer=watcher)
         self._ticket = Ticket(
             asked.tokens,
@@ -169,9 +173,9 @@ class Answering(AsyncIterator[Piece]):
             asked.reader(),
             self._hear,
             monotonic() + service.settings.seconds,
-            fresh=fresh,
+            fresh=wanted.fresh,
+            score=top if wanted.score else None,
             watcher=watcher,
-            on_progress=on_progress,
         )
         service.worker.submit(self._ticket)
         service.opened(1)
@@ -180,6 +184,9 @@ class Answering(AsyncIterator[Piece]):
         if self._ended:
             raise StopAsyncIteration
         delivery = await self._queue.get()
+        if delivery.scored:
+            self.scored = delivery.scored
+            delivery = await self._queue.get()
         if delivery.error is not None:
             self._end()
             raise delivery.error

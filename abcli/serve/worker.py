@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from abcli.chat.answer import Piece
 from abcli.chat.asking import AnswerReader
@@ -17,13 +20,13 @@ from abcli.errors import AbcliError, CancelledError
 from abcli.generate import Answer as RunningAnswer
 from abcli.generate import Generator, common_prefix
 from abcli.sampling import GenerationConfig
-from abcli.serve.chosen import Chosen, Watcher
+from abcli.serve.chosen import Chosen, Watcher, scored
 from abcli.serve.problems import refused
 
 log = logging.getLogger("abcli.serve")
 
 # Copying fewer tokens from another slot, or waiting for it to compute them, is not worth it.
-WORTH_SHARING = 64
+_WORTH_SHARING = 64
 # So many of those that wait may be overtaken by one whose beginning need not be waited for.
 _LOOK_AHEAD = 64
 
@@ -31,7 +34,7 @@ Result = TypeVar("Result")
 
 
 class Slots(Protocol):
-    """What the worker needs to know of an engine."""
+    """What the worker needs to know of an engine; see `abcli.engine.engine.Engine`."""
 
     @property
     def slots(self) -> int:
@@ -46,22 +49,32 @@ class Slots(Protocol):
     def copy(self, source: int, target: int) -> None:
         """Make slot `target` hold what slot `source` holds."""
 
+    @property
+    def outputs(self) -> int:
+        """The most tokens that `read` takes at once."""
+
+    def read(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, NDArray[np.float32]]:
+        """Append tokens to slots; the logits [tokens, buckets, vocabulary] after each."""
+
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a step gave one answer: a piece and the tokens chosen in it, or the error that ends it."""
+    """What a step gave one answer: a piece and the tokens chosen in it, the error that ends it, or, before all pieces,
+    how likely the prompt's tokens are after the first.
+    """
 
     piece: Piece | None = None
     chosen: tuple[Chosen, ...] = ()
     error: AbcliError | None = None
+    scored: tuple[Chosen, ...] = ()
 
 
 @dataclass(eq=False)
 class Ticket:
     """An answer that is wanted. `deliver` is called by the worker's thread, until a piece has the answer or an error.
 
-    `deadline` is the time (`time.monotonic`) at which it is given up; `fresh` takes over nothing of other prompts;
-    `on_progress` gets (tokens computed, tokens to compute).
+    `deadline` is the time (`time.monotonic`) at which it is given up; `fresh` takes over nothing of other prompts. With
+    `score` it is told how likely the prompt's tokens are, and so many of the likeliest at each place.
     """
 
     tokens: Sequence[int]
@@ -70,13 +83,14 @@ class Ticket:
     deliver: Callable[[Delivery], None]
     deadline: float
     fresh: bool = False
+    score: int | None = None
     watcher: Watcher | None = None
-    on_progress: Callable[[int, int], None] | None = None
     gone: bool = False
     """Nobody waits for it any more."""
     running: RunningAnswer | None = None
     begun: bool = False
     """Its prompt is complete."""
+    scored: list[Chosen] = field(default_factory=list)
 
 
 @dataclass
@@ -199,12 +213,22 @@ class Worker:
 
     def _run(self) -> None:
         while self._await_work():
-            self._run_jobs()
-            self._drop_the_lost()
-            self._begin_waiting()
-            if self._running:
-                self._step()
+            try:
+                self._turn()
+            except Exception as error:
+                # A fault of ours; the others must not wait for ever.
+                log.exception("internal error")
+                self._fail(AbcliError(f"internal error: {type(error).__name__}"))
         self._fail(CancelledError())
+
+    def _turn(self) -> None:
+        """One round: what each answer gains in it."""
+        self._run_jobs()
+        self._drop_the_lost()
+        self._begin_waiting()
+        self._score()
+        if any(ticket.running is not None for ticket in self._running.values()):
+            self._step()
 
     def _await_work(self) -> bool:
         """Wait until there is something to do; False when the thread is to end."""
@@ -269,35 +293,59 @@ class Worker:
         takes over the beginning, so that what others said stays where it is.
         """
         oldest = min(free, key=lambda slot: (bool(self._engine.tokens(slot)), self._used[slot], slot))
-        if ticket.fresh:
+        if ticket.fresh or ticket.score is not None:
             self._engine.truncate(oldest, 0)
             return oldest
         held = {slot: self._engine.tokens(slot) for slot in range(self.slots)}
         common = {slot: common_prefix(tokens, ticket.tokens) for slot, tokens in held.items()}
         best = max(common.values())
         coming = (common_prefix(other.tokens, ticket.tokens) for other in self._running.values() if not other.begun)
-        if max(coming, default=0) >= best + WORTH_SHARING:
+        if max(coming, default=0) >= best + _WORTH_SHARING:
             return None
         going_on = [slot for slot in free if common[slot] and 2 * common[slot] >= len(held[slot])]
         target = max(going_on, key=lambda slot: common[slot]) if going_on else oldest
-        if best >= common[target] + WORTH_SHARING:
+        if best >= common[target] + _WORTH_SHARING:
             self._engine.copy(max(common, key=lambda slot: common[slot]), target)
         return target
 
     def _begin(self, ticket: Ticket, slot: int) -> bool:
         """Let a ticket be answered in a slot; False where that cannot be, of which it is told."""
+        if ticket.score is not None and len(ticket.scored) < len(ticket.tokens) - 1:
+            self._running[slot] = ticket
+            return True
         try:
-            ticket.running = self._generator.start(slot, ticket.tokens, ticket.config, ticket.on_progress)
+            ticket.running = self._generator.start(slot, ticket.tokens, ticket.config)
         except AbcliError as error:
             self._end_with_error(ticket, error)
-            return False
-        except Exception as error:
-            log.exception("internal error")
-            self._end_with_error(ticket, AbcliError(f"internal error: {type(error).__name__}"))
             return False
         self._running[slot] = ticket
         self._used[slot] = monotonic()
         return True
+
+    def _score(self) -> None:
+        """Read on in the prompts of which it is asked how likely they are."""
+        scoring = {slot: ticket for slot, ticket in self._running.items() if ticket.running is None}
+        if not scoring:
+            return
+        size = max(1, self._engine.outputs // len(scoring))
+        parts = {
+            slot: ticket.tokens[len(ticket.scored) : min(len(ticket.scored) + size, len(ticket.tokens) - 1)]
+            for slot, ticket in scoring.items()
+        }
+        try:
+            found = self._engine.read(parts)
+            for slot, ticket in scoring.items():
+                for logits in found[slot]:
+                    logprobs = self._generator.merged(logits, ticket.config.merge).log_probabilities
+                    ticket.scored.append(scored(ticket.tokens[len(ticket.scored) + 1], logprobs, ticket.score or 0))
+        except AbcliError as error:
+            self._fail(error)
+            return
+        for slot, ticket in scoring.items():
+            if len(ticket.scored) == len(ticket.tokens) - 1:
+                self._deliver(ticket, Delivery(scored=tuple(ticket.scored)))
+                del self._running[slot]
+                self._begin(ticket, slot)
 
     def _step(self) -> None:
         self.counts.steps += 1
@@ -306,10 +354,6 @@ class Worker:
             pieces = self._generator.step()
         except AbcliError as error:
             self._fail(error)
-            return
-        except Exception as error:
-            log.exception("internal error")
-            self._fail(AbcliError(f"internal error: {type(error).__name__}"))
             return
         for piece in pieces:
             ticket = self._running[piece.answer.slot]

@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "own"
     path.mkdir()
     monkeypatch.setattr("abcli.hub.locate.model_folders", lambda: (path,))
-    monkeypatch.setattr("abcli.hub.installed.model_folders", lambda: (path,))
+    monkeypatch.setattr("abcli.hub.listing.model_folders", lambda: (path,))
     return path
 
 

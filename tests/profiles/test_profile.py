@@ -17,6 +17,7 @@ from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES
 from abcli.errors import ProfileError, UsageError
 from abcli.profiles.profile import (
     MAX_BYTES,
+    MAX_GAIN,
     Difference,
     Evidence,
     Profile,
@@ -66,6 +67,7 @@ def profiles(draw: st.DrawFn) -> Profile:
         abcli_version=draw(TEXTS),
         evidence=Evidence(draw(st.integers(1, 2**31 - 1)), draw(st.sampled_from(names)), tuple(scores)),
         chosen=draw(st.sampled_from(["", utc_now()])),
+        gains=tuple(map(tuple, draw(st.lists(st.lists(st.floats(0, MAX_GAIN), min_size=1, max_size=4), max_size=3)))),
     )
 
 
@@ -88,6 +90,9 @@ def test_the_file_is_as_documented() -> None:
         "difference": None,
     }
     assert SAMPLE.evidence.own == SAMPLE.evidence.scores[2]
+    # Profiles without gains can be read by versions that know of none.
+    assert "gains" not in values
+    assert json.loads(encode(profile(gains=((0.5, 2.0),))))["gains"] == [[0.5, 2.0]]
 
 
 def test_bases_are_read_as_llama_cpp_will_use_them() -> None:
@@ -107,6 +112,10 @@ Change = Callable[[dict[str, Any]], object]
         (lambda v: v.update(format="1"), "format '1'"),
         (lambda v: v.pop("merge"), "merge is missing"),
         (lambda v: v.update(colour="red"), "'colour' is unknown"),
+        (lambda v: v.update(gains=[[1.0, -0.5]]), "gains is -0.5"),
+        (lambda v: v.update(gains=[[1.0, 101.0]]), "gains is 101.0"),
+        (lambda v: v.update(gains=[1.0]), "gains has the wrong type"),
+        (lambda v: v.update(gains=[["1"]]), "gains has the wrong type"),
         (lambda v: v.update(name="../x"), "name"),
         (lambda v: v.update(name="none"), "name"),
         (lambda v: v.update(name=7), "name has the wrong type"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +20,16 @@ from abcli.serve.service import Service, Settings
 
 USUAL = Settings("tiny", GenerationConfig(SamplingConfig(temperature=0), max_tokens=8, ignore_eos=True), ping_seconds=0)
 MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def events_in(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """(name, value) of each event of a stream whose events have names; comments are left out."""
+    found = []
+    for block in text.split("\n\n"):
+        name, _, data = block.partition("\n")
+        if name.startswith("event: "):
+            found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found
 
 
 @pytest.fixture(scope="session")

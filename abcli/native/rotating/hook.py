@@ -12,7 +12,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, Protocol
 
@@ -27,6 +27,8 @@ _pointer, _int, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _ROPE = ctypes.CFUNCTYPE(_pointer, *[_pointer] * 4, *[_int] * 3, *[_float] * 6)
 # enum ggml_status ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 _COMPUTE = ctypes.CFUNCTYPE(_int, _pointer, _pointer)
+# struct ggml_tensor * ggml_mul_mat(struct ggml_context * ctx, struct ggml_tensor * a, struct ggml_tensor * b);
+_PRODUCT = ctypes.CFUNCTYPE(_pointer, *[_pointer] * 3)
 # void ggml_backend_tensor_copy(const struct ggml_tensor * src, struct ggml_tensor * dst);
 _COPY = ctypes.CFUNCTYPE(None, _pointer, _pointer)
 
@@ -44,18 +46,34 @@ class Actor(Protocol):
         """In place of `ggml_backend_tensor_copy`."""
 
 
+class Multiplier(Protocol):
+    """Whoever acts in place of ggml's product of matrices on its thread. What it raises must not leave the method."""
+
+    def product(self, original: Callable[..., int], context: int, weights: int, numbers: int) -> int:
+        """In place of `ggml_mul_mat`."""
+
+
 _threads = threading.local()
 
 
-@contextmanager
-def acting(actor: Actor) -> Iterator[None]:
+def acting(actor: Actor) -> AbstractContextManager[None]:
     """Let `actor` act in place of the functions, where they are replaced, for what this thread calls in the block."""
-    previous = getattr(_threads, "actor", None)
-    _threads.actor = actor
+    return _set("actor", actor)
+
+
+def multiplying(multiplier: Multiplier) -> AbstractContextManager[None]:
+    """The same for `ggml_mul_mat` alone, whoever acts besides."""
+    return _set("multiplier", multiplier)
+
+
+@contextmanager
+def _set(name: str, value: object) -> Iterator[None]:
+    previous = getattr(_threads, name, None)
+    setattr(_threads, name, value)
     try:
         yield
     finally:
-        _threads.actor = previous
+        setattr(_threads, name, previous)
 
 
 class Hook:
@@ -148,10 +166,21 @@ def copy_hook() -> Hook:
 
 
 @cache
-def _obstacle() -> str:
+def product_hook() -> Hook:
+    """The hook of `ggml_mul_mat`. Raises PointerError where it cannot be had."""
+
+    def replacement(original: Callable[..., int], *arguments: int) -> int:
+        multiplier: Multiplier | None = getattr(_threads, "multiplier", None)
+        return original(*arguments) if multiplier is None else multiplier.product(original, *arguments)
+
+    return Hook(api.matrix_product, _PRODUCT, replacement)
+
+
+@cache
+def _obstacle(hooks: tuple[Callable[[], Hook], ...]) -> str:
     try:
-        for hook in (rope_hook(), compute_hook(), copy_hook()):
-            with hook.held():
+        for hook in hooks:
+            with hook().held():
                 pass
     except PointerError as error:
         return str(error)
@@ -161,8 +190,11 @@ def _obstacle() -> str:
 _first_use = threading.Lock()
 
 
-def hook_obstacle() -> str:
-    """Why libllama's calls cannot be replaced in this process; empty if they can. To be asked before they are."""
+def hook_obstacle(*hooks: Callable[[], Hook]) -> str:
+    """Why libllama's calls cannot be replaced in this process; empty if they can. To be asked before they are.
+
+    Without `hooks` it is about those that turning rows needs.
+    """
     # Two hooks of one function, made at once by two threads, would not know of each other.
     with _first_use:
-        return _obstacle()
+        return _obstacle(hooks or (rope_hook, compute_hook, copy_hook))
