@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 WHEEL = DIST / f"abcli-{__version__}-py3-none-any.whl"
 ARCHIVE = DIST / f"abcli-{__version__}.tar.gz"
-EXTRAS = {"plot": "matplotlib", "serve": "starlette"}
+EXTRAS = {"llm": "llm", "plot": "matplotlib", "serve": "starlette"}
 STEP_SECONDS = 300
 
 
