@@ -110,7 +110,7 @@ def test_files_are_text_and_settings_are_kept(page: Any) -> None:
     assert "<b>bold</b>" in page.locator(".message.user .body").inner_text()
     assert page.locator(".message b").count() == 0
     page.reload()
-    page.wait_for_selector("#chat-list .open")
+    page.wait_for_selector("#chat-list .open", state="attached")
     assert page.input_value("#system") == "Answer in one word."
     if page.locator("#chats-toggle").is_visible():
         page.click("#chats-toggle")
