@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.protocols import Sampler
 from abcli.sampling import ThoughtLimit
-
-
-class _Sampler(Protocol):
-    """What chooses the tokens that are not forced; see `abcli.generate.Sampler`."""
-
-    @property
-    def seed(self) -> int: ...
-    def accept_prompt(self, tokens: Sequence[int]) -> None: ...
-    def confidence(self, logits: NDArray[np.float32]) -> float: ...
-    def sample(self, logits: NDArray[np.float32]) -> int: ...
-    @property
-    def finished(self) -> bool: ...
-    @property
-    def may_choose_any(self) -> bool: ...
-    def close(self) -> None: ...
 
 
 class LimitedSampler:
     """A sampler that ends the thought with which an answer begins; its tokens are otherwise another sampler's."""
 
-    def __init__(self, inner: _Sampler, limit: ThoughtLimit, piece: Callable[[int], bytes]) -> None:
+    def __init__(self, inner: Sampler, limit: ThoughtLimit, piece: Callable[[int], bytes]) -> None:
         """`piece` gives the bytes of any token, those of control tokens included."""
         self._inner = inner
         self._limit = limit
