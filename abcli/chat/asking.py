@@ -81,12 +81,16 @@ class Asker:
         return Asked(tokens, steered, lambda: AnswerReader(form, options, thought_opened=opened))
 
     def _thought_limit(self, form: CallFormat, options: ChatOptions, opened: bool) -> ThoughtLimit | None:
-        """What ends a thought that has used up its budget; none where the thought is a message of its own."""
-        thoughts = form.thoughts
-        if options.thinking_budget < 0 or thoughts is None or form.channels is not None:
+        """What ends thoughts that have used up their budget."""
+        thoughts, budget = form.thoughts, options.thinking_budget
+        if budget < 0 or thoughts is None:
             return None
-        closing = self._template.written_tokens(f"\n{thoughts.end}\n\n")
-        return ThoughtLimit(options.thinking_budget, opened, thoughts.begin, thoughts.end, closing)
+        written = self._template.written_tokens
+        if form.channels is None:
+            return ThoughtLimit(budget, opened, thoughts.begin, thoughts.end, written(f"\n{thoughts.end}\n\n"))
+        # A thought is a message of its own: the next one's header follows.
+        closing, saying = written(form.between), written(form.framing[0])
+        return ThoughtLimit(budget, opened, thoughts.begin, thoughts.end, closing, saying)
 
     def _written_grammar(self, options: ChatOptions, opened: bool) -> str:
         tools, choice = [without_notes(tool) for tool in options.usable_tools], options.tool_choice
