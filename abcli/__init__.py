@@ -35,10 +35,10 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from abcli.generate import Sampler, Tokenizer
     from abcli.likelihood import TokenScore
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
+    from abcli.protocols import Sampler, Tokenizer
     from abcli.sampling import Choice, GenerationConfig, SamplingConfig
     from abcli.trace.page import save_trace
     from abcli.trace.trace import Trace
@@ -55,10 +55,10 @@ _HOMES = {
         *("GrammarError", "ModelFileError", "NativeError", "OutOfMemoryError", "ProfileError", "PromptError"),
         *("SessionError", "TemplateError", "ToolServerError", "UnsupportedModelError", "UsageError"),
     ),
-    "abcli.generate": ("Sampler", "Tokenizer"),
     "abcli.likelihood": ("TokenScore",),
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
+    "abcli.protocols": ("Sampler", "Tokenizer"),
     "abcli.sampling": ("Choice", "GenerationConfig", "SamplingConfig"),
     "abcli.trace.page": ("save_trace",),
     "abcli.trace.trace": ("Trace",),

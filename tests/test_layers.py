@@ -20,6 +20,9 @@ LAYERS: dict[str, int] = {
     "text": 0,
     "version": 0,
     "sampling": 1,
+    "protocols": 1,
+    "text_stream": 1,
+    "lookup": 1,
     "turn": 1,
     # Drawn from plain data.
     "pages": 1,

@@ -19,7 +19,7 @@ from abcli.engine.engine import Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Piece as RunningPiece
 from abcli.grammar.constraint import KINDS
-from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of, parse_gate
+from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of, parse_gate, parse_lookup
 from abcli.trace.trace import Trace
 
 # An answer as it grows; closing it early keeps in the conversation what there is.
@@ -202,6 +202,7 @@ class Chat:
         limits = {
             "predict": generation.max_tokens,
             "gate": "off" if generation.gate is None else f"{generation.gate:g}",
+            "lookup": str(generation.lookup or "off"),
         }
         return {"system": self.conversation.system or "", **limits, **options, **values}
 
@@ -216,6 +217,9 @@ class Chat:
             return
         if name == "gate":
             self.generation = replace(self.generation, gate=parse_gate(text))
+            return
+        if name == "lookup":
+            self.generation = replace(self.generation, lookup=parse_lookup(text))
             return
         value = _parsed(name, text, type(current[name]))
         if name == "predict":

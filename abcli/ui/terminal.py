@@ -178,6 +178,8 @@ def statistics_line(statistics: Statistics, used: int, available: int, buckets: 
         alone = statistics.steps - statistics.asked_steps
         asked = f", asked for {statistics.asked:.0%} of the tokens," if alone else ""
         parts.append(f"{buckets} buckets{asked} agree on {statistics.agreement:.0%}")
+    if statistics.drafted_tokens:
+        parts.append(f"looked up {statistics.guessed_tokens} of {statistics.drafted_tokens} right")
     return " | ".join(parts)
 
 
