@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from abcli.generate import Sampler, Tokenizer
     from abcli.likelihood import TokenScore
+    from abcli.llama import Llama
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
     from abcli.sampling import Choice, GenerationConfig, SamplingConfig
@@ -55,6 +56,7 @@ _HOMES = {
     ),
     "abcli.generate": ("Sampler", "Tokenizer"),
     "abcli.likelihood": ("TokenScore",),
+    "abcli.llama": ("Llama",),
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
     "abcli.sampling": ("Choice", "GenerationConfig", "SamplingConfig"),
@@ -75,6 +77,7 @@ __all__ = [
     "EvaluationDataError",
     "GenerationConfig",
     "GrammarError",
+    "Llama",
     "LoraConfig",
     "Merged",
     "Merger",

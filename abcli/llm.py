@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Generating
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from abcli.chat.answer import Answer, Piece
 from abcli.chat.asking import Asked, Asker, plain_asked, split_settings
 from abcli.chat.continuation import continued
 from abcli.chat.conversation import Overflow
+from abcli.chat.many import answer_many
 from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
 from abcli.chat.options import ChatOptions
@@ -54,6 +54,7 @@ from abcli.turn import Turn
 
 if TYPE_CHECKING:
     from abcli.chat.controller import Chat
+    from abcli.native.model import Model
 
 # The settings of a context that `load` hands on as they are.
 _CONTEXT_SETTINGS = (
@@ -191,6 +192,12 @@ class LLM(Owner):
         return self._native.checked
 
     @property
+    def native(self) -> Model:
+        """The loaded model; for what stands beside llama.cpp itself. Raises UsageError once it is closed."""
+        with self._turn.text():
+            return self._native
+
+    @property
     def description(self) -> str:
         """The model in llama.cpp's words."""
         return self._native.description
@@ -284,41 +291,32 @@ class LLM(Owner):
         prompts: Iterable[Prompt],
         *,
         raw: bool = False,
-        on_done: Callable[[int], object] | None = None,
+        on_done: Callable[[int], object] = lambda _done: None,
         **settings: Any,
     ) -> list[Answer]:
         """The answers to many prompts, in their order, decoded together in as many slots as the model was loaded with.
 
-        `on_done` is called with the number of answers after each. Raises as `generate` does, for the first prompt that
-        fails; the others are given up then.
+        A prompt is taken from `prompts` when a slot is free for it. `on_done` is called with the number of answers
+        after each. Raises as `generate` does, for the first prompt that fails; the others are given up then.
         """
         options, config = self.split(settings)
-        self.check(config.sampling)
-        waiting = deque((place, self.ask(prompt, options, config, raw=raw)) for place, prompt in enumerate(prompts))
+        asked = (self.ask(prompt, options, config, raw=raw) for prompt in prompts)
         found: dict[int, Answer] = {}
-        places: dict[int, tuple[int, Asked]] = {}
-        with self._turn.take():
-            try:
-                while waiting or places:
-                    free = [slot for slot in range(self.engine.slots) if slot not in places]
-                    while waiting and free:
-                        place, asked = waiting.popleft()
-                        slot = self._nearest(asked.tokens, free)
-                        free.remove(slot)
-                        places[slot] = place, asked
-                        self.generator.start(slot, asked.tokens, asked.generation)
-                    for piece in self.generator.step():
-                        if piece.answer.error is not None:
-                            raise piece.answer.error
-                        if piece.answer.finish_reason is not None:
-                            place, asked = places.pop(piece.answer.slot)
-                            found[place] = asked.reader().whole(piece.answer)
-                            if on_done is not None:
-                                on_done(len(found))
-            finally:
-                for slot in places:
-                    self.generator.drop(slot)
+        for place, answer in self.answer_many(asked):
+            found[place] = answer
+            on_done(len(found))
         return [found[place] for place in sorted(found)]
+
+    def answer_many(self, asked: Iterable[Asked]) -> Iterator[tuple[int, Answer]]:
+        """The answers to what is asked, each with its place there, as they are finished; raises as `generate_many`."""
+
+        def checked() -> Iterator[Asked]:
+            for item in asked:
+                self.check(item.generation.sampling)
+                yield item
+
+        with self._turn.take():
+            yield from answer_many(checked(), self.generator, self.engine.slots, self._nearest)
 
     def chat(
         self,
