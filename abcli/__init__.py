@@ -35,12 +35,14 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         UsageError,
     )
-    from abcli.generate import Sampler, Tokenizer
     from abcli.likelihood import TokenScore
     from abcli.llama import Llama
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
+    from abcli.protocols import Sampler, Tokenizer
     from abcli.sampling import Choice, GenerationConfig, SamplingConfig
+    from abcli.trace.page import save_trace
+    from abcli.trace.trace import Trace
 
 # Where each name comes from, imported when it is first used: the command line needs few of them.
 _HOMES = {
@@ -54,12 +56,14 @@ _HOMES = {
         *("GrammarError", "ModelFileError", "NativeError", "OutOfMemoryError", "ProfileError", "PromptError"),
         *("SessionError", "TemplateError", "ToolServerError", "UnsupportedModelError", "UsageError"),
     ),
-    "abcli.generate": ("Sampler", "Tokenizer"),
     "abcli.likelihood": ("TokenScore",),
     "abcli.llama": ("Llama",),
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
+    "abcli.protocols": ("Sampler", "Tokenizer"),
     "abcli.sampling": ("Choice", "GenerationConfig", "SamplingConfig"),
+    "abcli.trace.page": ("save_trace",),
+    "abcli.trace.trace": ("Trace",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -98,11 +102,13 @@ __all__ = [
     "Tool",
     "ToolCall",
     "ToolServerError",
+    "Trace",
     "UnsupportedModelError",
     "Usage",
     "UsageError",
     "__version__",
     "load",
+    "save_trace",
 ]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,53 +15,18 @@ from numpy.typing import NDArray
 from abcli.config import MergeRule
 from abcli.engine.engine import Engine, Gate, Progress
 from abcli.engine.workers import available_cores
-from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError, UsageError
+from abcli.errors import AbcliError, CancelledError, ContextFullError, PromptError
+from abcli.lookup import Budget, Lookup
 from abcli.merge import Merged, Merger
 from abcli.native.owner import Owner
+from abcli.protocols import Sampler, Tokenizer
 from abcli.sampling import Choice, GenerationConfig, SamplingConfig
+from abcli.text_stream import TextStream
 from abcli.thought_limit import LimitedSampler
 
 FinishReason = Literal["stop", "length"]
 # The weights of a single row.
 _ALONE = np.ones(1)
-
-
-class Tokenizer(Protocol):
-    """What the loop needs to know of a vocabulary."""
-
-    def piece(self, token: int, *, special: bool = False) -> bytes:
-        """The bytes a token stands for; none for control tokens unless `special`."""
-
-    def is_end(self, token: int) -> bool:
-        """Whether the token ends an answer."""
-
-
-class Sampler(Protocol):
-    """Chooses tokens; one per answer."""
-
-    @property
-    def seed(self) -> int:
-        """The seed that is really used."""
-
-    def accept_prompt(self, tokens: Sequence[int]) -> None:
-        """Let penalties see the prompt."""
-
-    def confidence(self, logits: NDArray[np.float32]) -> float:
-        """The probability (0..1) of the likeliest token in logits [vocab] that may come next."""
-
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """Choose a token from logits [vocab] and remember it."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether what the answer has to follow is complete, so that no token can come after the last one."""
-
-    @property
-    def may_choose_any(self) -> bool:
-        """Whether a token that no distribution gives a chance may be chosen, as a grammar or a bias may want it."""
-
-    def close(self) -> None:
-        """Free what the sampler holds."""
 
 
 @dataclass
@@ -79,6 +43,9 @@ class Statistics:
     asked_steps: int = 0
     """For how many of them all buckets were asked; none with a single one."""
     agreement_sum: float = 0.0
+    drafted_tokens: int = 0
+    guessed_tokens: int = 0
+    """How many of the drafts' tokens were right."""
 
     @property
     def prefilled_tokens(self) -> int:
@@ -120,44 +87,6 @@ class Piece:
     text: str
 
 
-class TextStream:
-    """Bytes in, text out: decodes UTF-8 across tokens and holds back what may become a stop string.
-
-    A character of which the end never comes is left out; bytes that cannot be UTF-8 become U+FFFD.
-    """
-
-    def __init__(self, stop: Sequence[str] = ()) -> None:
-        """`stop` lists the strings that end the text; they are not part of it."""
-        if any(not text for text in stop):
-            raise UsageError("a stop string is empty", "give `stop` some text")
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
-
-    def feed(self, data: bytes, *, final: bool = False) -> str:
-        """The text that is certain after `data`; with `final`, all of it. Empty once `stopped`."""
-        if self.stopped:
-            return ""
-        self._held += self._decode(data)
-        found = [index for index in (self._held.find(text) for text in self._stop) if index >= 0]
-        if found:
-            self.stopped = True
-            certain, self._held = self._held[: min(found)], ""
-            return certain
-        keep = 0 if final else self._possible_stop()
-        certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return certain
-
-    def _possible_stop(self) -> int:
-        """The length of the longest end of the held text that begins a stop string."""
-        longest = max((len(text) for text in self._stop), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(text.startswith(self._held[-length:]) for text in self._stop):
-                return length
-        return 0
-
-
 @dataclass
 class _Running:
     """An answer in progress with what is needed to continue it."""
@@ -172,7 +101,11 @@ class _Running:
     """How many of the prompt's tokens had to be computed."""
     left: int
     """How many of them are yet to be computed; none once the answer has begun."""
+    lookup: Lookup | None
+    """Where drafts come from, if it has any."""
     next_token: int = -1
+    unsure: bool = False
+    """Whether the native bucket is known not to decide on what comes after the next token."""
 
 
 class Generator(Owner):
@@ -198,6 +131,7 @@ class Generator(Owner):
         # The other cores may still be busy: threads of the graph wait for the next one at full speed for a while.
         threads = max(1, available_cores() // 2)
         self._merger = Merger(len(engine.bases), engine.vocabulary_size, threads)
+        self._budget = Budget()
         self._running: dict[int, _Running] = {}
         self._cancelled = False
 
@@ -246,7 +180,8 @@ class Generator(Owner):
             left = self._engine.begin(slot, prompt[kept:])
             stack.pop_all()
         answer = Answer(slot, sampler.seed, Statistics(len(prompt), len(prompt) - left))
-        self._running[slot] = _Running(answer, config, sampler, stream, on_progress, begin, left, left)
+        lookup = Lookup() if config.lookup is not None and self._engine.forgets else None
+        self._running[slot] = _Running(answer, config, sampler, stream, on_progress, begin, left, left, lookup)
         return answer
 
     def step(self) -> list[Piece]:
@@ -257,13 +192,12 @@ class Generator(Owner):
         raises; the answers then stay in progress until dropped. What goes wrong in sampling is the `error` of that
         answer alone.
         """
-        begin = perf_counter()
-        waiting = [item for item in self._running.values() if item.left]
-        tokens = {slot: item.next_token for slot, item in self._running.items() if not item.left}
-        if self._cancelled:
-            self._cancelled = False
-            raise CancelledError
-        try:
+        with self._heeding_cancel():
+            if (piece := self._try_draft()) is not None:
+                return [piece]
+            begin = perf_counter()
+            waiting = [item for item in self._running.values() if item.left]
+            tokens = {slot: item.next_token for slot, item in self._running.items() if not item.left}
             # What is merged where it is computed leaves neither the buckets' logits nor all of the merged ones.
             all_logits = any(
                 item.sampler.may_choose_any or item.config.observer or item.config.merge not in (None, self._rule)
@@ -271,16 +205,16 @@ class Generator(Owner):
             )
             rule = None if all_logits else self._rule
             logits = self._engine.step(tokens, rule, self._gates()) if self._running else {}
-        except CancelledError:
-            self._cancelled = False
-            raise
         gaining = [self._running[slot] for slot in logits]
         for item in gaining:
             if item.left:
                 item.answer.statistics.prefill_seconds = perf_counter() - item.begin
             self._sample(item, logits[item.answer.slot])
         seconds = perf_counter() - begin
+        if len(tokens) == 1 and not waiting:
+            self._budget.chosen(seconds)
         for slot in tokens:
+            self._running[slot].unsure = False
             self._running[slot].answer.statistics.decode_seconds += seconds
         pieces = [self._emit(item) for item in gaining]
         for item in waiting:
@@ -323,12 +257,67 @@ class Generator(Owner):
             self._engine.drop(slot)
             running.sampler.close()
 
+    @contextmanager
+    def _heeding_cancel(self) -> Iterator[None]:
+        """Raise CancelledError once for a `cancel` before the block, or within."""
+        if self._cancelled:
+            self._cancelled = False
+            raise CancelledError
+        try:
+            yield
+        except CancelledError:
+            self._cancelled = False
+            raise
+
+    def _try_draft(self) -> Piece | None:
+        """What an answer gained that has a draft; None if there is none, or nothing was gained.
+
+        Only an answer that is alone: several make a batch as they are.
+        """
+        running = next(iter(self._running.values()), None)
+        if running is None or len(self._running) > 1 or running.left or running.lookup is None:
+            return None
+        config, slot = running.config, running.answer.slot
+        held = self._engine.tokens(slot)
+        gate = self._gates().get(slot)
+        # The answer's last token comes without a draft.
+        room = self._engine.context_size - len(held) - 2
+        left = room if config.max_tokens < 0 else config.max_tokens - running.answer.statistics.completion_tokens - 1
+        most = self._budget.tokens if config.lookup == "auto" else config.lookup
+        outputs = self._engine.outputs if gate is None else self._engine.native_outputs
+        longest = 0 if running.unsure else min(room, left, outputs - 1, most or 0)
+        draft = running.lookup.draft([*held, running.next_token], longest)
+        return self._verify(running, draft, gate) if draft else None
+
+    def _verify(self, running: _Running, draft: Sequence[int], gate: Gate | None) -> Piece | None:
+        """Compute the next token and a draft behind it at once, and choose as long as the draft is what is chosen."""
+        begin, slot, statistics = perf_counter(), running.answer.slot, running.answer.statistics
+        start, tokens = len(self._engine.tokens(slot)), [running.next_token, *draft]
+        rows = self._engine.read({slot: tokens}, alone=gate is not None)[slot]
+        kept, text = 0, ""
+        for token, logits in zip(tokens, rows, strict=True):
+            if token != running.next_token or running.answer.finish_reason or running.answer.error:
+                break
+            if gate is not None and not gate(logits[0]):
+                running.unsure = True
+                break
+            kept += 1
+            self._sample(running, logits)
+            text += self._emit(running).text
+        self._engine.truncate(slot, start + kept)
+        seconds = perf_counter() - begin
+        statistics.decode_seconds += seconds
+        statistics.drafted_tokens += len(draft)
+        statistics.guessed_tokens += max(0, kept - 1)
+        self._budget.tried(len(draft), kept - 1, seconds)
+        return Piece(running.answer, text) if kept else None
+
     def _gates(self) -> dict[int, Gate]:
         """What lets the native bucket decide alone, by slot; at 1 it never does."""
         return {
             slot: partial(self._decides, item, item.config.gate)
             for slot, item in self._running.items()
-            if item.config.gate is not None and item.config.gate < 1 and len(self._engine.bases) > 1
+            if item.config.gate is not None and item.config.gate < 1 and len(self._engine.bases) > 1 and not item.unsure
         }
 
     @staticmethod

@@ -45,11 +45,15 @@ from abcli.grammar.check import check
 from abcli.grammar.constraint import constraint_of
 from abcli.hub.locate import Fetch, locate_model
 from abcli.likelihood import Scorer, TokenScore, pair_tokens, windows
+from abcli.native.llama import CancelFlag
 from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
 from abcli.rope.bases import asked_buckets
-from abcli.sampling import GenerationConfig, SamplingConfig, check_gate, check_sampling
+from abcli.sampling import Choice, GenerationConfig, SamplingConfig, check_gate, check_sampling
+from abcli.trace.recorder import Recorder
+from abcli.trace.trace import Trace
+from abcli.trace.tracing import Tracer
 from abcli.turn import Turn
 
 if TYPE_CHECKING:
@@ -160,6 +164,7 @@ class LLM(Owner):
         self._turn = Turn()
         self._warn = warn
         self._remarks: set[str] = set()
+        self._tracing = CancelFlag()
         with ExitStack() as stack:
             opened = stack.enter_context(open_engine(prepared.model, prepared.context, prepared.buckets, warn, say))
             self.engine: Engine = opened.engine
@@ -173,6 +178,7 @@ class LLM(Owner):
             self.generator = stack.enter_context(
                 Generator(opened.engine, opened.model, make_sampler, buckets.merge, buckets.weights)
             )
+            self._tracer = Tracer(opened.model, opened.engine, prepared.context, buckets)
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -184,6 +190,7 @@ class LLM(Owner):
     def cancel(self) -> None:
         """Make what is computed now raise CancelledError soon; without anything, do nothing."""
         if self._turn.taken:
+            self._tracing.set()
             self.generator.cancel()
 
     @property
@@ -235,27 +242,40 @@ class LLM(Owner):
         return Asker(self.template)
 
     def generate(
-        self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        trace: bool = False,
+        on_progress: Progress | None = None,
+        **settings: Any,
     ) -> Answer:
         """The answer to a prompt or a conversation; see `generation_config` and `ChatOptions` for the settings.
 
         `tools` are `Tool`s, mappings as OpenAI's clients write them, or Python functions with type hints. With `raw`
-        the text is continued as it is, without a chat template. `on_progress` gets (tokens done, tokens in all) while
-        the prompt is computed. Raises PromptError, TemplateError, UsageError, GrammarError, ContextFullError,
+        the text is continued as it is, without a chat template. With `trace` the answer has one: what each bucket saw;
+        it takes a pass over prompt and answer of its own. `on_progress` gets (tokens done, tokens in all) while the
+        prompt is computed. Raises PromptError, TemplateError, UsageError, GrammarError, ContextFullError,
         CancelledError and NativeError.
         """
         answer: Answer | None = None
-        for piece in self.stream(prompt, raw=raw, on_progress=on_progress, **settings):
+        for piece in self.stream(prompt, raw=raw, trace=trace, on_progress=on_progress, **settings):
             answer = piece.answer
         assert answer is not None  # noqa: S101 - the last piece has it
         return answer
 
     def stream(
-        self, prompt: Prompt, *, raw: bool = False, on_progress: Progress | None = None, **settings: Any
+        self,
+        prompt: Prompt,
+        *,
+        raw: bool = False,
+        trace: bool = False,
+        on_progress: Progress | None = None,
+        **settings: Any,
     ) -> Iterator[Piece]:
         """The answer piece by piece, as `generate`; the last piece has the whole. Closing it early is allowed."""
         options, config = self.split(settings)
-        yield from self.answer(self.ask(prompt, options, config, raw=raw), on_progress)
+        yield from self.answer(self.ask(prompt, options, config, raw=raw), on_progress, trace=trace)
 
     def ask(
         self,
@@ -266,11 +286,13 @@ class LLM(Owner):
         raw: bool = False,
         parse_special: bool = False,
         held: Sequence[int] = (),
+        continues: bool = False,
     ) -> Asked:
         """What `answer` answers: a prompt's tokens, how to decode its answer, and who reads it. Raises as `generate`.
 
         With `raw` and `parse_special` control tokens in the text are read as such. A conversation is spelled in the
-        tokens of `held`, which a slot holds, as far as these stand for the same text.
+        tokens of `held`, which a slot holds, as far as these stand for the same text. With `continues` its last message
+        is the beginning of the answer.
         """
         config = config or GenerationConfig()
         if raw:
@@ -279,12 +301,54 @@ class LLM(Owner):
             return plain_asked(self.prompt_tokens(prompt, raw=True, parse_special=parse_special), config)
         messages = as_messages(prompt)
         with self._turn.text():
-            asked = self.asker.ask(messages, options or ChatOptions(), config)
+            asked = self.asker.ask(messages, options or ChatOptions(), config, continues=continues)
             return replace(asked, tokens=continued(tuple(held), asked.tokens, self._native.piece)) if held else asked
 
-    def answer(self, asked: Asked, on_progress: Progress | None = None) -> Generating[Piece, None, None]:
-        """The answer to what is asked, piece by piece; raises as `generate`."""
-        yield from asked.reader().read(self.decode(asked.tokens, asked.generation, on_progress))
+    def answer(
+        self,
+        asked: Asked,
+        on_progress: Progress | None = None,
+        *,
+        trace: bool = False,
+        on_trace: Progress | None = None,
+    ) -> Generating[Piece, None, None]:
+        """The answer to what is asked, piece by piece; raises as `generate`.
+
+        With `trace` the whole answer has one; `on_trace` gets (buckets done, buckets) while attention is read.
+        """
+        if not trace:
+            yield from asked.reader().read(self.decode(asked.tokens, asked.generation, on_progress))
+            return
+        recorder, told = self._tracer.recorder(), asked.generation.observer
+
+        def observe(choice: Choice) -> None:
+            recorder(choice)
+            if told is not None:
+                told(choice)
+
+        generation = replace(asked.generation, observer=observe)
+        for piece in asked.reader().read(self.decode(asked.tokens, generation, on_progress)):
+            if piece.answer is None:
+                yield piece
+        if piece.answer is not None:
+            found = self._finished(recorder, asked.tokens, on_trace)
+            yield replace(piece, answer=replace(piece.answer, trace=found))
+
+    def trace(
+        self, prompt: Sequence[int], answer: Sequence[int], on_trace: Progress | None = None, slot: int = 0
+    ) -> Trace:
+        """What the buckets see of an answer's tokens that follow those of a prompt; they are decoded again in `slot`.
+
+        Raises ContextFullError, CancelledError and NativeError.
+        """
+        with self._turn.take():
+            recorder = self._tracer.replay(prompt, answer, slot)
+        return self._finished(recorder, prompt, on_trace)
+
+    def _finished(self, recorder: Recorder, prompt: Sequence[int], on_trace: Progress | None) -> Trace:
+        with self._turn.take():
+            self._tracing.clear()
+            return self._tracer.finish(recorder, prompt, self._tracing, on_trace or (lambda _done, _total: None))
 
     def generate_many(
         self,

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from abcli.config import MergeRule
 from abcli.errors import UsageError
@@ -22,8 +22,12 @@ DEFAULT_DRY_BREAKERS = ("\n", ":", '"', "*")
 MAX_LAST_N = 1 << 24
 MAX_BREAKERS = 64
 MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones off, maybe within a character
+MAX_DRAFT = 32
 _MAX_INT32 = 2**31 - 1
 _SMALLEST_TEMPERATURE = 1e-6
+
+# Tokens of a draft at most; "auto": as many as pay.
+LookupLength = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ class ThoughtLimit:
     """The most tokens of the thought with which an answer begins, and those that end it then.
 
     `opened`: the prompt's end has begun it; otherwise the answer does, with the text `begin`. `end` is what ends it.
+
+    Where an answer is messages, some of which are thoughts, the limit is that of all of them together. A further one
+    after it is ended at once, and `saying` are the tokens that then begin a message to the person.
     """
 
     tokens: int
@@ -111,6 +118,7 @@ class ThoughtLimit:
     begin: str
     end: str
     closing: tuple[int, ...]
+    saying: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,10 +149,11 @@ class GenerationConfig:
     """One answer: how to sample it and when to stop; -1 new tokens means until the context is full.
 
     Where the native bucket's likeliest token has more than the probability `gate`, that bucket decides alone; without a
-    gate all buckets are asked for every token. `merge` is the rule of this answer, without the model's weights; where
-    there is none, the model's. `steering` is made for each answer, from its conversation, and no
-    setting of anyone's. `observer` is called with each token's choice, the one that ends the answer included, while
-    others wait; it must not raise.
+    gate all buckets are asked for every token. `lookup` is the most tokens of a draft that is looked up in prompt and
+    answer: as many as pay ("auto"), or None for no drafts. `merge` is the rule of this answer, without the model's
+    weights; where there is none, the model's. `steering` is made for each answer, from its conversation, and no setting
+    of anyone's. `observer` is called with each token's choice, the one that ends the answer included, while others
+    wait; it must not raise.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -153,6 +162,7 @@ class GenerationConfig:
     ignore_eos: bool = False
     gate: float | None = None
     merge: MergeRule | None = None
+    lookup: LookupLength = None
     steering: Steering = field(default_factory=Steering)
     observer: Callable[[Choice], None] | None = field(default=None, repr=False, compare=False)
 
@@ -160,7 +170,7 @@ class GenerationConfig:
 SETTINGS: Mapping[str, Setting] = {item.name: item.metadata["setting"] for item in dataclasses.fields(SamplingNumbers)}
 """The numbers by the names of their fields."""
 _FIELDS = {setting.short: name for name, setting in SETTINGS.items()}
-LIMITS = ("max_tokens", "stop", "ignore_eos", "gate")
+LIMITS = ("max_tokens", "stop", "ignore_eos", "gate", "lookup")
 FIELDS: tuple[str, ...] = tuple(item.name for item in dataclasses.fields(SamplingConfig))
 
 
@@ -237,6 +247,22 @@ def check_gate(value: Any) -> float | None:
     return float(value)
 
 
+def check_lookup(value: Any) -> LookupLength:
+    """The longest draft, or None for None and "off". Raises UsageError for anything else."""
+    if value is None or value == "off":
+        return None
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_DRAFT):
+        return cast(LookupLength, value)
+    raise UsageError(
+        f"`lookup` {value!r:.80} is impossible", f"choose auto, off, or 1 to {MAX_DRAFT} tokens", setting="lookup"
+    )
+
+
+def parse_lookup(text: str) -> LookupLength:
+    """What a text such as "auto" or "8" means for drafts. Raises UsageError."""
+    return check_lookup(int(text) if text.strip().isdecimal() else text)
+
+
 def parse_gate(text: str) -> float | None:
     """The gate that a text such as "0.9" or "off" means. Raises UsageError."""
     try:
@@ -274,6 +300,8 @@ def generation_config(
         limits["stop"] = tuple(limits["stop"])
     if "gate" in limits:
         limits["gate"] = check_gate(limits["gate"])
+    if "lookup" in limits:
+        limits["lookup"] = check_lookup(limits["lookup"])
     most = limits.get("max_tokens", -1)
     if type(most) is not int or most < -1:
         raise UsageError(f"`max_tokens` {most!r} is impossible", "choose 0 or more, or -1", setting="max_tokens")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from abcli.errors import CancelledError, ContextFullError, PromptError, UsageError
-from abcli.generate import Generator, TextStream, common_prefix
+from abcli.generate import Generator, common_prefix
 from abcli.sampling import Choice, GenerationConfig, SamplingConfig
+from abcli.text_stream import TextStream
 from tests.support.fakes import END, ByteTokenizer, FakeEngine, GreedySampler, reciting
 
 PROMPT = list(b"What?")

@@ -20,7 +20,12 @@ LAYERS: dict[str, int] = {
     "text": 0,
     "version": 0,
     "sampling": 1,
+    "protocols": 1,
+    "text_stream": 1,
+    "lookup": 1,
     "turn": 1,
+    # Drawn from plain data.
+    "pages": 1,
     "merge": 2,
     "gguf": 2,
     "rope": 3,
@@ -36,6 +41,7 @@ LAYERS: dict[str, int] = {
     # Design has chat beside generate; a chat is built on the loop, so it stands above it.
     "chat": 8,
     "prepare": 7,
+    "trace": 7,
     "llm": 9,
     "machine": 9,
     "tools": 9,

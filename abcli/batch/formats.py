@@ -13,7 +13,14 @@ from abcli.chat.messages import Message
 from abcli.chat.options import OPTIONS, ChatOptions, chat_options
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.grammar.constraint import KINDS
-from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig, SamplingConfig, check_gate, check_sampling
+from abcli.sampling import (
+    NATIVE_RANDOM_SEED,
+    GenerationConfig,
+    SamplingConfig,
+    check_gate,
+    check_lookup,
+    check_sampling,
+)
 
 OPENAI_URL = "/v1/chat/completions"
 
@@ -39,7 +46,17 @@ _SIMPLE = {
     for item in fields(SamplingConfig)
     if item.name not in ("json_schema", "schema_lenient", "logit_bias", "dry_breakers")
 }
-_OTHER_SETTINGS = ("json_schema", "lenient", "logit_bias", "dry_breakers", "max_tokens", "stop", "ignore_eos", "gate")
+_OTHER_SETTINGS = (
+    "json_schema",
+    "lenient",
+    "logit_bias",
+    "dry_breakers",
+    "max_tokens",
+    "stop",
+    "ignore_eos",
+    "gate",
+    "lookup",
+)
 
 
 @dataclass(frozen=True)
@@ -158,6 +175,8 @@ def _generation(settings: Mapping[str, Any], base: GenerationConfig, vocabulary_
             answer[name] = _stop(value)
         elif name == "gate":
             answer[name] = check_gate(value)
+        elif name == "lookup":
+            answer[name] = check_lookup(value)
         elif name == "max_tokens":
             answer[name] = _limit(value)
         elif name == "lenient":

@@ -8,6 +8,7 @@ from typing import Literal
 from abcli.chat.calls.events import Event
 from abcli.chat.messages import ToolCall
 from abcli.generate import Answer as RunningAnswer
+from abcli.trace.trace import Trace
 
 EndReason = Literal["stop", "length", "tool_calls"]
 
@@ -36,7 +37,7 @@ class Answer:
     `finish_reason` is "stop" where the model or a stop string ended it, "tool_calls" where it ended with calls of
     tools, "length" where `max_tokens` or the context did. `agreement` is the mean share (0..1) of probability mass
     on which the buckets agreed where all were asked, which was so for the share `asked` of the tokens. `reasoning`
-    is the thought before the text.
+    is the thought before the text. `trace` is what the buckets saw, where that was asked for.
     """
 
     text: str
@@ -49,6 +50,7 @@ class Answer:
     seed: int
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    trace: Trace | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from abcli.engine.engine import Progress
 from abcli.errors import ContextFullError, PromptError, UsageError
 from abcli.generate import Piece as RunningPiece
 from abcli.grammar.constraint import KINDS
-from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of, parse_gate
+from abcli.sampling import SETTINGS, GenerationConfig, SamplingConfig, field_of, parse_gate, parse_lookup
+from abcli.trace.trace import Trace
 
 # An answer as it grows; closing it early keeps in the conversation what there is.
 Pieces = Generating[Piece, None, None]
@@ -45,6 +46,9 @@ class Decoder(Protocol):
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; nothing for control tokens."""
+
+    def trace(self, prompt: Sequence[int], answer: Sequence[int], on_trace: Progress | None, slot: int) -> Trace:
+        """What the buckets see of an answer that follows a prompt."""
 
     def check(self, sampling: SamplingConfig) -> None:
         """Raise UsageError or GrammarError for settings that no sampler can have."""
@@ -73,6 +77,7 @@ class Chat:
         self.dropped_turns = 0
         self.answered = False
         """Whether the last answer, or what there is of it, is in the conversation."""
+        self._last: tuple[Sequence[int], Sequence[int]] | None = None
 
     @property
     def used_tokens(self) -> int:
@@ -135,6 +140,16 @@ class Chat:
         self.conversation.regenerate()
         yield from self._answer(before, on_progress, self.options)
 
+    def trace(self, on_trace: Progress | None = None) -> Trace:
+        """What the buckets see of the last answer; its tokens are decoded again.
+
+        `on_trace` gets (buckets done, buckets). Raises UsageError if there is no answer, else as `ask`.
+        """
+        if self._last is None:
+            raise UsageError("there is no answer to trace", "ask something first")
+        prompt, answer = self._last
+        return self._decoder.trace(prompt, answer, on_trace, _SLOT)
+
     def _answer(self, before: Sequence[Message], on_progress: Progress | None, options: ChatOptions) -> Pieces:
         """Answer the conversation, which is that of `before` again if nothing comes of it."""
         self.answered = False
@@ -150,6 +165,8 @@ class Chat:
                     running = piece.answer
                     yield reader.add(piece)
             finally:
+                if running is not None and running.tokens:
+                    self._last = tokens, running.tokens
                 if running is not None and running.finish_reason is None:
                     reader.stop(running)
                 self.answered = bool(reader.said or reader.thought or reader.calls)
@@ -185,6 +202,7 @@ class Chat:
         limits = {
             "predict": generation.max_tokens,
             "gate": "off" if generation.gate is None else f"{generation.gate:g}",
+            "lookup": str(generation.lookup or "off"),
         }
         return {"system": self.conversation.system or "", **limits, **options, **values}
 
@@ -199,6 +217,9 @@ class Chat:
             return
         if name == "gate":
             self.generation = replace(self.generation, gate=parse_gate(text))
+            return
+        if name == "lookup":
+            self.generation = replace(self.generation, lookup=parse_lookup(text))
             return
         value = _parsed(name, text, type(current[name]))
         if name == "predict":

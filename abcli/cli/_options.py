@@ -31,7 +31,15 @@ from abcli.hub.names import HubName
 from abcli.prepare import check_context, check_gpu_layers
 from abcli.profiles.profile import NO_PROFILE, check_name
 from abcli.rope.bases import asked_buckets, parse_numbers
-from abcli.sampling import DEFAULT_DRY_BREAKERS, SETTINGS, GenerationConfig, SamplingConfig, SamplingNumbers, parse_gate
+from abcli.sampling import (
+    DEFAULT_DRY_BREAKERS,
+    SETTINGS,
+    GenerationConfig,
+    SamplingConfig,
+    SamplingNumbers,
+    parse_gate,
+    parse_lookup,
+)
 from abcli.text import unescaped
 from abcli.ui.terminal import Terminal
 
@@ -288,6 +296,15 @@ class AnswerOptions:
     )
     stop: Annotated[list[str] | None, flag("Text that ends the answer; repeatable.", "--stop", "-r")] = None
     ignore_eos: Annotated[bool, flag("Go on after the model ends its answer.", "--ignore-eos")] = False
+    lookup: Annotated[
+        str,
+        flag(
+            "Guess what the answer repeats of prompt and answer, and check several tokens at once: auto, off, or "
+            "up to so many tokens.",
+            "--lookup",
+            metavar="auto|off|N",
+        ),
+    ] = "off"
     escape: Annotated[
         bool | None,
         flag(
@@ -307,7 +324,7 @@ class AnswerOptions:
             stops = tuple(read_escapes(text, "--stop") for text in stops)
             breakers = tuple(read_escapes(text, "--dry-sequence-breaker") for text in breakers)
         base = GenerationConfig(replace(sampling, dry_breakers=breakers), self.predict, stops)
-        return replace(base, ignore_eos=self.ignore_eos, gate=gate)
+        return replace(base, ignore_eos=self.ignore_eos, gate=gate, lookup=parse_lookup(self.lookup))
 
     def text(self, text: str, what: str) -> str:
         """A prompt from the command line. Raises PromptError."""

@@ -68,6 +68,8 @@ class Backend(Protocol):
     """How rows of one batch come to have several bases, and why so; empty where they need not."""
     outputs: int
     """After how many tokens one computation gives the logits, in all its parts; more where each slot has one."""
+    native_outputs: int
+    """The same for the native column alone."""
     cancel: CancelFlag
     cell_format: tuple[str, str]
     """What bytes of cells depend on beside model, base and cache types: the rotation's scaling, and their layout."""

@@ -60,7 +60,7 @@ class ContextsBackend(Owner):
             if model.sliding_window > 0 and (self.sharing.shared or config.prompt_cache is not None):
                 # A state leaves out what the window has passed, so no piece may be longer than the window.
                 self._piece = min(self._piece, model.sliding_window)
-            self.outputs = min(config.outputs, self._piece, TILED_TOKENS - 1)
+            self.outputs = self.native_outputs = min(config.outputs, self._piece, TILED_TOKENS - 1)
             self._stack = stack.pop_all()
 
     def piece(self, columns: int) -> int:

@@ -63,6 +63,7 @@ class Engine(Owner):
         vocabulary_size: int,
         least_shared: int = MIN_SHARED_TOKENS,
         cache: PromptCache | None = None,
+        forgets: bool = True,
     ) -> None:
         """The backend is the engine's from now on; its slots hold `context_size` tokens each.
 
@@ -82,6 +83,8 @@ class Engine(Owner):
         self._oldest_first = False
         self._agreements: Mapping[int, float] = {}
         self._logits: NDArray[np.float32] = np.empty((slots, len(backend.bases), vocabulary_size), np.float32)
+        self.forgets = forgets
+        """Whether a slot can forget a part of what it holds, as slots of recurrent models cannot."""
         self.context_size: int = context_size
         """The number of tokens each slot can hold."""
 
@@ -199,27 +202,35 @@ class Engine(Owner):
         """The most tokens that `read` takes at once."""
         return self._backend.outputs
 
-    def read(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, NDArray[np.float32]]:
+    @property
+    def native_outputs(self) -> int:
+        """The same for the native bucket alone."""
+        return self._backend.native_outputs
+
+    def read(self, tokens: Mapping[int, Sequence[int]], *, alone: bool = False) -> dict[int, NDArray[np.float32]]:
         """Append tokens to each slot named, computed by every bucket as in decoding; the logits after each of them.
 
-        These are [tokens, buckets, vocab] arrays, in the mapping's order. One token in each slot, or at most `outputs`
-        in all; no prompt waits there. Raises as `begin` does.
+        These are [tokens, buckets, vocab] arrays, in the mapping's order. `alone` lets the native bucket compute them:
+        [tokens, 1, vocab]. One token in each slot, or at most `outputs`, or `native_outputs`, in all; no prompt waits
+        there. Raises as `begin` does.
         """
         if not all(tokens.values()) or any(slot in self._waiting for slot in tokens):
             raise ValueError("to read takes at least a token for each slot, in which no prompt waits")
-        shape = len(self._buckets), self.vocabulary_size
+        columns = [self._backend.native] if alone else self._buckets
+        shape = len(columns), self.vocabulary_size
+        self._agreements = {}
         found = {slot: np.empty((len(taken), *shape), np.float32) for slot, taken in tokens.items()}
         for slot, taken in tokens.items():
             self._check_room(len(self._tokens[slot]) + len(taken))
         with self._computing():
             for slot in tokens:
-                self._catch_up(slot, self._buckets)
+                self._catch_up(slot, columns)
             self._compute(
                 [
-                    Part(slot, len(self._tokens[slot]), taken, [found[slot][:, column] for column in self._buckets])
+                    Part(slot, len(self._tokens[slot]), taken, [found[slot][:, row] for row in range(len(columns))])
                     for slot, taken in tokens.items()
                 ],
-                self._buckets,
+                columns,
             )
         return found
 

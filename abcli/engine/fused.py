@@ -60,6 +60,7 @@ class FusedBackend(Owner):
             self.cell_format = (scaling, f"{version()}, all layers in one cache")
             self._piece = min(self._context.batch_size, self._context.ubatch_size)
             self.outputs = min(config.outputs, self.piece(self.buckets), TILED_TOKENS - 1)
+            self.native_outputs = min(config.outputs * self.buckets, self._piece, TILED_TOKENS - 1)
             self._stack = stack.pop_all()
 
     def piece(self, columns: int) -> int:

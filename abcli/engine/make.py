@@ -47,6 +47,7 @@ def make_engine(
             vocabulary_size=model.vocabulary_size,
             least_shared=2 if config.prefill == "shared" else MIN_SHARED_TOKENS,
             cache=cache,
+            forgets=not model.is_recurrent,
         )
         stack.pop_all()
     return engine

@@ -186,13 +186,23 @@ class Context(Sequences):
     """A `llama_context` with one RoPE base, a sequence for each slot and a spare one in one pool of cells."""
 
     def __init__(
-        self, model: Model, base: float, config: ContextConfig, cells: int, threads: int, cancel: CancelFlag
+        self,
+        model: Model,
+        base: float,
+        config: ContextConfig,
+        cells: int,
+        threads: int,
+        cancel: CancelFlag,
+        watch: Any = None,
     ) -> None:
         """A context under RoPE base `base` whose cache holds `cells` tokens over `config.slots` sequences.
 
+        llama.cpp calls `watch` (`ggml_backend_sched_eval_callback`), which must outlive the context, at every node.
         Raises NativeError if llama.cpp cannot make it (too little memory, an impossible combination).
         """
         parameters = context_parameters(model, base, config, threads, cancel)
+        if watch is not None:
+            parameters.cb_eval = watch
         parameters.n_ctx = cells
         # One spare sequence beyond the slots carries pieces of a cache from context to context.
         parameters.n_seq_max = config.slots + 1

@@ -31,6 +31,11 @@ def rope_parameters(header: Header, *, neox: bool, context_size: int) -> RopePar
     )
 
 
+def follows_context_size(header: Header) -> bool:
+    """Whether the rotation depends on the size of the context: long ones have factors of their own."""
+    return any(tensor.name == _LONG_FACTORS for tensor in header.tensors)
+
+
 def _factors(header: Header, pairs: int, *, long: bool) -> tuple[float, ...] | None:
     """The model's frequency factors, None if it has none (`llama_model::get_rope_factors`)."""
     tensors = {tensor.name: tensor for tensor in header.tensors}

@@ -8,9 +8,9 @@ from time import time
 from typing import Any, Protocol
 
 from abcli.chat.answer import Answer, Piece
-from abcli.generate import TextStream
 from abcli.serve.chat_shapes import FINGERPRINT, finite, own_fields, timings_of
 from abcli.serve.chosen import Chosen, Likely
+from abcli.text_stream import TextStream
 
 _LEGACY = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 

@@ -62,13 +62,20 @@ class EventStream(Response):
         self._shape = shape
         self._error_name = error_name
         self._on_close = on_close
+        self._sending_since: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything; return when it is sent or the client is gone."""
         sending = asyncio.ensure_future(self._send_all(send))
         leaving = asyncio.ensure_future(gone(receive))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            done: set[asyncio.Task[None]] = set()
+            stuck: float | None = None
+            while not done and (stuck is None or stuck != self._sending_since):
+                stuck = self._sending_since
+                done, _ = await asyncio.wait(
+                    (sending, leaving), timeout=_SEND_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
         finally:
             for task in (sending, leaving):
                 task.cancel()
@@ -80,19 +87,19 @@ class EventStream(Response):
         try:
             async with aclosing(_with_pings(self._events, self._ping_seconds)) as events:
                 async for data in events:
-                    await _send_body(send, data)
-        except (asyncio.CancelledError, asyncio.TimeoutError):
-            raise
+                    await self._send(send, data)
         except Exception as error:  # whatever it is, the client must not wait for more
-            await _send_body(send, self._error_event(problem_of(error)))
-        await _send_body(send, b"", more=False)
+            await self._send(send, self._error_event(problem_of(error)))
+        await self._send(send, b"", more=False)
+
+    async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        # No `wait_for`: one that is cancelled when its work has just ended goes on as if nothing had been.
+        self._sending_since = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+        self._sending_since = None
 
     def _error_event(self, problem: Problem) -> bytes:
         return event(self._shape(problem), self._error_name)
-
-
-async def _send_body(send: Send, data: bytes, *, more: bool = True) -> None:
-    await asyncio.wait_for(send({"type": "http.response.body", "body": data, "more_body": more}), _SEND_SECONDS)
 
 
 async def gone(receive: Receive) -> None:

@@ -110,7 +110,9 @@ async def _read_body(request: Request, seconds: float) -> Body:
     try:
         data = await asyncio.wait_for(_whole_body(request), seconds)
     except asyncio.TimeoutError:
-        raise refused(408, "timeout_error", f"the body did not come within {seconds:g} seconds") from None
+        raise refused(
+            408, "timeout_error", f"the body did not come within {seconds:g} seconds", Connection="close"
+        ) from None
     if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS or data.count(b",") > _MAX_VALUES:
         raise _too_large()
     try:
@@ -136,7 +138,11 @@ async def _whole_body(request: Request) -> bytes:
 
 def _too_large() -> RefusedError:
     return refused(
-        413, "invalid_request_error", f"the body is too large: at most {MAX_BODY_BYTES:,} bytes", code="body_too_large"
+        413,
+        "invalid_request_error",
+        f"the body is too large: at most {MAX_BODY_BYTES:,} bytes",
+        code="body_too_large",
+        Connection="close",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ from abcli.serve.worker import Worker
 HEAD_SECONDS = 20.0
 _KEEP_ALIVE_SECONDS = 30
 _MAX_HEAD_BYTES = 32 * 1024
+_LAST_SECONDS = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -89,10 +91,12 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        # A handler may run amid anything, so what takes locks is left to a thread or the loop.
         if self.should_exit:
-            self.force_exit = True
             self._worker.stop_soon()
+            # Clients have that long to read why.
+            last = threading.Timer(_LAST_SECONDS, setattr, (self, "force_exit", True))
+            last.daemon = True
+            last.start()
         self.should_exit = True
 
 

@@ -289,8 +289,8 @@ class Worker:
     def _choose_slot(self, ticket: Ticket, free: Sequence[int]) -> int | None:
         """The slot for a ticket, which holds then what any slot does of its beginning; None where that is to come.
 
-        A slot that mostly holds what the ticket needs goes on with it; else the one that was not used for longest
-        takes over the beginning, so that what others said stays where it is.
+        A slot that mostly holds what the ticket needs goes on with it; else an empty one, or the one that was not used
+        for longest, takes over the beginning, so that what others said stays where it is.
         """
         oldest = min(free, key=lambda slot: (bool(self._engine.tokens(slot)), self._used[slot], slot))
         if ticket.fresh or ticket.score is not None:
@@ -299,11 +299,14 @@ class Worker:
         held = {slot: self._engine.tokens(slot) for slot in range(self.slots)}
         common = {slot: common_prefix(tokens, ticket.tokens) for slot, tokens in held.items()}
         best = max(common.values())
-        coming = (common_prefix(other.tokens, ticket.tokens) for other in self._running.values() if not other.begun)
-        if max(coming, default=0) >= best + _WORTH_SHARING:
+        computing = {slot: other for slot, other in self._running.items() if not other.begun}
+        coming = max((common_prefix(other.tokens, ticket.tokens) for other in computing.values()), default=0)
+        if coming >= max(common[slot] for slot in common if slot not in computing) + _WORTH_SHARING:
             return None
         going_on = [slot for slot in free if common[slot] and 2 * common[slot] >= len(held[slot])]
         target = max(going_on, key=lambda slot: common[slot]) if going_on else oldest
+        if common[target] < len(held[target]) and not held[oldest]:
+            target = oldest
         if best >= common[target] + _WORTH_SHARING:
             self._engine.copy(max(common, key=lambda slot: common[slot]), target)
         return target

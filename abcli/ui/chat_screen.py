@@ -12,6 +12,7 @@ from abcli.chat.files import read_text_file
 from abcli.chat.session import Session, SessionStore, export_session, import_session
 from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.text import counted
+from abcli.trace.page import check_name, save_trace
 from abcli.ui.lines import Entry, LineReader, read_message
 from abcli.ui.terminal import Terminal, on_interrupt
 from abcli.ui.tool_desk import ToolDesk
@@ -190,6 +191,17 @@ class ChatScreen:
         thoughts = (message.reasoning_content for message in reversed(self.chat.conversation.messages))
         self.terminal.note(next(filter(None, thoughts), "nothing was thought yet"))
 
+    def trace(self, argument: str) -> None:
+        """Write what the buckets saw of the last answer to a file."""
+        if not argument:
+            raise UsageError("/trace needs a file name", "e.g. /trace answer.html")
+        path = Path(argument).expanduser()
+        check_name(path)
+        with on_interrupt(self._cancel), self.terminal.tracing() as progress:
+            trace = self.chat.trace(progress)
+        save_trace(trace, path)
+        self.terminal.note(f"written to {path}")
+
     def _call(self) -> None:
         """Get the results of the calls of tools in an answer, and let the model go on, as long as it calls more."""
         for _round in range(self._desk.max_rounds):
@@ -277,6 +289,7 @@ COMMANDS = {
     "/set": Command("NAME VALUE", "change a setting: /set temp 0.2", ChatScreen.set),
     "/show": Command("", "show the session, the model and the settings", ChatScreen.show),
     "/thoughts": Command("", "show what was thought before the last answer", ChatScreen.thoughts),
+    "/trace": Command("FILE", "write what the buckets saw of the last answer to FILE (.html)", ChatScreen.trace),
     "/save": Command("FILE", "write the conversation to FILE (.json, or .md for reading)", ChatScreen.save),
     "/load": Command(
         "FILE", "continue the conversation in FILE (.json, also another tool's messages)", ChatScreen.load

@@ -141,6 +141,28 @@ class Terminal:
             finally:
                 bar.stop()
 
+    @contextmanager
+    def tracing(self) -> Iterator[Callable[[int, int], None]]:
+        """A remark on a terminal while attention is read, bucket by bucket; the callback takes (done, total)."""
+        if not self.console.is_interactive:
+            yield lambda _done, _total: None
+            return
+        status = self.console.status("")
+        begun = False
+
+        def update(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                self.end_line()
+                status.start()
+                begun = True
+            status.update(f"reading what bucket {done + 1} of {total} attends to")
+
+        try:
+            yield update
+        finally:
+            status.stop()
+
 
 def statistics_line(statistics: Statistics, used: int, available: int, buckets: int) -> str:
     """E.g. "prompt 31 (12 cached) 310 tok/s | answer 40 32.1 tok/s | context 71/4096 | agreement 81 %"."""
@@ -156,6 +178,8 @@ def statistics_line(statistics: Statistics, used: int, available: int, buckets: 
         alone = statistics.steps - statistics.asked_steps
         asked = f", asked for {statistics.asked:.0%} of the tokens," if alone else ""
         parts.append(f"{buckets} buckets{asked} agree on {statistics.agreement:.0%}")
+    if statistics.drafted_tokens:
+        parts.append(f"looked up {statistics.guessed_tokens} of {statistics.drafted_tokens} right")
     return " | ".join(parts)
 
 

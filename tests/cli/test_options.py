@@ -20,8 +20,8 @@ from abcli.cli._options import (
     SamplingOptions,
     parse_logit_bias,
 )
+from abcli.cli._prompt_options import gather_prompt, split_words
 from abcli.cli.main import call
-from abcli.cli.run import gather_prompt, split_words
 from abcli.config import MAX_BUCKETS, BucketConfig, ContextConfig, ModelConfig
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.sampling import GenerationConfig, SamplingConfig

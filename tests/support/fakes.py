@@ -55,7 +55,7 @@ class FakeBackend:
         self.next_token = next_token
         self.forgets_parts = forgets_parts
         self.held: list[list[list[int]]] = [[[] for _ in range(slots)] for _ in self.bases]
-        self.outputs = piece
+        self.outputs = self.native_outputs = piece
         self.calls: list[tuple[str, list[int]]] = []
         """What was computed: "rows" (or "native" or "others", if not in all buckets), "piece" (or "owed", if in the
         others alone) or "lead", and the number of tokens of each part."""
