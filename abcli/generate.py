@@ -75,6 +75,8 @@ class Answer:
     statistics: Statistics
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    spans: list[tuple[str, float | None]] = field(default_factory=list)
+    """What each step added to the text, and on how much the buckets agreed there, None where one decided alone."""
     finish_reason: FinishReason | None = None
     error: AbcliError | None = None
 
@@ -104,6 +106,8 @@ class _Running:
     lookup: Lookup | None
     """Where drafts come from, if it has any."""
     next_token: int = -1
+    agreement: float | None = None
+    """The buckets' agreement about it."""
     unsure: bool = False
     """Whether the native bucket is known not to decide on what comes after the next token."""
 
@@ -348,6 +352,7 @@ class Generator(Owner):
         if len(logits) > 1:
             merged = self.merged(logits, running.config.merge)
             chosen, weights, agreement = merged.logits, merged.weights, merged.agreement
+        running.agreement = agreement
         if agreement is not None:
             statistics.agreement_sum += agreement
             statistics.asked_steps += 1
@@ -378,7 +383,9 @@ class Generator(Owner):
         if answer.finish_reason is not None:
             text += running.stream.feed(b"", final=True)
             self.drop(answer.slot)
-        answer.text += text
+        if text:
+            answer.text += text
+            answer.spans.append((text, running.agreement))
         return Piece(answer, text)
 
     def _is_full(self, slot: int) -> bool:
