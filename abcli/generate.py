@@ -65,7 +65,7 @@ class Statistics:
 
 @dataclass
 class Answer:
-    """An answer as it grows; `finish_reason` is None until it is complete.
+    """An answer as it grows; `finish_reason` is None until it is complete, `stopped_by` the stop string that ended it.
 
     `error` is why its sampler could not go on, e.g. a grammar that leaves no token: nothing follows then.
     """
@@ -78,6 +78,7 @@ class Answer:
     spans: list[tuple[str, float | None]] = field(default_factory=list)
     """What each step added to the text, and on how much the buckets agreed there, None where one decided alone."""
     finish_reason: FinishReason | None = None
+    stopped_by: str = ""
     error: AbcliError | None = None
 
 
@@ -382,6 +383,7 @@ class Generator(Owner):
                 answer.finish_reason = "length"
         if answer.finish_reason is not None:
             text += running.stream.feed(b"", final=True)
+            answer.stopped_by = running.stream.stopped_by
             self.drop(answer.slot)
         if text:
             answer.text += text
