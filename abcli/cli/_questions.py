@@ -17,8 +17,9 @@ from abcli.config import DEFAULT_CONTEXT, ContextConfig
 from abcli.errors import UsageError
 from abcli.evals.model_under_test import Subject
 from abcli.evals.report import DataFile, EvaluationReport, RecordedModel, data_file, encode_report, write_report
-from abcli.evals.runner import NEEDS_DATA, EvaluationSettings
+from abcli.evals.runner import CALLS, NEEDS_DATA, EvaluationSettings
 from abcli.evals.statistics import LengthSummary
+from abcli.evals.tools import FORMER_PROMPT, FORMER_TASK
 from abcli.gguf.checked import CheckedModel, check_model
 from abcli.ui.evaluation import depth_figure, show_evaluation
 from abcli.ui.plots import depth_image
@@ -119,6 +120,8 @@ def deliver(terminal: Terminal, report: EvaluationReport, options: ResultOptions
         summaries = report.summaries()
     if options.output is not None:
         write_report(options.output, report, summaries)
+    if report.task == FORMER_TASK and CALLS not in report.about:
+        terminal.warn(f"the report is of {FORMER_PROMPT}: do not compare it with figures of today")
     title = f"{report.task}, {report.model.name}"
     options.write(
         lambda image_format: depth_image(depth_figure(title, summaries), image_format),
