@@ -11,10 +11,7 @@ from abcli.errors import UsageError
 app = typer.Typer()
 
 
-@app.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-    add_help_option=False,
-)
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def lm_eval(context: typer.Context) -> None:
     """Hand all arguments on to lm_eval, with `--model abcli` unless another model is named."""
     try:
