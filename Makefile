@@ -23,7 +23,7 @@ OUTDATED := outdated
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model chat serve test peers dist check lint format-check types layers bench format clean distclean outdated
+.PHONY: help setup model chat serve test peers dist check-dist check lint format-check types layers bench format clean distclean outdated
 
 help: ## show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -91,6 +91,9 @@ peers: dist model ## test with the tools of others, in an environment of their o
 dist: $(STAMP) ## build what is published, a source archive and a wheel, into dist/
 	@rm -rf dist
 	@$(VENV_PYTHON) -m uv build --quiet --python $(VENV_PYTHON) --out-dir dist
+
+check-dist: dist model ## install what is published with pip, pipx and uv, and let it answer
+	@$(VENV_PYTHON) scripts/check_packages.py
 
 check: lint format-check types layers ## lint, formatting, types and the order of the layers
 

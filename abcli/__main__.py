@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abcli.cli.main import main
+from abcli.cli._entry import main
 
 if __name__ == "__main__":
     main()

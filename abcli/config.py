@@ -150,6 +150,11 @@ def evaluations_directory() -> Path:
     return prompt_cache_directory().with_name("evaluations")
 
 
+def completion_file() -> Path:
+    """Where the description of all commands is kept for the completion of shells: beside the prompt cache."""
+    return prompt_cache_directory().with_name("completion.json")
+
+
 def profiles_directory() -> Path:
     """Where calibrated profiles are stored: below `$ABCLI_HOME`, else in the platform's user configuration."""
     if os.environ.get(ENV_HOME):

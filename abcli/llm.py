@@ -279,11 +279,13 @@ class LLM(Owner):
         raw: bool = False,
         parse_special: bool = False,
         held: Sequence[int] = (),
+        continues: bool = False,
     ) -> Asked:
         """What `answer` answers: a prompt's tokens, how to decode its answer, and who reads it. Raises as `generate`.
 
         With `raw` and `parse_special` control tokens in the text are read as such. A conversation is spelled in the
-        tokens of `held`, which a slot holds, as far as these stand for the same text.
+        tokens of `held`, which a slot holds, as far as these stand for the same text. With `continues` its last message
+        is the beginning of the answer.
         """
         config = config or GenerationConfig()
         if raw:
@@ -292,7 +294,7 @@ class LLM(Owner):
             return plain_asked(self.prompt_tokens(prompt, raw=True, parse_special=parse_special), config)
         messages = as_messages(prompt)
         with self._turn.text():
-            asked = self.asker.ask(messages, options or ChatOptions(), config)
+            asked = self.asker.ask(messages, options or ChatOptions(), config, continues=continues)
             return replace(asked, tokens=continued(tuple(held), asked.tokens, self._native.piece)) if held else asked
 
     def answer(

@@ -110,6 +110,9 @@ class ThoughtLimit:
     """The most tokens of the thought with which an answer begins, and those that end it then.
 
     `opened`: the prompt's end has begun it; otherwise the answer does, with the text `begin`. `end` is what ends it.
+
+    Where an answer is messages, some of which are thoughts, the limit is that of all of them together. A further one
+    after it is ended at once, and `saying` are the tokens that then begin a message to the person.
     """
 
     tokens: int
@@ -117,6 +120,7 @@ class ThoughtLimit:
     begin: str
     end: str
     closing: tuple[int, ...]
+    saying: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

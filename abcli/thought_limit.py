@@ -13,7 +13,7 @@ from abcli.sampling import ThoughtLimit
 
 
 class LimitedSampler:
-    """A sampler that ends the thought with which an answer begins; its tokens are otherwise another sampler's."""
+    """A sampler that ends thoughts that have had their tokens; it chooses as another sampler does otherwise."""
 
     def __init__(self, inner: Sampler, limit: ThoughtLimit, piece: Callable[[int], bytes]) -> None:
         """`piece` gives the bytes of any token, those of control tokens included."""
@@ -24,7 +24,7 @@ class LimitedSampler:
         self._text = ""
         self._thinking = limit.opened
         self._left = limit.tokens
-        self._over = False
+        self._over, self._ended = False, False
         self._forced: list[int] = []
         self._end_if_due()
 
@@ -62,26 +62,43 @@ class LimitedSampler:
         self._inner.close()
 
     def _follow(self, token: int) -> None:
-        """Find out whether the thought has begun, is over, or has to be."""
+        """Find out whether a thought has begun, is over, or has to be."""
         limit = self._limit
         self._text += self._decoder.decode(self._piece(token))
-        if not self._thinking:
-            begun = self._text.lstrip()
-            self._thinking = begun.startswith(limit.begin)
-            self._over = not limit.begin.startswith(begun[: len(limit.begin)])
-            self._text = begun[len(limit.begin) :] if self._thinking else self._text
-        else:
+        if self._thinking:
             self._left -= 1
-        self._over = self._over or (self._thinking and limit.end in self._text)
+            if limit.end in self._text:
+                self._stop_thinking()
+        else:
+            self._look_for_begin()
         self._end_if_due()
+
+    def _look_for_begin(self) -> None:
+        begin = self._limit.begin
+        if self._limit.saying:
+            before, found, after = self._text.partition(begin)
+            begun = found + after
+            # No more of it can belong to a marker that is still to come.
+            self._text = before[-len(begin) :]
+        else:
+            begun = self._text.lstrip()
+            self._over = not begin.startswith(begun[: len(begin)])
+        if begun.startswith(begin):
+            self._thinking, self._text = True, begun[len(begin) :]
+
+    def _stop_thinking(self) -> None:
+        self._thinking, self._text = False, ""
+        self._over = not self._limit.saying
 
     def _end_if_due(self) -> None:
         """Force the end once the budget is used up, but within no character and not within the end itself."""
-        if self._over or not self._thinking or self._left > 0:
+        if not self._thinking or self._left > 0:
             return
         end = self._limit.end
         within_end = any(self._text.endswith(end[:length]) for length in range(1, len(end)))
         # At the very budget's end only: a text that goes on like "<" is no end.
         if (within_end and self._left > -len(end)) or self._decoder.getstate()[0]:
             return
-        self._forced, self._over = list(self._limit.closing), True
+        self._forced = [*self._limit.closing, *(self._limit.saying if self._ended else ())]
+        self._ended = True
+        self._stop_thinking()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-peers"
@@ -41,10 +42,15 @@ def own_wheels() -> list[str]:
     wheels = sorted((ROOT / "dist").glob("abcli-*.whl"))
     if len(wheels) != 1:
         sys.exit(f"error: one wheel of abcli should lie in {ROOT / 'dist'}, not {len(wheels)}\nrun make dist")
+    # Without a wheel of this machine's it comes from the index, and is built once more.
+    return [f"abcli[llm,serve] @ {wheels[0].as_uri()}", str(llama_wheel() or "llama-cpp-python")]
+
+
+def llama_wheel() -> Path | None:
+    """The wheel that the llama-cpp-python of this environment was installed from, if it is still there."""
     origin = importlib.metadata.distribution("llama-cpp-python").read_text("direct_url.json")
-    # Without a wheel of this machine's it comes from the index, where it is built once more.
-    llama = f"llama-cpp-python @ {json.loads(origin)['url']}" if origin else "llama-cpp-python"
-    return [f"abcli[llm,serve] @ {wheels[0].as_uri()}", llama]
+    path = Path(unquote(urlsplit(json.loads(origin or "{}").get("url", "")).path))
+    return path if path.is_file() else None
 
 
 def uv(*arguments: str) -> str | None:

@@ -65,3 +65,58 @@ def test_a_forced_token_is_chosen_whatever_the_model_wants() -> None:
             return super().sample(logits)
 
     assert answered("abcdef", 1, opened=True, grammar=Careful).startswith("a\n</think>")
+
+
+# As gpt-oss writes: a thought is a message, and the header of the next one follows.
+ANALYSIS, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
+NEXT = "<|end|><|start|>assistant"
+
+
+def messages(rest: Sequence[str], tokens: int, first: str) -> str:
+    """What becomes of an answer in messages: `first`, and after the n-th header for a next one the n-th of `rest`."""
+    prompt = b"ask"
+
+    def next_token(held: Sequence[int], _bucket: int) -> int:
+        so_far = bytes(held[len(prompt) :]).decode()
+        parts = so_far.split(NEXT)
+        written = [first, *rest][len(parts) - 1]
+        # What is forced after the header is not for the model to write.
+        return ord(written[len(parts[-1])]) if len(parts[-1]) < len(written) else END
+
+    engine = FakeEngine(next_token, bases=(1e4, 2e4), context_size=512)
+    limit = ThoughtLimit(tokens, False, ANALYSIS, "<|end|>", tuple(NEXT.encode()), tuple(FINAL.encode()))
+    config = GenerationConfig(SamplingConfig(), steering=Steering(thought=limit))
+    with Generator(engine, ByteTokenizer(), GreedySampler) as generator:
+        pieces = list(generator.stream(0, list(prompt), config))
+    assert pieces[-1].answer.finish_reason == "stop"
+    return pieces[-1].answer.text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "first", "rest", "answer"),
+    [
+        # After the thought the model decides what it says or calls.
+        (4, f"{ANALYSIS}abcdefgh", [f"{FINAL}Yes."], f"{ANALYSIS}abcd{NEXT}{FINAL}Yes."),
+        (0, f"{ANALYSIS}abcdefgh", [f"{FINAL}Yes."], f"{ANALYSIS}{NEXT}{FINAL}Yes."),
+        (4, f"{ANALYSIS}abcdefgh", [" to=functions.f"], f"{ANALYSIS}abcd{NEXT} to=functions.f"),
+        # All thoughts have one budget, of which the first one's end takes its share (here seven tokens).
+        (
+            12,
+            f"{ANALYSIS}abc{NEXT}",
+            [f"{FINAL}Hm.{NEXT}", f"{ANALYSIS}defgh", f"{FINAL}Yes."],
+            f"{ANALYSIS}abc{NEXT}{FINAL}Hm.{NEXT}{ANALYSIS}de{NEXT}{FINAL}Yes.",
+        ),
+        # Who begins another one without any left has to say something.
+        (
+            2,
+            f"{ANALYSIS}abcdefgh",
+            [f"{ANALYSIS}cdef", f"{FINAL}Yes."],
+            f"{ANALYSIS}ab{NEXT}{ANALYSIS}{NEXT}{FINAL}Yes.",
+        ),
+        # What is short enough, and what is no thought, stays as it is.
+        (9, f"{ANALYSIS}abc{NEXT}", [f"{FINAL}Yes."], f"{ANALYSIS}abc{NEXT}{FINAL}Yes."),
+        (0, f"{FINAL}Yes.", [], f"{FINAL}Yes."),
+    ],
+)
+def test_thoughts_that_are_messages_end(tokens: int, first: str, rest: list[str], answer: str) -> None:
+    assert messages(rest, tokens, first) == answer

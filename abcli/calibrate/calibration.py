@@ -149,7 +149,7 @@ def calibrate(
         selection.tried,
         trials,
         chosen,
-        Evaluation(tuple(held_out.questions), judged, scores, describe(subject)),
+        Evaluation(tuple(held_out.questions), judged, scores, describe(subject, held_out.questions)),
     )
 
 

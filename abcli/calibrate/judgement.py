@@ -9,6 +9,7 @@ from abcli.calibrate.calibration import CALIBRATED, Calibration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.scores import Score as AnswerScore
 from abcli.evals.statistics import NATIVE, Estimate, LengthSummary, Summary, summarise
+from abcli.evals.tools import CALIBRATED_ON
 from abcli.profiles.profile import Difference, Evidence, Profile, Score, utc_now
 from abcli.version import __version__
 
@@ -82,7 +83,7 @@ def make_profile(name: str, calibration: Calibration, judgement: Judgement, subj
         weights=chosen.weights,
         prefill=chosen.prefill,
         prefill_base=chosen.prefill_base,
-        task=settings.task,
+        task=CALIBRATED_ON if settings.task == "tools" else settings.task,
         length=settings.length,
         created=utc_now(),
         abcli_version=__version__,

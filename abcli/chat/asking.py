@@ -44,10 +44,22 @@ class Asker:
         self._template = template
         self._grammar = lru_cache(_KEPT)(self._written_grammar)
 
-    def ask(self, messages: Sequence[Message], options: ChatOptions, generation: GenerationConfig) -> Asked:
-        """What is asked. Raises PromptError, TemplateError, and UsageError for tools beside a grammar or schema."""
+    def ask(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions,
+        generation: GenerationConfig,
+        *,
+        continues: bool = False,
+    ) -> Asked:
+        """What is asked; with `continues` the last message is the beginning of the answer.
+
+        Raises PromptError, TemplateError, and UsageError for tools beside a grammar or schema.
+        """
         check_together(options, generation.sampling)
-        return self.asked(self._template.tokens(messages, options), options, generation)
+        template = self._template
+        tokens = template.continued_tokens(messages, options) if continues else template.tokens(messages, options)
+        return self.asked(tokens, options, generation)
 
     def asked(self, tokens: Sequence[int], options: ChatOptions, generation: GenerationConfig) -> Asked:
         """The same for a conversation that is tokens already."""
@@ -69,12 +81,16 @@ class Asker:
         return Asked(tokens, steered, lambda: AnswerReader(form, options, thought_opened=opened))
 
     def _thought_limit(self, form: CallFormat, options: ChatOptions, opened: bool) -> ThoughtLimit | None:
-        """What ends a thought that has used up its budget; none where the thought is a message of its own."""
-        thoughts = form.thoughts
-        if options.thinking_budget < 0 or thoughts is None or form.channels is not None:
+        """What ends thoughts that have used up their budget."""
+        thoughts, budget = form.thoughts, options.thinking_budget
+        if budget < 0 or thoughts is None:
             return None
-        closing = self._template.written_tokens(f"\n{thoughts.end}\n\n")
-        return ThoughtLimit(options.thinking_budget, opened, thoughts.begin, thoughts.end, closing)
+        written = self._template.written_tokens
+        if form.channels is None:
+            return ThoughtLimit(budget, opened, thoughts.begin, thoughts.end, written(f"\n{thoughts.end}\n\n"))
+        # A thought is a message of its own: the next one's header follows.
+        closing, saying = written(form.between), written(form.framing[0])
+        return ThoughtLimit(budget, opened, thoughts.begin, thoughts.end, closing, saying)
 
     def _written_grammar(self, options: ChatOptions, opened: bool) -> str:
         tools, choice = [without_notes(tool) for tool in options.usable_tools], options.tool_choice

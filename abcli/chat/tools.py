@@ -56,7 +56,7 @@ def checked(tools: list[Tool]) -> tuple[Tool, ...]:
     places: dict[str, int] = {}
     for number, tool in enumerate(tools):
         place = f"tools[{number}]"
-        if not _NAME.fullmatch(tool.name) or tool.name in _CHOICES:
+        if not is_name(tool.name):
             raise PromptError(
                 f"{place} cannot have the name {shown(tool.name)}",
                 f"use 1 to 128 letters, digits and _.:/- in a name, other than {', '.join(_CHOICES)}",
@@ -65,6 +65,11 @@ def checked(tools: list[Tool]) -> tuple[Tool, ...]:
         if first != number:
             raise PromptError(f"{place} has the name {shown(tool.name)}, as tools[{first}] has", "rename one of them")
     return tuple(tools)
+
+
+def is_name(text: str) -> bool:
+    """Whether a tool may be called so."""
+    return bool(_NAME.fullmatch(text)) and text not in _CHOICES
 
 
 def read_tool(value: Any, place: str) -> Tool:

@@ -41,8 +41,10 @@ from abcli.ui.terminal import Terminal, on_interrupt
 class _RunByDefault(TyperGroup):
     """A group whose command `run` needs no name: `abcli batch FILE` is `abcli batch run FILE`."""
 
+    default_command = "run"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
+        return super().parse_args(ctx, args if args and args[0] in self.commands else [self.default_command, *args])
 
 
 app = typer.Typer(cls=_RunByDefault, add_completion=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -33,6 +34,7 @@ from abcli.evals.report import (
     read_report,
 )
 from abcli.evals.runner import TASKS, EvaluationSettings, evaluate
+from abcli.evals.tools import FORMER_PROMPT, FORMER_TASK
 from abcli.gguf.checked import CheckedModel
 from abcli.machine import log_to
 from abcli.profiles.lookup import default_profile, named_profile
@@ -186,15 +188,7 @@ def _evaluate(
 def _configurations(terminal: Terminal, texts: Sequence[str] | None, model: CheckedModel) -> list[Configuration]:
     """What is compared: what the user lists, else the usual sets and the model's default profile if it has one."""
     native_base, identity = model.header.native_base, model.fingerprint
-
-    def find_profile(name: str | None) -> Profile:
-        if name is not None:
-            return named_profile(profiles_directory(), identity, name, model.name)
-        profile = default_profile(profiles_directory(), identity, terminal.warn)
-        if profile is None:
-            raise ProfileError(f"{model.name} has no profile", "`abcli calibrate` makes one")
-        return profile
-
+    find_profile = partial(_find_profile, terminal, model)
     chosen = list(_DEFAULT_COMPARED if texts is None else texts)
     for text in chosen:
         if chosen.count(text) > 1:
@@ -207,5 +201,22 @@ def _configurations(terminal: Terminal, texts: Sequence[str] | None, model: Chec
             terminal.warn(f"{error.message}; no profile is compared")
         else:
             if usual is not None:
-                found.append(parse_configuration("profile", native_base, lambda _name: usual))
+                found.append(parse_configuration("profile", native_base, lambda _name: _told(terminal, usual)))
     return found
+
+
+def _find_profile(terminal: Terminal, model: CheckedModel, name: str | None) -> Profile:
+    """A model's profile by its name, None being the default one. Raises ProfileError."""
+    if name is not None:
+        return _told(terminal, named_profile(profiles_directory(), model.fingerprint, name, model.name))
+    profile = default_profile(profiles_directory(), model.fingerprint, terminal.warn)
+    if profile is None:
+        raise ProfileError(f"{model.name} has no profile", "`abcli calibrate` makes one")
+    return _told(terminal, profile)
+
+
+def _told(terminal: Terminal, profile: Profile) -> Profile:
+    """`profile`, with a warning where it was calibrated on what is asked otherwise today."""
+    if profile.task == FORMER_TASK:
+        terminal.warn(f"the profile {profile.name} was calibrated on {FORMER_PROMPT}")
+    return profile

@@ -102,12 +102,3 @@ def _replace_closed_streams() -> None:
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     if output_closed:
         raise UsageError("standard output is closed", "send it to /dev/null to drop the answer")
-
-
-def main() -> None:
-    """The console script."""
-    sys.exit(call())
-
-
-if __name__ == "__main__":
-    main()

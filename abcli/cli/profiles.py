@@ -16,6 +16,7 @@ import typer
 from abcli.cli._lora import LoraFlag, parse_loras
 from abcli.config import ModelConfig, profiles_directory
 from abcli.errors import ProfileError, UsageError
+from abcli.evals.tools import FORMER_PROMPT, FORMER_TASK
 from abcli.gguf.checked import check_model
 from abcli.hub.locate import locate_model
 from abcli.profiles import catalogue, store
@@ -203,6 +204,11 @@ def _note(entry: Entry) -> str:
     return ", ".join(word for word, holds in (("default", entry.default), ("with abcli", entry.shipped)) if holds)
 
 
+def _task(profile: Profile) -> str:
+    """What a profile was calibrated on, in full."""
+    return FORMER_PROMPT if profile.task == FORMER_TASK else one_line(profile.task)
+
+
 def _description(entry: Entry) -> str:
     """All of a profile as text: a line per property, then the table of scores."""
     profile = entry.profile
@@ -216,7 +222,7 @@ def _description(entry: Entry) -> str:
         ("multiples", " ".join(f"{base / profile.native_base:.4g}" for base in profile.bases)),
         ("merge", profile.merge),
         ("prefill", f"{profile.prefill}, base {prefill_base}"),
-        ("calibrated on", f"{one_line(profile.task)}, contexts of {profile.length:,} tokens"),
+        ("calibrated on", f"{_task(profile)}, contexts of {profile.length:,} tokens"),
         ("created", f"{_local_time(profile.created)} by abcli {one_line(profile.abcli_version)}"),
         ("note", _note(entry) or "-"),
         ("held-out", f"{profile.evidence.questions:,} questions; NLL in nats per token"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from abcli.chat.messages import Message
+from abcli.chat.calls.format import CallFormat
+from abcli.chat.known_templates import KNOWN_TEMPLATES
+from abcli.chat.messages import Message, Tool
+from abcli.chat.options import ChatOptions
 from abcli.chat.template import ChatTemplate
+from abcli.errors import TemplateError
 from abcli.evals.questions import Question
 from abcli.native.model import Model
 
@@ -32,6 +37,8 @@ class PromptMaker:
 
     def tokenize(self, question: Question) -> TokenizedQuestion:
         """The tokens of `question`. Raises PromptError and TemplateError."""
+        if question.tools:
+            return self._call(question)
         content = f"{question.context}\n\n{question.text}" if question.context else question.text
         if self._template is None:
             prompt = self._model.tokenize(f"{content}\n", add_special=True, parse_special=False)
@@ -44,6 +51,46 @@ class PromptMaker:
             tuple(self._continuation(question.answer_start, start, text) for text in (question.answer, *others)),
         )
 
+    def call_format(self, tools: Sequence[Tool]) -> CallFormat:
+        """How the model writes calls of `tools`. Raises TemplateError for a model without a chat template."""
+        return self._templated().call_format(_calling(tools))
+
+    def _call(self, question: Question) -> TokenizedQuestion:
+        """A call of one of the tools, as `--tool-choice required` asks for it; scored are the name and what ends it."""
+        template, options = self._templated(), _calling(question.tools)
+        form = template.call_format(options)
+        before, after = form.around_name
+        if form.thoughts is not None and template.opens_thought(options):
+            before = f"\n{form.thoughts.end}\n\n{before}"
+        start = template.written_tokens(before)
+
+        def named(name: str) -> tuple[int, ...]:
+            whole = template.written_tokens(before + name + after)
+            if whole[: len(start)] != start:
+                whole = (*start, *template.written_tokens(name + after))
+            return whole[len(start) : self._end_of(whole, len(start), name)]
+
+        prompt = template.tokens([Message("user", question.text)], options)
+        others = [name for name in question.candidates if name != question.answer]
+        return TokenizedQuestion((*prompt, *start), tuple(map(named, (question.answer, *others))))
+
+    def _end_of(self, tokens: Sequence[int], first: int, name: str) -> int:
+        """Where the tokens of a name, from `first` on, end with one that is not of the name alone."""
+        left = len(name.encode())
+        for place in range(first, len(tokens)):
+            left -= len(self._model.piece(tokens[place], special=True))
+            if left < 0:
+                return place + 1
+        return len(tokens)
+
+    def _templated(self) -> ChatTemplate:
+        if self._template is None:
+            raise TemplateError(
+                f"{self._model.path.name} has no chat template, and so no way to be told of tools",
+                f"give `chat_template` with a file or one of: {', '.join(KNOWN_TEMPLATES)}",
+            )
+        return self._template
+
     def _continuation(self, beginning: str, start: list[int], text: str) -> tuple[int, ...]:
         whole = self._plain(beginning + text)
         if whole[: len(start)] == start and len(whole) > len(start):
@@ -52,3 +99,8 @@ class PromptMaker:
 
     def _plain(self, text: str) -> list[int]:
         return self._model.tokenize(text, add_special=False, parse_special=False)
+
+
+def _calling(tools: Sequence[Tool]) -> ChatOptions:
+    """A call at once: what a model thinks before it would have to be written by it."""
+    return ChatOptions(tuple(tools), "required", thinking="off")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from abcli.chat.messages import Tool
+
 # The number of tokens of a text, without the tokens that begin or end a prompt.
 CountTokens = Callable[[str], int]
 
@@ -32,6 +34,9 @@ class Question:
     """The length in tokens that was asked for."""
     candidates: tuple[str, ...] = ()
     """All continuations to choose from, the answer among them; empty if nothing is to be ranked."""
+    tools: tuple[Tool, ...] = ()
+    """Functions, one of which is to be called, in the model's own format: the answer is its name, `context` the text of
+    these, which is not put before the question."""
 
 
 @dataclass(frozen=True)

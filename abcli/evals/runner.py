@@ -22,6 +22,8 @@ from abcli.native.llama import version
 from abcli.version import __version__
 
 TASKS: Mapping[str, Task] = {"needle": needle, "kv": kv, "qa": qa, "tools": tools}
+# What a report calls the format in which calls of tools were scored.
+CALLS = "calls"
 NEEDS_DATA = ("qa", "tools")
 
 
@@ -96,14 +98,17 @@ def evaluate(
         for item in group:
             scores[item.name] = tuple(score(found, item) for found in traces)
     return Evaluation(
-        tuple(questions), tuple(configurations), {name: scores[name] for name in names}, describe(subject)
+        tuple(questions), tuple(configurations), {name: scores[name] for name in names}, describe(subject, questions)
     )
 
 
-def describe(subject: Subject) -> dict[str, object]:
-    """What an evaluation depends on besides questions and configurations, ready for JSON."""
-    config = subject.config
+def describe(subject: Subject, questions: Sequence[Question]) -> dict[str, object]:
+    """What an evaluation depends on besides the data and configurations, ready for JSON."""
+    config, tools = subject.config, questions[0].tools
+    # Reports of `tools` without it are of a prompt of abcli's own.
+    calls = {CALLS: subject.prompts.call_format(tools).name} if tools else {}
     return {
+        **calls,
         "abcli": __version__,
         "llama.cpp": version(),
         "numpy": np.__version__,

@@ -1,4 +1,4 @@
-"""The task `tools`: a user's request and many functions, one of which is to be called.
+"""The task `tools`: a user's request and many functions, one of which is to be called, in the model's own format.
 
 The data is that of the Berkeley Function Calling Leaderboard (Patil et al., ICML 2025), category live_multiple.
 """
@@ -10,27 +10,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from abcli.chat.messages import Tool
+from abcli.chat.tools import is_name
 from abcli.evals.data import ContextFiller, Record, read_records, shuffled, take_turns
 from abcli.evals.placement import check_settings
 from abcli.evals.questions import CountTokens, Question, TaskSettings
 
-MAX_NESTING = 32
+# Of lists and objects in the parameters of a function.
+MAX_NESTING = 64
+# What a profile's `task` says.
+CALIBRATED_ON = "tools in the model's own format"
+# What it said, and a report says, of questions that were asked with a prompt of abcli's own.
+FORMER_TASK = "tools"
+FORMER_PROMPT = "tools asked with a prompt of abcli's own, not in the model's format"
 
 _FETCH = "scripts/fetch_evaluation_data.py fetches it"
 _DATA_MISSING = "tools needs a file of requests with their functions"
 _DATA_HINT = f"give it with `data` FILE (BFCL_v4_live_multiple.json); {_FETCH}"
 _ANSWERS_MISSING = "tools needs a file of the right calls"
 _ANSWERS_HINT = f"give it with `answers` FILE (possible_answer/BFCL_v4_live_multiple.json); {_FETCH}"
-_INSTRUCTION = 'Answer with the name of the one function above to call for this request, as {"name": "..."}.'
-
-
-@dataclass(frozen=True)
-class Function:
-    """A function that can be called: its name as JSON spells it, and its line in a context."""
-
-    name: str
-    description: str
-    line: str
+# Python's names of types, which the data has beside JSON Schema's.
+_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class _Request:
 
     identifier: str
     text: str
-    gold: Function
-    others: tuple[Function, ...]
+    gold: Tool
+    others: tuple[Tool, ...]
 
 
 def tools(settings: TaskSettings, count: CountTokens) -> Iterator[Question]:
@@ -51,7 +51,7 @@ def tools(settings: TaskSettings, count: CountTokens) -> Iterator[Question]:
     """
     check_settings(settings)
     requests = _requests(settings)
-    pool: dict[str, Function] = {}
+    pool: dict[str, Tool] = {}
     for request in requests:
         for function in (request.gold, *request.others):
             pool.setdefault(function.name, function)
@@ -67,23 +67,39 @@ def tools(settings: TaskSettings, count: CountTokens) -> Iterator[Question]:
             identifier=identifier,
             group=identifier,
             context=filled.context,
-            text=f"Request: {request.text}\n\n{_INSTRUCTION}",
-            answer_start='{"name": "',
-            answer=f'{request.gold.name}"',
+            text=request.text,
+            answer_start="",
+            answer=request.gold.name,
             depth=filled.depth,
             length=settings.length,
-            candidates=tuple(f'{function.name}"' for function in filled.passages),
+            candidates=tuple(function.name for function in filled.passages),
+            tools=filled.passages,
         )
 
     return iter(take_turns("tools", settings, shuffled(requests, f"tools/{settings.seed}"), make))
 
 
-def render(functions: Sequence[Function]) -> str:
-    """The text of a context: a line of JSON for each function."""
-    return "\n".join(function.line for function in functions)
+def render(functions: Sequence[Tool]) -> str:
+    """The text of a context: a line of JSON for each function, as most templates write it."""
+    return "\n".join(json.dumps(function.fields, ensure_ascii=False) for function in functions)
 
 
-def _others(request: _Request, functions: Sequence[Function], seed: str) -> Iterator[Function]:
+def in_json_schema(schema: Any) -> Any:
+    """A schema of the data's in JSON Schema's words."""
+    if isinstance(schema, list):
+        return [in_json_schema(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: in_json_schema(value) for key, value in schema.items()}
+    kind = found.get("type")
+    if isinstance(kind, str):
+        found["type"] = _TYPES.get(kind, kind)
+        if kind == "any":
+            del found["type"]
+    return found
+
+
+def _others(request: _Request, functions: Sequence[Tool], seed: str) -> Iterator[Tool]:
     """Functions to put around the right one, the best first, no name twice.
 
     A stranger that is called or described like the right one might be as right, so it is left out.
@@ -139,7 +155,7 @@ def _answers(settings: TaskSettings) -> dict[str, tuple[str, Record]]:
         names = {name for call in record.records("ground_truth") for name in call.fields}
         if len(names) != 1:
             raise record.error(f"ground_truth names {len(names)} functions, not one")
-        answers[identifier] = (_spelt(names.pop()), record)
+        answers[identifier] = (names.pop(), record)
     return answers
 
 
@@ -159,37 +175,22 @@ def _request_text(record: Record) -> str:
     return "\n\n".join(message.text("content") for message in messages[: last + 1])
 
 
-def _function(record: Record) -> Function:
-    name, description = record.text("name"), record.text("description")
-    parameters = _brief_properties(record.record("parameters"), 1)
-    content = {"name": name, "description": description, "parameters": parameters}
-    return Function(_spelt(name), description, json.dumps(content, ensure_ascii=False))
+def _function(record: Record) -> Tool:
+    name, description, parameters = record.text("name"), record.text("description"), record.record("parameters")
+    if not is_name(name):
+        raise record.error(f"a tool cannot have the name {name!r:.80}")
+    if _nesting(parameters.fields) > MAX_NESTING:
+        raise parameters.error(f"the parameters of {name} are nested more than {MAX_NESTING} levels deep")
+    schema = in_json_schema(parameters.fields)
+    if schema.setdefault("type", "object") != "object":
+        raise parameters.error(f"the parameters of {name} are no object's")
+    return Tool(name, description, schema)
 
 
-def _spelt(name: str) -> str:
-    """`name` as JSON spells it, without the quotation marks: as the context has it, and as the answer must."""
-    return json.dumps(name, ensure_ascii=False)[1:-1]
-
-
-def _brief_properties(schema: Record, level: int) -> dict[str, Any]:
-    """The properties of an object's schema; there may be none."""
-    if not schema.fields.get("properties"):
-        return {}
-    properties = schema.record("properties")
-    return {name: _brief(properties.inner(value, name), level) for name, value in properties.fields.items()}
-
-
-def _brief(schema: Record, level: int) -> Any:
-    """A property as `type: description`, or as its own properties; what does not help to choose is left out."""
-    if level > MAX_NESTING:
-        raise schema.error(f"parameters are nested more than {MAX_NESTING} levels deep")
-    kind = schema.text("type")
-    if schema.fields.get("properties"):
-        return _brief_properties(schema, level + 1)
-    items = schema.fields.get("items")
-    if isinstance(items, dict) and items.get("properties"):
-        return [_brief_properties(schema.record("items"), level + 1)]
-    if isinstance(items, dict) and isinstance(items.get("type"), str):
-        kind = f"{kind} of {items['type']}"
-    description = schema.fields.get("description")
-    return f"{kind}: {description}" if isinstance(description, str) and description.strip() else kind
+def _nesting(value: Any) -> int:
+    """How many levels of lists and objects there are, or one more than may be."""
+    level, inner = 0, [value]
+    while (inner := [item for item in inner if isinstance(item, (dict, list))]) and level <= MAX_NESTING:
+        level += 1
+        inner = [item for outer in inner for item in (outer.values() if isinstance(outer, dict) else outer)]
+    return level

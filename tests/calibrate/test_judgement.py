@@ -127,6 +127,9 @@ def test_the_profile_has_the_choice_and_its_evidence(calibration, subject):
     assert (profile.bases, profile.merge, profile.weights) == (calibration.chosen.bases, "mean", ())
     assert (profile.task, profile.length, profile.native_base) == ("kv", 400, NATIVE_BASE)
     assert (profile.fingerprint, profile.model) == (subject.checked.fingerprint, "planted.gguf")
+    # What was asked with a prompt of abcli's own is called "tools".
+    called = replace(calibration, settings=replace(calibration.settings, task="tools"))
+    assert make_profile("tools-400", called, found, subject).task == "tools in the model's own format"
     evidence = profile.evidence
     assert evidence.questions == len(calibration.held_out.questions)
     assert [score.configuration for score in evidence.scores] == ["native", "spread2", "paper2", CALIBRATED]

@@ -203,6 +203,32 @@ def test_thoughts_are_bounded(real_model: Path, tmp_path: Path) -> None:
         assert whole.text.lstrip().startswith(f"{bounded.reasoning}\n</think>")
 
 
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.tool_calls %} to=functions.{{ m.tool_calls[0].function.name }}"
+    "<|channel|>commentary json<|message|>{{ m.tool_calls[0].function.arguments|tojson }}<|call|>"
+    "{% else %}<|channel|>final<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("budget", [-1, 5, 0])
+def test_thoughts_that_are_messages_are_bounded(real_model: Path, tmp_path: Path, budget: int) -> None:
+    """As gpt-oss writes; a grammar makes this model do so."""
+    file = tmp_path / "harmony.jinja"
+    file.write_text(HARMONY)
+    end = "<|end|><|start|>assistant"
+    final = f'"{end}<|channel|>final<|message|>" /[a-z]{{4}}/'
+    lark = f'start: "<|channel|>analysis<|message|>" /( [a-z]{{1,6}}){{0,12}}/ {final}'
+    with abcli.load(real_model, buckets=1, ctx_size=256, chat_template=str(file)) as llm:
+        # Without help it would end the thought at once.
+        bias = ((llm.tokenize("<", add_special=False)[0], -60.0),)
+        answer = llm.generate("Why?", lark=lark, temp=0, max_tokens=120, thinking_budget=budget, logit_bias=bias)
+        words = len(answer.reasoning.split())
+        assert words == 12 if budget < 0 else (words > 0) == (budget > 0)
+        assert budget <= 0 or len(llm.tokenize(f" {answer.reasoning}")) <= budget
+        assert len(answer.text) == 4
+
+
 def test_a_chat_waits_for_results(llm: abcli.LLM) -> None:
     chat = llm.chat(tools=[get_weather], tool_choice="required", parallel_tool_calls=False, temp=0, max_tokens=60)
     answer = chat.send("The weather in Rome?")

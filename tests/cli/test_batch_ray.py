@@ -153,7 +153,7 @@ def test_a_worker_with_other_versions_is_refused(
     script = (
         "import abcli.batch.cluster.ray_pool as pool\n"
         "pool.describe_versions = lambda: {'abcli': '0.0.1', 'llama-cpp-python': '0.0.2'}\n"
-        "from abcli.cli.main import main\n"
+        "from abcli.cli._entry import main\n"
         "main()\n"
     )
     words = [*BATCH, tiny_model, prompts, "-o", tmp_path / "out", *OPTIONS, f"--ray={cluster[0]}"]

@@ -106,7 +106,10 @@ def test_a_stored_report_is_shown_again(stored: Path, abcli: Command, tiny_model
     assert (again.code, again.errors, again.output) == (0, b"", first.output)
     assert abcli("eval", "--from", stored, "--json").output == stored.read_bytes()
     png, svg = tmp_path / "depth.png", tmp_path / "depth.svg"
-    assert abcli("eval", "--from", stored, "--png", png, "--svg", svg).output == first.output
+    page = tmp_path / "depth.html"
+    shown = abcli("eval", "--from", stored, "--png", png, "--svg", svg, "--html", page)
+    assert shown.output == first.output
+    assert "Quality against cost" in page.read_text()
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
     assert b"<svg" in svg.read_bytes()
 
@@ -176,6 +179,45 @@ def test_the_usual_configurations_and_the_model_s_profile(tiny_model: Path, abcl
     assert (last["name"], last["bases"]) == ("profile", list(mine.bases))
     (named,) = report(abcli, tiny_model, *few, "--compare", f"profile={mine.name}")["configurations"]
     assert named["bases"] == list(mine.bases)
+
+
+def test_what_was_asked_of_tools_otherwise_is_not_compared_without_a_word(
+    tiny_model: Path, abcli: Command, stored: Path, tmp_path: Path
+) -> None:
+    identity = fingerprint(check_file(tiny_model))
+    for number, task in enumerate(("tools", "tools in the model's own format")):
+        name = f"tools-{number}"
+        save(
+            profile(name=name, task=task, fingerprint=identity, model=tiny_model.name, native_base=10_000.0),
+            profiles_directory(),
+        )
+        outcome = abcli("eval", "kv", tiny_model, *SIZE, "--limit", 1, "--compare", f"profile={name}")
+        assert (b"abcli's own" in outcome.errors) == (number == 0)
+        assert ("abcli's own" in abcli("profiles", "show", name).text) == (number == 0)
+    values = json.loads(stored.read_bytes())
+    path = tmp_path / "tools.json"
+    for about, warned in ((values["about"], True), ({**values["about"], "calls": "JSON"}, False)):
+        path.write_text(json.dumps({**values, "task": "tools", "about": about}))
+        outcome = abcli("eval", "--from", path)
+        assert (outcome.code, b"do not compare" in outcome.errors) == (0, warned)
+
+
+def test_calls_are_asked_for_in_the_model_s_format(tiny_model: Path, abcli: Command, tmp_path: Path) -> None:
+    data, answers = tmp_path / "requests.json", tmp_path / "calls.json"
+    functions = [
+        {"name": name, "description": f"It does {name}.", "parameters": {"type": "dict", "properties": {}}}
+        for name in ("walk", "swim")
+    ]
+    question = [[{"role": "user", "content": "Swim."}]]
+    data.write_text(json.dumps({"id": "a", "question": question, "function": functions}))
+    answers.write_text(json.dumps({"id": "a", "ground_truth": [{"swim": {}}]}))
+    outcome = abcli("eval", "tools", tiny_model, *SIZE, "--limit", 1, "--data", data, "--answers", answers, "--json")
+    assert outcome.code == 0
+    found = json.loads(outcome.output)
+    assert found["about"]["calls"] == "JSON in <tool_call> tags"
+    (item,) = found["questions"]
+    assert (item["text"], item["answer"]) == ("Swim.", "swim")
+    assert {scores["rank"] for scores in item["scores"].values()} <= {0, 1}
 
 
 def test_a_damaged_default_profile_is_a_warning(tiny_model: Path, abcli: Command) -> None:

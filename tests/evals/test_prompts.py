@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from abcli.chat.messages import Message
+from abcli.chat.messages import Message, Tool
+from abcli.chat.options import ChatOptions
 from abcli.chat.template import ChatTemplate, load_template
+from abcli.errors import TemplateError
 from abcli.evals.prompts import PromptMaker
 from abcli.evals.questions import Question
 from abcli.native.model import Model
@@ -125,3 +127,58 @@ def test_questions_on_one_context_begin_alike(model: Model, template: ChatTempla
     shared = len(template.tokens([Message("user", CONTEXT)])) - len(template.tokens([Message("user", "")]))
     assert one[:shared] == other[:shared]
     assert one != other
+
+
+TOOLS = (Tool("get_weather", "The weather."), Tool("get_time", "The time."))
+ASKED = Question(
+    "q/0", "q", "not told", "What is the time?", "", "get_time", 0.5, 9, ("get_weather", "get_time"), TOOLS
+)
+
+
+@pytest.mark.parametrize(
+    ("further", "closed"),
+    [
+        ("", ""),
+        # A thought that the template opens is ended; where it can be left out, it is.
+        ("<think>", "\n</think>\n\n"),
+        ("{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}", ""),
+    ],
+)
+def test_a_call_is_asked_for_as_with_a_choice_of_tools(model: Model, further: str, closed: str) -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + further + "{% endif %}"
+    )
+    template = ChatTemplate(source, model)
+    maker = PromptMaker(model, template)
+    found = maker.tokenize(ASKED)
+    options = ChatOptions(TOOLS, "required", thinking="off")
+    turn = template.tokens([Message("user", "What is the time?")], options)
+    start = f'{closed}<tool_call>\n{{"name": "'
+    assert found.prompt == (*turn, *template.written_tokens(start))
+    assert "not told" not in text_of(model, found.prompt)
+    assert text_of(model, found.prompt).count('"name": "get_weather"') == 1
+    # What ends a name is scored, too, and nothing beyond the token that does.
+    for name, tokens in zip(("get_time", "get_weather"), found.continuations, strict=True):
+        text, shorter = text_of(model, tokens), text_of(model, tokens[:-1])
+        assert text.startswith(f'{name}"')
+        assert f'{name}", "arguments": '.startswith(text)
+        assert name.startswith(shorter)
+    assert maker.call_format(TOOLS).fallback
+
+
+def test_a_call_in_the_templates_own_format(model: Model) -> None:
+    source = (
+        "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{% for m in messages %}[{{ m.role }}]"
+        "{% for c in m.tool_calls or [] %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments|tojson }}"
+        "{% endfor %}{{ m.content or '' }}<|im_end|>{% endfor %}"
+    )
+    found = PromptMaker(model, ChatTemplate(source, model)).tokenize(ASKED)
+    assert text_of(model, found.prompt) == "get_weather get_time [user]What is the time?<|im_end|>[TOOL_CALLS]"
+    starts = [text_of(model, tokens)[:12] for tokens in found.continuations]
+    assert starts == ["get_time[", "get_weather["]
+
+
+def test_a_model_without_a_template_cannot_be_told_of_tools(model: Model) -> None:
+    with pytest.raises(TemplateError, match="no chat template"):
+        PromptMaker(model, None).tokenize(ASKED)

@@ -148,7 +148,7 @@ def test_the_same_settings_make_the_same_questions(subject: Subject, settings: E
 
 
 def test_what_is_recorded_is_ready_for_json(subject: Subject) -> None:
-    about = describe(subject)
+    about = describe(subject, make_questions(SETTINGS, subject))
     assert json.loads(json.dumps(about)) == about
     assert {"abcli", "llama.cpp", "cache_type_k", "cache_type_v", "ubatch_size"} <= about.keys()
     assert evaluate(replace(SETTINGS, limit=1), [ONE], subject).about == about

@@ -72,7 +72,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def functions_of(question: Question) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in question.context.split("\n")]
+    return [json.loads(line)["function"] for line in question.context.split("\n")]
 
 
 @relaxed
@@ -87,15 +87,13 @@ def test_every_request_has_its_function_where_it_was_asked_for(
         assert words(question.context) <= length
         names = [item["name"] for item in functions_of(question)]
         assert len(set(names)) == len(names) >= 2
-        assert question.candidates == tuple(f'{name}"' for name in names)
-        wanted = question.text.split()[3]
-        assert question.answer == f'do_{wanted}"'
+        assert question.candidates == tuple(names) == tuple(tool.name for tool in question.tools)
+        wanted = question.text.split()[2]
+        assert question.answer == f"do_{wanted}"
         position = question.candidates.index(question.answer)
         assert question.depth == position / (len(names) - 1)
         asked = number % depths / max(depths - 1, 1)
         assert abs(question.depth - asked) <= 0.5 / (len(names) - 1) + 1e-9
-        # The answer as a whole is how the function's line begins.
-        assert f"{question.answer_start}{question.answer}" in question.context
 
 
 @relaxed
@@ -118,9 +116,7 @@ def test_the_global_generator_has_no_part_in_it(data: dict[str, Path]) -> None:
 def test_the_requests_own_functions_come_first(data: dict[str, Path]) -> None:
     own = {pair[0]["question"][0][0]["content"]: {item["name"] for item in pair[0]["function"]} for pair in made()}
     for question in tools(TaskSettings(300, REQUESTS, **data), words):
-        text = question.text.split("\n")[0].removeprefix("Request: ")
-        names = {item["name"] for item in functions_of(question)}
-        assert own[text] < names
+        assert own[question.text] < {item["name"] for item in functions_of(question)}
 
 
 def test_an_own_function_that_is_too_long_is_left_out_and_so_is_a_request(tmp_path: Path) -> None:
@@ -135,7 +131,7 @@ def test_an_own_function_that_is_too_long_is_left_out_and_so_is_a_request(tmp_pa
     ]
     settings = TaskSettings(60, 2, **files(tmp_path, pairs))
     questions = list(tools(settings, words))
-    assert {question.answer for question in questions} == {'do_0"', 'do_2"'}
+    assert {question.answer for question in questions} == {"do_0", "do_2"}
     assert not any("long_0" in question.context or "do_1" in question.context for question in questions)
     with pytest.raises(EvaluationDataError, match=r"2 of the 3 questions .* 60 tokens, but 3 are wanted"):
         tools(TaskSettings(60, 3, settings.seed, 5, settings.data, settings.answers), words)
@@ -156,47 +152,34 @@ def test_strangers_that_might_be_as_right_stay_out(tmp_path: Path) -> None:
     ]
     questions = tools(TaskSettings(500, 4, **files(tmp_path, pairs)), words)
     names = {question.answer: set(question.candidates) for question in questions}
-    assert names['get_weather"'] == {'get_weather"', 'boil"'}
-    assert names['boil"'] == {'get_weather"', 'Sky.getWeather"', 'forecast"', 'boil"'}
+    assert names["get_weather"] == {"get_weather", "boil"}
+    assert names["boil"] == {"get_weather", "Sky.getWeather", "forecast", "boil"}
 
 
-def test_parameters_are_brief_but_say_types_and_descriptions(tmp_path: Path) -> None:
-    nested = {
-        "type": "dict",
-        "description": "gone",
-        "properties": {"deep": {"type": "float", "description": "deep one"}},
-    }
+def test_parameters_are_in_json_schemas_words(tmp_path: Path) -> None:
+    nested = {"type": "dict", "properties": {"deep": {"type": "float", "description": "deep one"}}}
     item = function(
         "do_0",
         'with "quotes" and\nlines',
         plain={"type": "string", "description": "a café", "default": "x", "enum": ["x", "y"]},
-        bare={"type": "boolean"},
         nested=nested,
-        several={"type": "array", "items": {"type": "integer"}, "description": "numbers"},
-        objects={"type": "array", "items": nested},
+        pair={"type": "tuple", "items": {"type": "any"}},
     )
     pairs = [(request(0, [item, {**function("no_parameters", "d"), "parameters": {}}]), call(0, "do_0"))]
     (question,) = tools(TaskSettings(500, 1, **files(tmp_path, pairs)), words)
     found = {item["name"]: item for item in functions_of(question)}
     assert found["do_0"]["description"] == item["description"]
     assert found["do_0"]["parameters"] == {
-        "plain": "string: a café",
-        "bare": "boolean",
-        "nested": {"deep": "float: deep one"},
-        "several": "array of integer: numbers",
-        "objects": [{"deep": "float: deep one"}],
+        "type": "object",
+        "properties": {
+            "plain": {"type": "string", "description": "a café", "default": "x", "enum": ["x", "y"]},
+            "nested": {"type": "object", "properties": {"deep": {"type": "number", "description": "deep one"}}},
+            "pair": {"type": "array", "items": {}},
+        },
     }
-    assert found["no_parameters"]["parameters"] == {}
+    assert found["no_parameters"]["parameters"] == {"type": "object"}
+    assert [tool.fields["function"] for tool in question.tools] == list(found.values())
     assert "café" in question.context
-
-
-def test_a_name_is_answered_as_the_context_spells_it(tmp_path: Path) -> None:
-    name = 'odd"name\\\n'
-    pairs = [(request(0, [function(name, "a"), function("other", "b")]), call(0, name))]
-    (question,) = tools(TaskSettings(100, 1, **files(tmp_path, pairs)), words)
-    assert json.loads(f"{question.answer_start}{question.answer}}}") == {"name": name}
-    assert question.answer in question.candidates
-    assert f"{question.answer_start}{question.answer}" in question.context
 
 
 def test_all_messages_up_to_the_users_last_are_the_request(tmp_path: Path) -> None:
@@ -210,7 +193,7 @@ def test_all_messages_up_to_the_users_last_are_the_request(tmp_path: Path) -> No
     ]
     item = {**request(0, [function("do", "a"), function("other", "b")]), "question": messages}
     (question,) = tools(TaskSettings(100, 1, **files(tmp_path, [(item, call(0, "do"))])), words)
-    assert question.text.startswith("Request: You help.\n\nFirst.\n\nWhich?\n\nThat.\n\nAnswer with the name")
+    assert question.text == "You help.\n\nFirst.\n\nWhich?\n\nThat."
 
 
 GOOD = request(1, [function("do_1", "a", x={"type": "string"}), function("other_1", "b")])
@@ -241,8 +224,9 @@ def deep(levels: int) -> dict[str, Any]:
         ({"function": [{"name": "do_1"}]}, r"function\[0\].description is missing"),
         ({"function": [{**function("", "b")}]}, r"function\[0\].name is empty"),
         ({"function": [{**function("do_1", "b"), "parameters": []}]}, r"function\[0\].parameters is not an object"),
-        ({"function": [function("do_1", "b", x="string")]}, r"parameters.properties.x is not an object"),
-        ({"function": [function("do_1", "b", x={})]}, r"parameters.properties.x.type is missing"),
+        ({"function": [{**function("do_1", "b"), "parameters": {"type": "string"}}]}, "are no object's"),
+        ({"function": [{**function('do"1', "b")}]}, "cannot have the name"),
+        ({"function": [{**function("none", "b")}]}, "cannot have the name 'none'"),
         ({"function": [function("do_1", "b", x=deep(MAX_NESTING))]}, "nested more than"),
         ({"function": [function("do_1", "b", x=deep(200))]}, "nested more than"),
     ],

@@ -105,6 +105,14 @@ class CallFormat:
         return self.call_end[self.call_end.find("}") + 1 :]
 
     @cached_property
+    def around_name(self) -> tuple[str, str]:
+        """What comes before and after the name in the first call of an answer, its number and an id filled in."""
+        before, named, rest = self.call_begin.partition(NAME)
+        texts = self.section_begin + before, rest if named else self.name_end
+        first, second = (text.replace(ID, "call00000").replace(NUMBER, "0") for text in texts)
+        return first, second
+
+    @cached_property
     def call_marker(self) -> str:
         """What comes before the name of a call, or before its object; empty if there is nothing."""
         return self.object_begin if self.keys else self.call_begin

@@ -51,7 +51,7 @@ def call_grammar(
         answer = " | ".join([*said, answer] if form.channels or form.bare else said)
     name = rules.rule(answer, name="answer")
     thoughts = form.thoughts
-    if thoughts is None or (form.channels and thoughts.end not in form.between):
+    if thoughts is None:
         return rules.grammar(name)
     rest = f"{rules.until(form.between)} {name}" if form.channels else f"{rules.until(thoughts.end)} {_GAP} {name}"
     return rules.grammar(rest if thought_opened else f"{name} | {rules.written(thoughts.begin)} {rest}")

@@ -60,6 +60,7 @@ KNOWN_FORMATS: dict[str, CallFormat] = {
         call_end="",
         between=">>>",
         channels=FUNCTIONARY,
+        thoughts=None,
         framing=("all\n",),
     ),
     "<|tool_call>call:": CallFormat(
