@@ -65,7 +65,7 @@ class Statistics:
 
 @dataclass
 class Answer:
-    """An answer as it grows; `finish_reason` is None until it is complete.
+    """An answer as it grows; `finish_reason` is None until it is complete, `stopped_by` the stop string that ended it.
 
     `error` is why its sampler could not go on, e.g. a grammar that leaves no token: nothing follows then.
     """
@@ -76,6 +76,7 @@ class Answer:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stopped_by: str = ""
     error: AbcliError | None = None
 
 
@@ -382,6 +383,7 @@ class Generator(Owner):
                 answer.finish_reason = "length"
         if answer.finish_reason is not None:
             text += running.stream.feed(b"", final=True)
+            answer.stopped_by = running.stream.stopped_by
             self.drop(answer.slot)
         answer.text += text
         return Piece(answer, text)

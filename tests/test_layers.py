@@ -45,6 +45,7 @@ LAYERS: dict[str, int] = {
     "llm": 9,
     "machine": 9,
     "tools": 9,
+    "diagnosis": 10,
     "evals": 10,
     "batch": 10,
     "serve": 10,

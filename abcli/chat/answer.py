@@ -37,7 +37,8 @@ class Answer:
     `finish_reason` is "stop" where the model or a stop string ended it, "tool_calls" where it ended with calls of
     tools, "length" where `max_tokens` or the context did. `agreement` is the mean share (0..1) of probability mass
     on which the buckets agreed where all were asked, which was so for the share `asked` of the tokens. `reasoning`
-    is the thought before the text. `trace` is what the buckets saw, where that was asked for.
+    is the thought before the text, `stopped_by` the stop string that ended it, if one did. `trace` is what the
+    buckets saw, where that was asked for.
     """
 
     text: str
@@ -51,6 +52,7 @@ class Answer:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     trace: Trace | None = field(default=None, repr=False, compare=False)
+    stopped_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,4 +88,5 @@ def finished_answer(
         seed=answer.seed,
         reasoning=reasoning,
         tool_calls=tool_calls,
+        stopped_by=answer.stopped_by,
     )

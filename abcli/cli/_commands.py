@@ -77,6 +77,9 @@ COMMANDS = {
         "bench",
         "Measure how fast a model is here with 1 to N buckets, and which engine is the faster.",
     ),
+    "doctor": CommandPlace(
+        "abcli.cli.doctor", "doctor", "Show what is installed, what this machine has, and what to try when it is slow."
+    ),
     "waves": CommandPlace(
         "abcli.cli.waves",
         "waves",
