@@ -72,6 +72,11 @@ COMMANDS = {
     "calibrate": CommandPlace(
         "abcli.cli.calibrate", "calibration", "Find the bases and the merge rule that are best for a model and a task."
     ),
+    "lm-eval": CommandPlace(
+        "abcli.cli.lm_eval",
+        "app",
+        "Run EleutherAI's lm-evaluation-harness with a model of abcli's (its own arguments).",
+    ),
     "bench": CommandPlace(
         "abcli.cli.bench",
         "bench",
