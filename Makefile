@@ -88,8 +88,9 @@ test: model ## run the tests
 peers: dist model ## test with the tools of others, in an environment of their own (900 MB)
 	@$(VENV_PYTHON) scripts/run_peers.py $(ARGS)
 
-dist: $(STAMP) ## build what is published, a source archive and a wheel, into dist/
+dist: $(STAMP) ## build what is published, a source archive and a wheel with man pages, into dist/
 	@rm -rf dist
+	@$(VENV_PYTHON) scripts/make_man_pages.py
 	@$(VENV_PYTHON) -m uv build --quiet --python $(VENV_PYTHON) --out-dir dist
 
 check-dist: dist model ## install what is published with pip, pipx and uv, and let it answer

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from abcli.likelihood import TokenScore
+    from abcli.llama import Llama
     from abcli.llm import LLM, load
     from abcli.merge import Merged, Merger
     from abcli.protocols import Sampler, Tokenizer
@@ -56,6 +57,7 @@ _HOMES = {
         *("SessionError", "TemplateError", "ToolServerError", "UnsupportedModelError", "UsageError"),
     ),
     "abcli.likelihood": ("TokenScore",),
+    "abcli.llama": ("Llama",),
     "abcli.llm": ("LLM", "load"),
     "abcli.merge": ("Merged", "Merger"),
     "abcli.protocols": ("Sampler", "Tokenizer"),
@@ -79,6 +81,7 @@ __all__ = [
     "EvaluationDataError",
     "GenerationConfig",
     "GrammarError",
+    "Llama",
     "LoraConfig",
     "Merged",
     "Merger",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Generating
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from abcli.chat.answer import Answer, Piece
 from abcli.chat.asking import Asked, Asker, plain_asked, split_settings
 from abcli.chat.continuation import continued
 from abcli.chat.conversation import Overflow
+from abcli.chat.many import answer_many
 from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
 from abcli.chat.options import ChatOptions
@@ -50,7 +50,7 @@ from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
 from abcli.rope.bases import asked_buckets
-from abcli.sampling import Choice, GenerationConfig, SamplingConfig, check_gate, check_sampling
+from abcli.sampling import Choice, GateSetting, GenerationConfig, SamplingConfig, check_gate, check_sampling
 from abcli.trace.recorder import Recorder
 from abcli.trace.trace import Trace
 from abcli.trace.tracing import Tracer
@@ -58,6 +58,7 @@ from abcli.turn import Turn
 
 if TYPE_CHECKING:
     from abcli.chat.controller import Chat
+    from abcli.native.model import Model
 
 # The settings of a context that `load` hands on as they are.
 _CONTEXT_SETTINGS = (
@@ -79,7 +80,7 @@ def load(
     gpu_layers: int = -1,
     ctx_size: int = DEFAULT_CONTEXT,
     prefill_base: float | None = None,
-    gate: float | None = None,
+    gate: GateSetting = None,
     prompt_cache: bool | str | os.PathLike[str] = False,
     chat_template: str | None = None,
     flash_attn: FlashAttention = "auto",
@@ -117,7 +118,7 @@ def load(
                 context_size=ctx_size,
                 flash_attention=flash_attn,
                 prompt_cache=cache,
-                gated=check_gate(gate) is not None,
+                gated="auto" if gate == "auto" else check_gate(gate) is not None,
                 **context,
             ),
             asked,
@@ -144,7 +145,7 @@ class LLM(Owner):
         *,
         chat_template: str | None = None,
         template_source: str | None = None,
-        gate: float | None = None,
+        gate: GateSetting = None,
         warn: Warn = lambda _line: None,
         say: Callable[[str], None] = lambda _text: None,
     ) -> None:
@@ -175,7 +176,7 @@ class LLM(Owner):
             make_sampler = partial(SamplerChain, opened.model, context_size=opened.engine.context_size)
             buckets = prepared.buckets
             self.generator = stack.enter_context(
-                Generator(opened.engine, opened.model, make_sampler, buckets.merge, buckets.weights)
+                Generator(opened.engine, opened.model, make_sampler, buckets.merge, buckets.weights, opened.gate)
             )
             self._tracer = Tracer(opened.model, opened.engine, prepared.context, buckets)
             self._stack = stack.pop_all()
@@ -196,6 +197,12 @@ class LLM(Owner):
     def model(self) -> CheckedModel:
         """What the model's files say."""
         return self._native.checked
+
+    @property
+    def native(self) -> Model:
+        """The loaded model; for what stands beside llama.cpp itself. Raises UsageError once it is closed."""
+        with self._turn.text():
+            return self._native
 
     @property
     def description(self) -> str:
@@ -279,11 +286,13 @@ class LLM(Owner):
         raw: bool = False,
         parse_special: bool = False,
         held: Sequence[int] = (),
+        continues: bool = False,
     ) -> Asked:
         """What `answer` answers: a prompt's tokens, how to decode its answer, and who reads it. Raises as `generate`.
 
         With `raw` and `parse_special` control tokens in the text are read as such. A conversation is spelled in the
-        tokens of `held`, which a slot holds, as far as these stand for the same text.
+        tokens of `held`, which a slot holds, as far as these stand for the same text. With `continues` its last message
+        is the beginning of the answer.
         """
         config = config or GenerationConfig()
         if raw:
@@ -292,7 +301,7 @@ class LLM(Owner):
             return plain_asked(self.prompt_tokens(prompt, raw=True, parse_special=parse_special), config)
         messages = as_messages(prompt)
         with self._turn.text():
-            asked = self.asker.ask(messages, options or ChatOptions(), config)
+            asked = self.asker.ask(messages, options or ChatOptions(), config, continues=continues)
             return replace(asked, tokens=continued(tuple(held), asked.tokens, self._native.piece)) if held else asked
 
     def answer(
@@ -346,41 +355,32 @@ class LLM(Owner):
         prompts: Iterable[Prompt],
         *,
         raw: bool = False,
-        on_done: Callable[[int], object] | None = None,
+        on_done: Callable[[int], object] = lambda _done: None,
         **settings: Any,
     ) -> list[Answer]:
         """The answers to many prompts, in their order, decoded together in as many slots as the model was loaded with.
 
-        `on_done` is called with the number of answers after each. Raises as `generate` does, for the first prompt that
-        fails; the others are given up then.
+        A prompt is taken from `prompts` when a slot is free for it. `on_done` is called with the number of answers
+        after each. Raises as `generate` does, for the first prompt that fails; the others are given up then.
         """
         options, config = self.split(settings)
-        self.check(config.sampling)
-        waiting = deque((place, self.ask(prompt, options, config, raw=raw)) for place, prompt in enumerate(prompts))
+        asked = (self.ask(prompt, options, config, raw=raw) for prompt in prompts)
         found: dict[int, Answer] = {}
-        places: dict[int, tuple[int, Asked]] = {}
-        with self._turn.take():
-            try:
-                while waiting or places:
-                    free = [slot for slot in range(self.engine.slots) if slot not in places]
-                    while waiting and free:
-                        place, asked = waiting.popleft()
-                        slot = self._nearest(asked.tokens, free)
-                        free.remove(slot)
-                        places[slot] = place, asked
-                        self.generator.start(slot, asked.tokens, asked.generation)
-                    for piece in self.generator.step():
-                        if piece.answer.error is not None:
-                            raise piece.answer.error
-                        if piece.answer.finish_reason is not None:
-                            place, asked = places.pop(piece.answer.slot)
-                            found[place] = asked.reader().whole(piece.answer)
-                            if on_done is not None:
-                                on_done(len(found))
-            finally:
-                for slot in places:
-                    self.generator.drop(slot)
+        for place, answer in self.answer_many(asked):
+            found[place] = answer
+            on_done(len(found))
         return [found[place] for place in sorted(found)]
+
+    def answer_many(self, asked: Iterable[Asked]) -> Iterator[tuple[int, Answer]]:
+        """The answers to what is asked, each with its place there, as they are finished; raises as `generate_many`."""
+
+        def checked() -> Iterator[Asked]:
+            for item in asked:
+                self.check(item.generation.sampling)
+                yield item
+
+        with self._turn.take():
+            yield from answer_many(checked(), self.generator, self.engine.slots, self._nearest)
 
     def chat(
         self,

@@ -21,17 +21,23 @@ class TextStream:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stop = tuple(stop)
         self._held = ""
-        self.stopped = False
+        self.stopped_by = ""
+        """The stop string that ended the text, if one did."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return bool(self.stopped_by)
 
     def feed(self, data: bytes, *, final: bool = False) -> str:
         """The text that is certain after `data`; with `final`, all of it. Empty once `stopped`."""
         if self.stopped:
             return ""
         self._held += self._decode(data)
-        found = [index for index in (self._held.find(text) for text in self._stop) if index >= 0]
+        found = [(index, text) for text in self._stop if (index := self._held.find(text)) >= 0]
         if found:
-            self.stopped = True
-            certain, self._held = self._held[: min(found)], ""
+            index, self.stopped_by = min(found)
+            certain, self._held = self._held[:index], ""
             return certain
         keep = 0 if final else self._possible_stop()
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -59,6 +59,8 @@ def check_archive(scratch: Path) -> None:
     """The wheel in dist/ comes from the source archive; the checkout has to give the same. Raises PackageError."""
     run([sys.executable, "-m", "uv", "build", "--quiet", "--wheel", "--out-dir", str(scratch), str(ROOT)])
     ours, theirs = contents(scratch / WHEEL.name), contents(WHEEL)
+    if not any(name.endswith("/share/man/man1/abcli.1") for name in theirs):
+        raise PackageError("the wheel has no man pages")
     different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if different:
         raise PackageError(f"the archive and the checkout make different wheels: {', '.join(different)}")

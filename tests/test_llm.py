@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +254,38 @@ def test_the_package_hands_on_its_names_without_importing_all_of_them() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     with pytest.raises(AttributeError):
         _ = abcli.nothing
+
+
+def test_a_notebook_shows_where_the_buckets_disagree(llm: abcli.LLM) -> None:
+    answer = llm.generate("Hello", **PLAIN)
+    assert "".join(text for text, _ in answer.spans) == answer.text
+    shown = [agreement for _, agreement in answer.spans]
+    assert all(agreement is not None and 0 <= agreement <= 1 for agreement in shown)
+    hostile = replace(answer, spans=(("<script>alert(1)</script>\n", 0.25), ("&", None)))
+    page = hostile._repr_html_()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "agreement 25%" in page
+    assert "rgba(255, 140, 0, 0.56)" in page
+    assert "one bucket decided" in page
+
+
+def test_prompts_are_taken_when_a_slot_is_free(llm: abcli.LLM) -> None:
+    taken: list[str] = []
+    done: list[int] = []
+
+    def prompts() -> Iterator[str]:
+        for prompt in PROMPTS:
+            assert len(taken) < 3 + len(done)
+            taken.append(prompt)
+            yield prompt
+
+    answers = llm.generate_many(prompts(), on_done=done.append, **PLAIN)
+    assert len(answers) == len(PROMPTS)
+    assert done == list(range(1, len(PROMPTS) + 1))
+    # Those of an endless iterable come one by one.
+    endless = (llm.ask("Hello", *llm.split(PLAIN)) for _ in iter(int, 1))
+    some = llm.answer_many(endless)
+    assert len({next(some)[1].text for _ in range(4)}) == 1
+    some.close()  # type: ignore[attr-defined]
+    assert llm.generate("Hello", **PLAIN).text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from html import escape
 from typing import Literal
 
 from abcli.chat.calls.events import Event
@@ -37,7 +38,8 @@ class Answer:
     `finish_reason` is "stop" where the model or a stop string ended it, "tool_calls" where it ended with calls of
     tools, "length" where `max_tokens` or the context did. `agreement` is the mean share (0..1) of probability mass
     on which the buckets agreed where all were asked, which was so for the share `asked` of the tokens. `reasoning`
-    is the thought before the text. `trace` is what the buckets saw, where that was asked for.
+    is the thought before the text, `stopped_by` the stop string that ended it, if one did. `trace` is what the
+    buckets saw, where that was asked for.
     """
 
     text: str
@@ -51,6 +53,24 @@ class Answer:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     trace: Trace | None = field(default=None, repr=False, compare=False)
+    stopped_by: str = ""
+    spans: tuple[tuple[str, float | None], ...] = field(default=(), repr=False, compare=False)
+    """All that was written, thoughts and calls included, in pieces: each with the share (0..1) of probability mass on
+    which the buckets agreed there, None where one decided alone."""
+
+    def _repr_html_(self) -> str:
+        """What was written, shaded where the buckets disagree: how a notebook shows an answer."""
+        pieces = []
+        for text, agreement in self.spans:
+            shade = "" if agreement is None else f"background: rgba(255, 140, 0, {0.75 * (1 - agreement):.2f})"
+            title = "one bucket decided" if agreement is None else f"agreement {agreement:.0%}"
+            pieces.append(f'<span style="{shade}" title="{title}">{escape(text)}</span>')
+        usage = self.usage
+        below = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, agreement {self.agreement:.0%}"
+        return (
+            f'<div style="white-space: pre-wrap">{"".join(pieces)}</div>'
+            f'<div style="opacity: 0.6; font-size: small">{below}, {escape(self.finish_reason)}</div>'
+        )
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,8 @@ def finished_answer(
         agreement=statistics.agreement,
         asked=statistics.asked,
         seed=answer.seed,
+        spans=tuple(answer.spans),
         reasoning=reasoning,
         tool_calls=tool_calls,
+        stopped_by=answer.stopped_by,
     )

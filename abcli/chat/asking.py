@@ -44,10 +44,22 @@ class Asker:
         self._template = template
         self._grammar = lru_cache(_KEPT)(self._written_grammar)
 
-    def ask(self, messages: Sequence[Message], options: ChatOptions, generation: GenerationConfig) -> Asked:
-        """What is asked. Raises PromptError, TemplateError, and UsageError for tools beside a grammar or schema."""
+    def ask(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions,
+        generation: GenerationConfig,
+        *,
+        continues: bool = False,
+    ) -> Asked:
+        """What is asked; with `continues` the last message is the beginning of the answer.
+
+        Raises PromptError, TemplateError, and UsageError for tools beside a grammar or schema.
+        """
         check_together(options, generation.sampling)
-        return self.asked(self._template.tokens(messages, options), options, generation)
+        template = self._template
+        tokens = template.continued_tokens(messages, options) if continues else template.tokens(messages, options)
+        return self.asked(tokens, options, generation)
 
     def asked(self, tokens: Sequence[int], options: ChatOptions, generation: GenerationConfig) -> Asked:
         """The same for a conversation that is tokens already."""

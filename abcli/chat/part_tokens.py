@@ -43,7 +43,7 @@ class PartTokenizer:
                 text = text.lstrip(_WHITE_SPACE)
             if after and isinstance(after[0], int) and model.attributes(after[0]) & _STRIPS_LEFT:
                 text = text.rstrip(_WHITE_SPACE)
-            tokens += self._text_tokens(text)
+            tokens += self.text(text)
         first = parts[0] if parts else None
         if isinstance(first, int) and first == model.control_tokens.get(model.bos_text):
             return tokens
@@ -58,7 +58,7 @@ class PartTokenizer:
         start = next(at for at in range(len(whole)) if whole[at : at + len(body)] == body)
         return whole[:start], whole[start + len(body) :]
 
-    def _text_tokens(self, text: str) -> list[int]:
+    def text(self, text: str) -> list[int]:
         """The tokens of plain text. Raises PromptError if it cannot be written without a control token."""
         model = self._model
         tokens = []

@@ -131,6 +131,17 @@ class ChatTemplate:
         chosen = broken_parts if _controls(broken_parts) == _controls(own_parts) else own_parts
         return self._tokenizer.of_parts(chosen, marks)
 
+    def continued_tokens(self, messages: Sequence[Message], options: ChatOptions = PLAIN) -> list[int]:
+        """The tokens of a conversation whose last message is the beginning of an answer, which goes on from there.
+
+        Raises as `tokens`, and TemplateError where answers begin inside a thought.
+        """
+        if self.opens_thought(options):
+            raise TemplateError(
+                "the chat template begins answers with a thought, so none can be continued", "switch `thinking` off"
+            )
+        return [*self.tokens(messages[:-1], options), *self._tokenizer.text(messages[-1].content)]
+
     @cached_property
     def special_tokens(self) -> Mapping[str, int]:
         """Text -> token of what grammars have to name by its number."""

@@ -52,6 +52,9 @@ def _plain_type(shown: Callable[[Any], str], context: Any) -> str:
 COMMANDS = {
     "run": CommandPlace("abcli.cli.run", "run", "Answer one prompt and exit."),
     "trace": CommandPlace("abcli.cli.trace", "trace", "Answer one prompt and show what every bucket saw, as a page."),
+    "diff": CommandPlace(
+        "abcli.cli.diff", "diff", "Answer one prompt with one bucket, the default set and the profile, side by side."
+    ),
     "chat": CommandPlace("abcli.cli.chat", "chat", "Talk with a model."),
     "batch": CommandPlace("abcli.cli.batch", "app", "Answer a file of prompts: abcli batch [MODEL] INPUT -o OUTPUT."),
     "serve": CommandPlace("abcli.cli.serve", "serve", "Serve a model to every client that speaks OpenAI's protocol."),
@@ -69,10 +72,18 @@ COMMANDS = {
     "calibrate": CommandPlace(
         "abcli.cli.calibrate", "calibration", "Find the bases and the merge rule that are best for a model and a task."
     ),
+    "lm-eval": CommandPlace(
+        "abcli.cli.lm_eval",
+        "app",
+        "Run EleutherAI's lm-evaluation-harness with a model of abcli's (its own arguments).",
+    ),
     "bench": CommandPlace(
         "abcli.cli.bench",
         "bench",
         "Measure how fast a model is here with 1 to N buckets, and which engine is the faster.",
+    ),
+    "doctor": CommandPlace(
+        "abcli.cli.doctor", "doctor", "Show what is installed, what this machine has, and what to try when it is slow."
     ),
     "waves": CommandPlace(
         "abcli.cli.waves",

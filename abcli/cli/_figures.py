@@ -21,17 +21,22 @@ class FigureOptions:
 
     png: Annotated[Path | None, flag("Write a figure; needs the extra 'plot'.", "--png")] = None
     svg: Annotated[Path | None, flag("Write a figure; needs the extra 'plot'.", "--svg")] = None
+    html: Annotated[Path | None, flag("Write tables and figures as one page.", "--html")] = None
 
     def check(self) -> None:
         """Raise UsageError for what would only be noticed after the work is done."""
         for path, image_format in self._wanted():
             check_destination(f"--{image_format}", path)
             require_matplotlib(f"--{image_format}")
+        if self.html is not None:
+            check_destination("--html", self.html)
 
-    def write(self, draw: Callable[[ImageFormat], bytes]) -> None:
-        """Write each figure that is asked for; `draw` gives its content."""
+    def write(self, draw: Callable[[ImageFormat], bytes], page: Callable[[], str]) -> None:
+        """Write each figure that is asked for, of which `draw` gives the content, and the page."""
         for path, image_format in self._wanted():
             path.write_bytes(draw(image_format))
+        if self.html is not None:
+            self.html.write_bytes(page().encode("utf-8", "replace"))
 
     def _wanted(self) -> Iterator[tuple[Path, ImageFormat]]:
         if self.png is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from rich.console import Console
 
 from abcli.chat.known_templates import KNOWN_TEMPLATES
-from abcli.cli._figures import check_destination
+from abcli.cli._figures import FigureOptions, check_destination
 from abcli.cli._flags import flag
 from abcli.cli._options import ModelOptions
 from abcli.config import DEFAULT_CONTEXT, ContextConfig
@@ -22,7 +22,8 @@ from abcli.evals.statistics import LengthSummary
 from abcli.evals.tools import FORMER_PROMPT, FORMER_TASK
 from abcli.gguf.checked import CheckedModel, check_model
 from abcli.ui.evaluation import depth_figure, show_evaluation
-from abcli.ui.plots import ImageFormat, depth_image, require_matplotlib
+from abcli.ui.plots import depth_image
+from abcli.ui.report_pages import evaluation_page
 from abcli.ui.terminal import Terminal
 
 MAX_NUMBER = 2**31 - 1
@@ -31,10 +32,8 @@ _PLAIN_WIDTH = 250
 
 
 @dataclass(frozen=True)
-class ResultOptions:
+class ResultOptions(FigureOptions):
     """Where the result goes."""
-
-    panel: ClassVar[str] = "Result"
 
     output: Annotated[Path | None, flag("Write the report, as JSON.", "--output", "-o", metavar="FILE")] = None
     examples: Annotated[bool, flag("Put the contexts themselves into the report.", "--examples")] = False
@@ -43,17 +42,12 @@ class ResultOptions:
         bool | None,
         flag("Bars by depth in the terminal.", "--plot/--no-plot", show_default="on a terminal"),
     ] = None
-    png: Annotated[Path | None, flag("Write a figure; needs the extra 'plot'.", "--png")] = None
-    svg: Annotated[Path | None, flag("Write a figure; needs the extra 'plot'.", "--svg")] = None
 
     def check(self) -> None:
         """Raise UsageError for what would only be noticed after the work is done."""
-        for name, path in (("--output", self.output), ("--png", self.png), ("--svg", self.svg)):
-            if path is None:
-                continue
-            check_destination(name, path)
-            if name != "--output":
-                require_matplotlib(name)
+        if self.output is not None:
+            check_destination("--output", self.output)
+        super().check()
         if self.examples and self.output is None and not self.as_json:
             raise UsageError("--examples is for a report", "say where it goes: --output FILE or --json")
 
@@ -129,10 +123,10 @@ def deliver(terminal: Terminal, report: EvaluationReport, options: ResultOptions
     if report.task == FORMER_TASK and CALLS not in report.about:
         terminal.warn(f"the report is of {FORMER_PROMPT}: do not compare it with figures of today")
     title = f"{report.task}, {report.model.name}"
-    images: list[tuple[Path | None, ImageFormat]] = [(options.png, "png"), (options.svg, "svg")]
-    for path, image_format in images:
-        if path is not None:
-            path.write_bytes(depth_image(depth_figure(title, summaries), image_format))
+    options.write(
+        lambda image_format: depth_image(depth_figure(title, summaries), image_format),
+        lambda: evaluation_page(report, summaries),
+    )
     if options.as_json:
         terminal.write(encode_report(report, summaries).decode())
         return

@@ -26,6 +26,7 @@ from abcli.text import StageProgress
 from abcli.ui.bench import plan_text, show_bench, speed_figure
 from abcli.ui.plots import speed_image
 from abcli.ui.progress import stage_progress
+from abcli.ui.report_pages import bench_page
 from abcli.ui.terminal import Terminal, on_interrupt
 
 _USUAL = BenchSettings()
@@ -138,7 +139,9 @@ def bench(
     terminal.note(plan_text(settings, config.threads or available_cores()))
     report, failure = _measure(terminal, model, config, settings, remeasure=bench_options.remeasure)
     if report is not None and report.rows:
-        figure_options.write(lambda image_format: speed_image(speed_figure(report), image_format))
+        figure_options.write(
+            lambda image_format: speed_image(speed_figure(report), image_format), lambda: bench_page(report)
+        )
         if bench_options.as_json:
             terminal.write(json.dumps(as_json(report), ensure_ascii=False) + "\n")
         else:

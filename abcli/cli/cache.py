@@ -22,7 +22,7 @@ Directory = Annotated[
     Path | None, typer.Option("--dir", metavar="DIR", help="The cache's directory, if it is not the default one.")
 ]
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @app.command("list", help="Show what is stored, the last used first.")

@@ -31,7 +31,7 @@ _SHOWN_COMMIT = 7
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, add_completion=False)
 
 
 @app.callback()

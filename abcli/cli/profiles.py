@@ -34,7 +34,7 @@ ModelFlag = Annotated[str | None, typer.Option("--model", "-m", metavar="FILE", 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what has that name.")]
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, add_completion=False)
 
 
 @dataclass(frozen=True)

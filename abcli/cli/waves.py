@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from abcli.chat.files import read_text_file
 from abcli.cli._flags import flag
 from abcli.cli._model_name import ModelNameOptions
 from abcli.cli._options import BucketOptions
@@ -24,13 +25,18 @@ from abcli.hub.locate import locate_model
 from abcli.rope.bases import parse_numbers
 from abcli.rope.waveform import EXTREMA_RADIUS, WaveSummary, summarise, value_at_zero
 from abcli.rope.waves import MAX_VALUES, Objective, Search, Waves, compute_waves
-from abcli.ui.plots import ImageFormat, WavePlot, require_matplotlib, wave_image
-from abcli.ui.terminal import Terminal, printable
+from abcli.text import counted
+from abcli.trace.measuring import Measurement, common_text, measurer
+from abcli.ui.plots import AttentionPlot, ImageFormat, WavePlot, attention_image, require_matplotlib, wave_image
+from abcli.ui.terminal import Terminal, on_interrupt, printable
 from abcli.ui.terminal_plot import floor_plot
 
 _DEFAULT_OBJECTIVE: Objective = "paper"
 _DEFAULT_RANGE = "0.5,2.5"
 _DEFAULT_CANDIDATES = 201
+_DEFAULT_TEXTS, _MOST_TEXTS = 4, 1000
+# Tokens of a text on which attention is measured: longer ones take their time.
+_MEASURED_CONTEXT, _LEAST_MEASURED = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,30 @@ class SearchOptions:
         return Search(self.search, self.objective or _DEFAULT_OBJECTIVE, ends[0], ends[1], candidates)
 
 
+@dataclass(frozen=True)
+class MeasureOptions:
+    """Whether to measure attention, and on what."""
+
+    panel: ClassVar[str] = "Measurement"
+
+    measure: Annotated[bool, flag("Measure the attention by distance, too; loads the model.", "--measure")] = False
+    text: Annotated[
+        Path | None, flag("The text to measure on.", "--text", metavar="FILE", show_default="Python's help topics")
+    ] = None
+    texts: Annotated[int, flag("Parts of the text to measure on, each -c tokens long.", "--texts")] = _DEFAULT_TEXTS
+
+    def check(self, search: Search | None) -> None:
+        """Raise UsageError for flags that contradict each other."""
+        if not self.measure and (self.text is not None or self.texts != _DEFAULT_TEXTS):
+            raise UsageError("--text and --texts belong to a measurement", "add --measure")
+        if self.measure and search is not None:
+            raise UsageError(
+                "--measure and --search contradict each other", "search first, then measure what was found"
+            )
+        if not 1 <= self.texts <= _MOST_TEXTS:
+            raise UsageError(f"--texts {self.texts} is impossible", f"choose 1 to {_MOST_TEXTS}")
+
+
 def waves(
     model_word: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="GGUF file or name; default: the default model.")
@@ -95,11 +125,13 @@ def waves(
     png: Annotated[Path | None, typer.Option("--png", help="Write a figure; needs the extra 'plot'.")] = None,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write a figure; needs the extra 'plot'.")] = None,
     search_options: SearchOptions,
+    measure_options: MeasureOptions,
     bucket_options: BucketOptions,
 ) -> None:
     """Show the waves of a model's buckets; of the file only the header is read."""
     model = name_options.name(model_word)
     search = search_options.config()
+    measure_options.check(search)
     buckets = _buckets(bucket_options, searching=search is not None)
     images: list[tuple[Path, ImageFormat]] = []
     if png is not None:
@@ -109,7 +141,19 @@ def waves(
         require_matplotlib("--svg")
         images.append((svg, "svg"))
     terminal = Terminal()
-    header, *_parts = check_file(locate_model(model))
+    path = locate_model(model)
+    header, *_parts = check_file(path)
+    if measure_options.measure:
+        context = _context_size(ctx_size or min(_MEASURED_CONTEXT, header.trained_context), header)
+        result = compute_waves(header, context, buckets, None)
+        found = _measured(terminal, path, result, measure_options)
+        for image, image_format in images:
+            image.write_bytes(attention_image(_attention_figure(result, found), image_format))
+        if as_json:
+            terminal.write(json.dumps(_measurement_report(result, found), ensure_ascii=False) + "\n")
+        else:
+            _show_measurement(terminal, result, found)
+        return
     with terminal.working("computing waves"):
         result = compute_waves(header, _context_size(ctx_size, header), buckets, search)
         for path, image_format in images:
@@ -118,6 +162,83 @@ def waves(
         terminal.write(json.dumps(_report(result), ensure_ascii=False) + "\n")
     else:
         _show(terminal, result, plot=terminal.output_is_terminal if plot is None else plot)
+
+
+def _measured(terminal: Terminal, path: Path, result: Waves, options: MeasureOptions) -> Measurement:
+    """The attention of the model at `path` under the bases of `result`, at most as far as its waves go."""
+    if result.context < _LEAST_MEASURED:
+        raise UsageError(f"{result.context} tokens are too few to measure", f"choose {_LEAST_MEASURED} or more: -c")
+    text = common_text() if options.text is None else read_text_file(options.text)
+    with terminal.working(f"loading {path.name}") as say, measurer(path) as model, on_interrupt(model.cancel.set):
+        return model.measure(
+            text,
+            result.context,
+            options.texts,
+            result.bases,
+            result.waves,
+            lambda done, total: say(f"measuring, {done} of {total}"),
+        )
+
+
+def _show_measurement(terminal: Terminal, result: Waves, found: Measurement) -> None:
+    """What a token gets at a few distances under each base, and how its ripples go with those of the wave."""
+    console = Console(file=terminal.output, highlight=False, emoji=False)
+    length = len(found.bases[0].mean)
+    distances = [distance for distance in (1, 10, 30, 100, 300, 1000, 3000, 10000) if distance <= length]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("multiple", "", *(f"{distance:,}" for distance in distances), "ripples", "by chance"):
+        table.add_column(column, justify="left" if column in ("multiple", "") else "right")
+    for name, base in zip(_names(result), found.bases, strict=True):
+        quartiles = (("lower quartile", base.lower), ("median", base.median), ("upper quartile", base.upper))
+        for index, (what, values) in enumerate((("mean", base.mean), *quartiles)):
+            relation = (f"{base.ripple:+.2f}", f"{base.chance:.2f}") if index == 0 else ("", "")
+            cells = (f"{values[distance - 1]:.2g}" for distance in distances)
+            table.add_row(name if index == 0 else "", what, *cells, *relation)
+    name = printable(result.header.path.name)
+    heads = counted(len(found.heads), "head")
+    head = (
+        f"{name}: attention that a token gets at each distance, under the {heads} that look back furthest;\n"
+        f"{counted(found.rows, 'row')} of each of {counted(found.texts, 'text')} of {result.context:,} tokens"
+    )
+    console.print(Text(head), soft_wrap=True)
+    console.print(table)
+    console.print(
+        Text("ripples: how those of attention and wave correlate; by chance: share of shifted waves that do as much"),
+        soft_wrap=True,
+    )
+
+
+def _measurement_report(result: Waves, found: Measurement) -> dict[str, Any]:
+    """The object that --measure --json prints; lists begin at distance 1."""
+    return {
+        "model": str(result.header.path),
+        "native_base": result.native_base,
+        "context": result.context,
+        "texts": found.texts,
+        "rows": found.rows,
+        "heads": [list(head) for head in found.heads],
+        "bases": [
+            {
+                "base": one.base,
+                "ripple": one.ripple,
+                "chance": one.chance,
+                "wave": wave[1 : 1 + len(one.mean)].tolist(),
+                **{name: getattr(one, name).tolist() for name in ("mean", "lower", "median", "upper")},
+            }
+            for one, wave in zip(found.bases, result.waves, strict=True)
+        ],
+    }
+
+
+def _attention_figure(result: Waves, found: Measurement) -> AttentionPlot:
+    return AttentionPlot(
+        f"Waves and attention of {printable(result.header.path.name)}",
+        tuple(_names(result)),
+        result.waves[:, 1 : 1 + len(found.bases[0].mean)],
+        np.stack([one.median for one in found.bases]),
+        np.stack([one.lower for one in found.bases]),
+        np.stack([one.upper for one in found.bases]),
+    )
 
 
 def _buckets(options: BucketOptions, *, searching: bool) -> BucketConfig:

@@ -162,7 +162,7 @@ def _steps(low: float, high: float) -> list[float]:
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
 
 
 def _powers(low: float, high: float) -> list[float]:

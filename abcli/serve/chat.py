@@ -143,11 +143,29 @@ def ask_messages(
 ) -> Asked:
     """What is asked with messages. Raises UsageError for the messages, ContextFullError."""
     messages = read_conversation(value)
+    continues = read_continuing(fields, messages)
     with blaming("messages"):
-        asked = service.llm.ask(messages, options, generation)
+        asked = service.llm.ask(messages, options, generation, continues=continues)
     check_constraint(fields, service, asked.generation.sampling)
     check_length(service, asked.tokens)
     return asked
+
+
+def read_continuing(fields: Fields, messages: Sequence[Message]) -> bool:
+    """Whether the last message is the beginning of the answer: where it is the assistant's, unless told otherwise."""
+    is_answer = messages[-1].role == "assistant" and not messages[-1].tool_calls
+    opens = fields.flag("add_generation_prompt")
+    continues = fields.flag("continue_final_message", default=is_answer and not opens)
+    if continues and (opens or not is_answer):
+        wrong = "excludes 'add_generation_prompt'" if opens else "needs an answer to continue"
+        raise UsageError(
+            f"'continue_final_message' {wrong}",
+            "let the last message be the assistant's, without calls, and set only one of both",
+            setting="continue_final_message",
+        )
+    if continues and len(messages) > 1 and messages[-2].role == "assistant":
+        raise UsageError("two messages of the assistant end the conversation", "join them", setting="messages")
+    return continues
 
 
 def check_length(service: Service, tokens: Sequence[int], field: str = "messages") -> None:

@@ -59,19 +59,20 @@ def read_attention(
     first: int,
     *,
     prefill_base: float | None = None,
+    heads: Heads = (),
     cancel: CancelFlag,
     progress: Progress = lambda _done, _total: None,
 ) -> Reading:
     """The weights of the rows from position `first` on, under each of `bases`.
 
-    With a `prefill_base` that base computes what stands before the rows, if its keys can be turned. `progress` gets
-    (buckets done, buckets). At most as many rows as memory is set aside for. Raises CancelledError and NativeError.
+    With a `prefill_base` that base computes what stands before the rows, if its keys can be turned. `heads` are chosen
+    if none are given. `progress` gets (buckets done, buckets). At most as many rows as memory is set aside for.
+    Raises CancelledError and NativeError.
     """
     tokens = tokens[: first + max(1, _MAX_WEIGHTS // (len(bases) * len(tokens)))]
     before, rows = tokens[:first], tokens[first:]
     native = nearest_base(bases, model.checked.header.native_base)
     weights = np.zeros((len(bases), len(rows), len(tokens)), np.float32)
-    heads: Heads = ()
     with ExitStack() as stack:
         contexts = _Contexts(model, config, len(tokens), cancel, stack)
         leader = contexts.lead(prefill_base, bases, before) if prefill_base is not None and before else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import codecs
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +55,12 @@ class Recorder:
         # The likeliest first; of equals the one with the smaller number, which a greedy sampler takes.
         best = best[np.lexsort((best, -probabilities[best]))]
         return tuple(Candidate(int(token), self._text(int(token)), float(probabilities[token])) for token in best)
+
+
+def texts(pieces: Iterable[bytes]) -> list[str]:
+    """The text that each token's bytes end; a character of several tokens comes with its last one."""
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    return [decode(piece) for piece in pieces]
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from abcli.rope.parameters import rope_parameters
 from abcli.rope.waveform import value_at_zero, waveforms
 from abcli.sampling import Choice
 from abcli.trace.attention import Progress, read_attention, summarised
-from abcli.trace.recorder import Recorder
+from abcli.trace.recorder import Recorder, texts
 from abcli.trace.trace import Attention, Step, Trace, passages_of
 
 
@@ -137,6 +136,5 @@ class Tracer:
         return self.model.piece(token, special=True).decode("utf-8", "backslashreplace")
 
     def _told(self, tokens: Sequence[int]) -> list[str]:
-        """The text that each token ends; a character of several tokens comes with its last one."""
-        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        return [decode(self.model.piece(token, special=True)) for token in tokens]
+        """The text that each token ends, control tokens by their names."""
+        return texts(self.model.piece(token, special=True) for token in tokens)

@@ -42,6 +42,20 @@ class WavePlot:
 
 
 @dataclass(frozen=True)
+class AttentionPlot:
+    """What a figure of measured attention shows, from distance 1 on: of each base, named in `labels`, the wave and the
+    median and quartiles of the attention, [bases, distances] each.
+    """
+
+    title: str
+    labels: tuple[str, ...]
+    waves: Floats
+    median: Floats
+    lower: Floats
+    upper: Floats
+
+
+@dataclass(frozen=True)
 class DepthCurve:
     """A measure of one configuration at each depth with the limits of its interval, [depths] each."""
 
@@ -120,6 +134,28 @@ def wave_image(plot: WavePlot, image_format: ImageFormat) -> bytes:
     _draw_floors(overview, plot)
     _draw_trough(zoom, plot)
     _draw_legend(figure, overview)
+    return _content(figure, image_format)
+
+
+def attention_image(plot: AttentionPlot, image_format: ImageFormat) -> bytes:
+    """The figure as a file's content: the waves, and below them what was measured."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle(_plain(plot.title), fontsize="large")
+    above, below = figure.subplots(2, 1, sharex=True)
+    distances = np.arange(1, 1 + plot.median.shape[1])
+    for index, (label, colour) in enumerate(zip(plot.labels, _colours(len(plot.labels)), strict=True)):
+        above.plot(distances, plot.waves[index], color=colour, linewidth=0.9, label=label)
+        below.plot(distances, plot.median[index], color=colour, linewidth=0.9)
+        below.fill_between(distances, plot.lower[index], plot.upper[index], color=colour, alpha=0.15, linewidth=0)
+    above.set_ylabel("A(D) / A(0)")
+    above.legend(title="base")
+    below.set_ylabel("attention: median and quartiles")
+    below.set_yscale("log", nonpositive="clip")
+    below.set_xlabel("distance D (tokens)")
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
     return _content(figure, image_format)
 
 

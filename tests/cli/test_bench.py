@@ -85,8 +85,8 @@ def test_what_auto_takes_is_remembered_until_it_is_measured_again(tiny_model: Pa
 
 def test_the_tables_and_figures(tiny_model: Path, abcli: Command, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    png, svg = tmp_path / "speed.png", tmp_path / "speed.svg"
-    outcome = abcli("bench", "-m", tiny_model, *QUICK, "--buckets", "1-2", "--png", png, "--svg", svg)
+    png, svg, page = tmp_path / "speed.png", tmp_path / "speed.svg", tmp_path / "speed.html"
+    outcome = abcli("bench", "-m", tiny_model, *QUICK, "--buckets", "1-2", "--png", png, "--svg", svg, "--html", page)
     assert outcome.code == 0
     assert outcome.errors.decode().startswith("measuring 1 and 2 buckets, contexts and fused beside raw llama.cpp")
     assert outcome.errors.count(b"\n") == 1
@@ -95,6 +95,7 @@ def test_the_tables_and_figures(tiny_model: Path, abcli: Command, tmp_path: Path
     assert "\nreading 24 tokens of prompt; shared: 1 round, exact: 1 round\n" in outcome.text
     assert "2 buckets: --engine auto takes " in outcome.text
     assert png.read_bytes().startswith(b"\x89PNG")
+    assert "Tokens per second, decoding" in page.read_text()
     assert b"<svg" in svg.read_bytes()
 
 

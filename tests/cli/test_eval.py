@@ -106,7 +106,10 @@ def test_a_stored_report_is_shown_again(stored: Path, abcli: Command, tiny_model
     assert (again.code, again.errors, again.output) == (0, b"", first.output)
     assert abcli("eval", "--from", stored, "--json").output == stored.read_bytes()
     png, svg = tmp_path / "depth.png", tmp_path / "depth.svg"
-    assert abcli("eval", "--from", stored, "--png", png, "--svg", svg).output == first.output
+    page = tmp_path / "depth.html"
+    shown = abcli("eval", "--from", stored, "--png", png, "--svg", svg, "--html", page)
+    assert shown.output == first.output
+    assert "Quality against cost" in page.read_text()
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
     assert b"<svg" in svg.read_bytes()
 

@@ -272,3 +272,12 @@ def test_tokens_are_counted(client: TestClient) -> None:
     assert counted == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
     long = {"messages": [{"role": "user", "content": "long " * 600}]}
     assert client.post("/v1/messages/count_tokens", json=long).json()["input_tokens"] > 600
+
+
+def test_the_stop_sequence_that_ended_it_is_named(client: TestClient) -> None:
+    request = {"model": "tiny", "messages": MESSAGES, "max_tokens": 6}
+    text = client.post("/v1/messages", json=request).json()["content"][0]["text"]
+    stop = text[2:4]
+    message = client.post("/v1/messages", json={**request, "stop_sequences": ["never", stop]}).json()
+    assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", stop)
+    assert message["content"][0]["text"] == text[: text.index(stop)]

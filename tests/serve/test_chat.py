@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from abcli.chat.answer import Piece
+from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped, CallFinished
+from abcli.chat.messages import ToolCall
+from abcli.serve.chat_shapes import Chunks
 from tests.serve.conftest import MESSAGES
 
 PATH = "/v1/chat/completions"
@@ -144,3 +148,85 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_stream_begins(client: Te
         assert (error["code"], error["type"]) == ("context_length_exceeded", "exceed_context_size_error")
         assert error["n_ctx"] == 512 < error["n_prompt_tokens"]
         assert "maximum context length is 512 tokens" in error["message"]
+
+
+def test_the_beginning_of_an_answer_is_continued(client: TestClient) -> None:
+    prompt = client.post("/apply-template", json={"messages": MESSAGES}).json()["prompt"]
+    raw = client.post("/v1/completions", json={"prompt": prompt + "It is"}).json()["choices"][0]["text"]
+    begun = [*MESSAGES, {"role": "assistant", "content": "It is"}]
+    for more in ({}, {"continue_final_message": True}):
+        answer = client.post(PATH, json={"messages": begun, **more}).json()
+        assert answer["choices"][0]["message"]["content"] == raw
+    for more in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+        other = client.post(PATH, json={"messages": begun, **more}).json()
+        assert other["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "more", "field"),
+    [
+        ([], {"continue_final_message": True}, "continue_final_message"),
+        (["a"], {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        (["a", "b"], {}, "messages"),
+    ],
+)
+def test_what_cannot_be_continued(client: TestClient, answers: list[str], more: dict[str, Any], field: str) -> None:
+    messages = [*MESSAGES, *({"role": "assistant", "content": text} for text in answers)]
+    response = client.post(PATH, json={"messages": messages, **more})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+
+
+def test_calls_are_told_once_and_counted() -> None:
+    wires = Chunks(lambda choices: {"choices": choices}, 0, (), {})
+    pieces = [
+        Piece("", events=(CallBegun(0, "id-0", "add"), ArgumentsText(0, '{"a"'))),
+        Piece("", events=(ArgumentsText(0, ": 1}"), CallFinished(0, ToolCall("add", '{"a": 1}', "id-0")))),
+        Piece("", events=(CallBegun(1, "id-1", "sub"), ArgumentsText(1, '{"b"'), CallDropped(1))),
+        Piece("", events=(CallBegun(1, "id-2", "mul"), ArgumentsText(1, "{}"))),
+    ]
+    deltas = [chunk["choices"][0]["delta"] for piece in pieces for chunk in wires.add(piece, ())]
+    calls = [call for delta in deltas for call in delta["tool_calls"]]
+    # Id, type and name once, in the first delta; one that was none has an index that no other has.
+    begun = [call for call in calls if "id" in call]
+    assert [(call["index"], call["id"], call["type"], call["function"]["name"]) for call in begun] == [
+        (0, "id-0", "function", "add"),
+        (1, "id-1", "function", "sub"),
+        (2, "id-2", "function", "mul"),
+    ]
+    texts = ["", "", ""]
+    for call in calls:
+        texts[call["index"]] += call["function"]["arguments"]
+    assert texts == ['{"a": 1}', '{"b"', "{}"]
+
+
+def test_an_answer_follows_a_schema_or_grammar(client: TestClient) -> None:
+    schema = {"type": "object", "properties": {"x": {"const": 5}}, "required": ["x"], "additionalProperties": False}
+    wanted = {"messages": MESSAGES, "ignore_eos": False, "max_tokens": 100}
+    for form in (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}},
+        {"response_format": {"type": "json_object", "schema": schema}},
+        {"json_schema": schema},
+    ):
+        choice = client.post(PATH, json={**wanted, **form}).json()["choices"][0]
+        assert json.loads(choice["message"]["content"]) == {"x": 5}
+    answer = client.post(PATH, json={**wanted, "grammar": 'root ::= "yes"'}).json()
+    assert answer["choices"][0]["message"]["content"] == "yes"
+
+
+def test_a_bias_forbids_or_forces(client: TestClient, served_llm: Any) -> None:
+    (token,) = served_llm.tokenize("q", add_special=False)
+    for bias in ({str(token): 1000}, [[token, 1000]], [["q", 1000]]):
+        answer = client.post(PATH, json={"messages": MESSAGES, "logit_bias": bias}).json()
+        assert answer["choices"][0]["message"]["content"] == "q" * 8
+    request = {"messages": MESSAGES, "logprobs": True}
+    chosen = client.post(PATH, json=request).json()["choices"][0]["logprobs"]["content"][0]["id"]
+    other = client.post(PATH, json={**request, "logit_bias": [[chosen, False]]}).json()["choices"][0]["logprobs"]
+    assert all(token["id"] != chosen for token in other["content"])
+
+
+def test_another_merge_rule_for_one_answer(client: TestClient) -> None:
+    for rule, wanted in (("mean", {0.5}), ("max", {0.0, 1.0})):
+        own = {"show_buckets": True, "merge": rule}
+        request = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 1, "abcli": own}
+        tokens = client.post(PATH, json=request).json()["choices"][0]["logprobs"]["content"]
+        assert {view["weight"] for token in tokens for view in token["buckets"]} == wanted

@@ -99,7 +99,7 @@ class MessageEvents:
             yield self._open({"type": "text", "text": "", **_BESIDE["text"]})
         yield from self._close()
         usage = _usage(answer.usage)
-        ending = _ending(self._reason(answer))
+        ending = _ending(self._reason(answer), answer.stopped_by or None)
         self.message.update(ending, usage=usage)
         yield {"type": "message_delta", "delta": ending, "usage": usage}
         yield {"type": "message_stop"}
@@ -108,7 +108,7 @@ class MessageEvents:
         # What was cut before the request's own limit was cut by the context.
         if answer.finish_reason == "length" and (self._most is None or answer.usage.completion_tokens < self._most):
             return "model_context_window_exceeded"
-        return _REASONS[answer.finish_reason]
+        return "stop_sequence" if answer.stopped_by else _REASONS[answer.finish_reason]
 
     def _open(self, block: dict[str, Any]) -> dict[str, Any]:
         self._block = block
@@ -130,9 +130,9 @@ class MessageEvents:
         return self._block is not None and self._block["type"] == kind
 
 
-def _ending(reason: str | None) -> dict[str, Any]:
+def _ending(reason: str | None, stop: str | None = None) -> dict[str, Any]:
     """Why a message ended."""
-    return {"stop_reason": reason, "stop_sequence": None, "stop_details": None, "container": None}
+    return {"stop_reason": reason, "stop_sequence": stop, "stop_details": None, "container": None}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Evaluations, calibrations and benchmarks as pages: their tables, and charts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from abcli.bench.report import BenchReport
+from abcli.evals.report import EvaluationReport
+from abcli.evals.statistics import LengthSummary
+from abcli.pages.charts import Chart, Series, chart
+from abcli.pages.rendering import render
+from abcli.text import counted, gibibytes
+from abcli.ui.bench import decode_table, prompt_table, remarks, speed_figure
+from abcli.ui.evaluation import depth_figure, difference_table, heading, sentences, value_table
+from abcli.ui.plots import DepthCurve
+
+
+def evaluation_page(report: EvaluationReport, lengths: Sequence[LengthSummary]) -> str:
+    """What an evaluation, or a calibration's, found: tables, quality by depth, and quality against cost."""
+    panels = depth_figure(report.task, lengths).panels
+    buckets = {configuration.name: len(configuration.bases) for configuration in report.configurations}
+    sections = []
+    for found, panel in zip(lengths, panels, strict=True):
+        title, explanation = heading(report.task, found).split("\n")
+        charts = [
+            _by_depth("NLL of the answer by depth", panel.depths, panel.likelihoods, "nats per token"),
+            _by_depth("Accuracy by depth", panel.depths, panel.accuracies, "exact answers", share=True),
+            _pareto(found, buckets),
+        ]
+        sections.append(_section(title, [explanation], value_table(found), charts))
+        if len(found.summaries) > 1:
+            words = [f"Paired differences to {found.baseline}, with 95 % intervals.", *sentences(found)]
+            sections.append(
+                _section(f"Differences, {found.length:,} tokens", words, difference_table(found, wide=True))
+            )
+    facts = [("model", report.model.name), ("task", report.task), ("seed", str(report.seed))]
+    return render(
+        "report.html", title=f"Evaluation: {report.task}, {report.model.name}", facts=facts, sections=sections
+    )
+
+
+def bench_page(report: BenchReport) -> str:
+    """What a benchmark found: tables, speeds and memory by the number of buckets."""
+    where = report.circumstances
+    sections = []
+    for panel in speed_figure(report).panels:
+        series = [
+            Series(
+                curve.label,
+                curve.buckets,
+                [speed.median for speed in curve.speeds],
+                [speed.low for speed in curve.speeds],
+                [speed.high for speed in curve.speeds],
+            )
+            for curve in panel.curves
+        ]
+        table = decode_table(report.rows) if panel.title == "decoding" else prompt_table(report.rows)
+        drawn = chart(f"Tokens per second, {panel.title}", series, "buckets", "tokens/s")
+        sections.append(_section(panel.title.capitalize(), [], table, [drawn]))
+    memory = _memory_chart(report)
+    if memory is not None:
+        sections.append(_section("Speed against memory", [], None, [memory]))
+    said = list(remarks(report))
+    if said:
+        sections.append(_section("Remarks", said, None))
+    facts = [
+        ("model", where.model),
+        ("", where.description),
+        ("threads", str(where.threads)),
+        ("devices", ", ".join(name for name, _text in where.devices)),
+    ]
+    facts = [(name or "is", value) for name, value in facts]
+    return render("report.html", title=f"Benchmark: {where.model}", facts=facts, sections=sections)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, loss), those of which no other is at most as dear and better, or cheaper and as good; by cost."""
+    front: list[tuple[float, float]] = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
+
+
+def _section(title: str, lines: Sequence[str], table: Table | None, charts: Sequence[Chart] = ()) -> dict[str, Any]:
+    columns, rows = _cells(table) if table is not None else ([], [])
+    return {"title": title, "lines": lines, "columns": columns, "rows": rows, "charts": charts}
+
+
+def _cells(table: Table) -> tuple[list[str], list[tuple[str, ...]]]:
+    """The texts of a table for a terminal."""
+    columns = [str(column.header) for column in table.columns]
+    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    return columns, list(rows)
+
+
+def _by_depth(
+    title: str, depths: Sequence[float], curves: Sequence[DepthCurve], label: str, *, share: bool = False
+) -> Chart:
+    series = [Series(curve.label, depths, curve.values, curve.low, curve.high) for curve in curves]
+    text = "{:.0%}".format if share else "{:.3g}".format
+    return chart(title, series, "depth in the context", label, y_text=text)
+
+
+def _pareto(found: LengthSummary, buckets: dict[str, int]) -> Chart:
+    """Quality against what it costs: every bucket is a row to decode for each token, with a cache of its own."""
+    points = [(buckets[one.configuration], one.measures.nll) for one in found.summaries]
+    front = pareto_front([(float(cost), nll.value) for cost, nll in points])
+    series = [Series("best for their cost", [cost for cost, _ in front], [loss for _, loss in front])]
+    series += [
+        Series(one.configuration, [float(cost)], [nll.value], [nll.low], [nll.high], joined=False)
+        for one, (cost, nll) in zip(found.summaries, points, strict=True)
+    ]
+    return chart(
+        "Quality against cost",
+        series,
+        "buckets to decode for each token",
+        "NLL, nats per token",
+        y_text="{:.3g}".format,
+    )
+
+
+def _memory_chart(report: BenchReport) -> Chart | None:
+    series = []
+    for row in report.rows:
+        if row.decode is None or row.memory is None:
+            continue
+        speed = row.decode.speed
+        size = row.memory.predicted if row.memory.resident is None else row.memory.resident + (row.memory.device or 0)
+        name = f"{row.contender.kind}, {counted(row.contender.buckets, 'bucket')}"
+        series.append(Series(name, [float(size)], [speed.median], [speed.low], [speed.high], joined=False))
+    if len(series) < 2:
+        return None
+    return chart(
+        "Tokens per second against memory", series, "memory", "tokens/s", x_text=lambda size: gibibytes(round(size))
+    )
