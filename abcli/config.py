@@ -60,12 +60,12 @@ class ModelConfig:
 class ContextConfig:
     """How tokens are decoded; 0 threads: one per core; a context size of 0 tokens: the trained length.
 
-    No `prefill` is that of the model's profile if it has one, else "auto", which shares long prompts.
-    `prompt_cache` is the directory that keeps the state of long prompts, None for none. `engine` decodes all buckets in
-    one batch ("fused"), each in a context of its own ("contexts"), or as measured to be faster ("auto").
-    `gated` lays the cells out for answers with a gate. A batch gives the logits after `outputs` tokens in each bucket,
-    or after one in each slot if these are more; `make_engine` sees to it. `force` loads also what is predicted not to
-    fit into memory.
+    No `prefill` is that of the model's profile if it has one, else "auto", which shares long prompts. `prompt_cache` is
+    the directory that keeps the state of long prompts, None for none. `engine` decodes all buckets in one batch
+    ("fused"), each in a context of its own ("contexts"), or as measured to be faster ("auto"). `gated` lays the cells
+    out for answers with a gate; with "auto" it is measured whether a gate saves time. A batch gives the logits after
+    `outputs` tokens in each bucket, or after one in each slot if these are more; `make_engine` sees to it. `force`
+    loads also what is predicted not to fit into memory.
     """
 
     context_size: int = DEFAULT_CONTEXT
@@ -79,7 +79,7 @@ class ContextConfig:
     prefill: PrefillMode | None = None
     prompt_cache: Path | None = None
     engine: EngineChoice = "auto"
-    gated: bool = False
+    gated: bool | Literal["auto"] = False
     outputs: int = 1
     force: bool = False
 

@@ -123,10 +123,11 @@ class Generator(Owner):
         make_sampler: Callable[[SamplingConfig], Sampler],
         merge_rule: MergeRule = "confidence",
         pool_weights: Sequence[float] = (),
+        usual_gate: float | None = None,
     ) -> None:
         """`make_sampler` gives each answer a sampler of its own; the generator closes it.
 
-        `pool_weights` are those of the merge rule `pool`.
+        `pool_weights` are those of the merge rule `pool`, and `usual_gate` is what the gate "auto" stands for.
         """
         self._engine = engine
         self._tokenizer = tokenizer
@@ -136,6 +137,7 @@ class Generator(Owner):
         # The other cores may still be busy: threads of the graph wait for the next one at full speed for a while.
         threads = max(1, available_cores() // 2)
         self._merger = Merger(len(engine.bases), engine.vocabulary_size, threads)
+        self._usual_gate = usual_gate
         self._budget = Budget()
         self._running: dict[int, _Running] = {}
         self._cancelled = False
@@ -319,11 +321,12 @@ class Generator(Owner):
 
     def _gates(self) -> dict[int, Gate]:
         """What lets the native bucket decide alone, by slot; at 1 it never does."""
-        return {
-            slot: partial(self._decides, item, item.config.gate)
-            for slot, item in self._running.items()
-            if item.config.gate is not None and item.config.gate < 1 and len(self._engine.bases) > 1 and not item.unsure
-        }
+        gates: dict[int, Gate] = {}
+        for slot, item in self._running.items():
+            gate = item.config.gate if item.config.gate != "auto" else self._usual_gate
+            if gate is not None and gate < 1 and len(self._engine.bases) > 1 and not item.unsure:
+                gates[slot] = partial(self._decides, item, gate)
+        return gates
 
     @staticmethod
     def _decides(running: _Running, gate: float, logits: NDArray[np.float32]) -> bool:
@@ -379,7 +382,9 @@ class Generator(Owner):
             text = running.stream.feed(self._tokenizer.piece(token, special=shown))
             if running.stream.stopped or running.sampler.finished:
                 answer.finish_reason = "stop"
-            elif answer.statistics.completion_tokens == running.config.max_tokens or self._is_full(answer.slot):
+            elif answer.statistics.completion_tokens == running.config.max_tokens or (
+                len(self._engine.tokens(answer.slot)) >= self._engine.context_size
+            ):
                 answer.finish_reason = "length"
         if answer.finish_reason is not None:
             text += running.stream.feed(b"", final=True)
@@ -389,9 +394,6 @@ class Generator(Owner):
             answer.text += text
             answer.spans.append((text, running.agreement))
         return Piece(answer, text)
-
-    def _is_full(self, slot: int) -> bool:
-        return len(self._engine.tokens(slot)) >= self._engine.context_size
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -50,7 +50,7 @@ from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
 from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
 from abcli.rope.bases import asked_buckets
-from abcli.sampling import Choice, GenerationConfig, SamplingConfig, check_gate, check_sampling
+from abcli.sampling import Choice, GateSetting, GenerationConfig, SamplingConfig, check_gate, check_sampling
 from abcli.trace.recorder import Recorder
 from abcli.trace.trace import Trace
 from abcli.trace.tracing import Tracer
@@ -80,7 +80,7 @@ def load(
     gpu_layers: int = -1,
     ctx_size: int = DEFAULT_CONTEXT,
     prefill_base: float | None = None,
-    gate: float | None = None,
+    gate: GateSetting = None,
     prompt_cache: bool | str | os.PathLike[str] = False,
     chat_template: str | None = None,
     flash_attn: FlashAttention = "auto",
@@ -118,7 +118,7 @@ def load(
                 context_size=ctx_size,
                 flash_attention=flash_attn,
                 prompt_cache=cache,
-                gated=check_gate(gate) is not None,
+                gated="auto" if gate == "auto" else check_gate(gate) is not None,
                 **context,
             ),
             asked,
@@ -145,7 +145,7 @@ class LLM(Owner):
         *,
         chat_template: str | None = None,
         template_source: str | None = None,
-        gate: float | None = None,
+        gate: GateSetting = None,
         warn: Warn = lambda _line: None,
         say: Callable[[str], None] = lambda _text: None,
     ) -> None:
@@ -176,7 +176,7 @@ class LLM(Owner):
             make_sampler = partial(SamplerChain, opened.model, context_size=opened.engine.context_size)
             buckets = prepared.buckets
             self.generator = stack.enter_context(
-                Generator(opened.engine, opened.model, make_sampler, buckets.merge, buckets.weights)
+                Generator(opened.engine, opened.model, make_sampler, buckets.merge, buckets.weights, opened.gate)
             )
             self._tracer = Tracer(opened.model, opened.engine, prepared.context, buckets)
             self._stack = stack.pop_all()

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from abcli.config import MergeRule
 from abcli.errors import UsageError
@@ -26,8 +26,10 @@ MAX_DRAFT = 32
 _MAX_INT32 = 2**31 - 1
 _SMALLEST_TEMPERATURE = 1e-6
 
+# A probability; "auto": the usual one where that saves time.
+GateSetting: TypeAlias = float | Literal["auto"] | None
 # Tokens of a draft at most; "auto": as many as pay.
-LookupLength = int | Literal["auto"] | None
+LookupLength: TypeAlias = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class GenerationConfig:
     max_tokens: int = -1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    gate: float | None = None
+    gate: GateSetting = None
     merge: MergeRule | None = None
     lookup: LookupLength = None
     steering: Steering = field(default_factory=Steering)
@@ -236,13 +238,15 @@ def encode_breaker(breaker: str) -> bytes:
     return data
 
 
-def check_gate(value: Any) -> float | None:
-    """A gate's probability, or None for None and "off". Raises UsageError for anything else."""
+def check_gate(value: Any) -> GateSetting:
+    """A gate's probability, "auto", or None for None and "off". Raises UsageError for anything else."""
     if value is None or value == "off":
         return None
+    if value == "auto":
+        return "auto"
     if type(value) not in (int, float) or not 0 <= value <= 1:
         raise UsageError(
-            f"`gate` {value!r:.80} is impossible", "choose a probability from 0 to 1, or off", setting="gate"
+            f"`gate` {value!r:.80} is impossible", "choose a probability from 0 to 1, auto, or off", setting="gate"
         )
     return float(value)
 
@@ -263,7 +267,7 @@ def parse_lookup(text: str) -> LookupLength:
     return check_lookup(int(text) if text.strip().isdecimal() else text)
 
 
-def parse_gate(text: str) -> float | None:
+def parse_gate(text: str) -> GateSetting:
     """The gate that a text such as "0.9" or "off" means. Raises UsageError."""
     try:
         return check_gate(float(text))

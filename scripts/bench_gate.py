@@ -2,6 +2,7 @@
 
 All take turns at the same prompts, one after the other, greedily and with the same number of tokens. Printed are
 medians of milliseconds per token after the first, ratios to one bucket within a turn, and how often all were asked.
+With --cpu the time is that of one thread, which other programs on the machine disturb little.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from statistics import median
+from time import process_time
 
 import abcli
 
@@ -29,8 +31,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--engine", choices=["fused", "contexts"], default="fused")
+    parser.add_argument("--cpu", action="store_true", help="CPU time of one thread, prompts left out")
     chosen = parser.parse_args()
-    usual = {"profile": "none", "ctx_size": 512}
+    usual = {"profile": "none", "ctx_size": 512, "threads": int(chosen.cpu)}
     with ExitStack() as stack:
         one = stack.enter_context(abcli.load(chosen.model, buckets=1, **usual))
         six = stack.enter_context(abcli.load(chosen.model, engine=chosen.engine, **usual))
@@ -41,8 +44,12 @@ def main() -> None:
         asked: dict[str, list[float]] = {name: [] for name in contenders}
         for prompt in PROMPTS[: chosen.prompts]:
             for name, (llm, gate) in contenders.items():
-                answer = llm.generate(prompt, temp=0, max_tokens=chosen.tokens, ignore_eos=True, gate=gate)
-                times[name].append(1000 * answer.timings.decode / (chosen.tokens - 1))
+                settings = {"temp": 0, "ignore_eos": True, "gate": gate}
+                llm.generate(prompt, max_tokens=1, **settings)
+                begin = process_time()
+                answer = llm.generate(prompt, max_tokens=chosen.tokens, **settings)
+                seconds = process_time() - begin if chosen.cpu else answer.timings.decode
+                times[name].append(1000 * seconds / (chosen.tokens - 1 + chosen.cpu))
                 asked[name].append(answer.asked)
     first = times["1 bucket"]
     print(f"{chosen.prompts} prompts, {chosen.tokens} tokens each, {chosen.engine}")

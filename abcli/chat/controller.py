@@ -201,7 +201,9 @@ class Chat:
         generation = self.generation
         limits = {
             "predict": generation.max_tokens,
-            "gate": "off" if generation.gate is None else f"{generation.gate:g}",
+            "gate": "off"
+            if generation.gate is None
+            else format(generation.gate, "" if generation.gate == "auto" else "g"),
             "lookup": str(generation.lookup or "off"),
         }
         return {"system": self.conversation.system or "", **limits, **options, **values}

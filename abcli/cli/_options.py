@@ -34,6 +34,7 @@ from abcli.rope.bases import asked_buckets, parse_numbers
 from abcli.sampling import (
     DEFAULT_DRY_BREAKERS,
     SETTINGS,
+    GateSetting,
     GenerationConfig,
     SamplingConfig,
     SamplingNumbers,
@@ -218,13 +219,14 @@ class ProfiledBucketOptions(BucketOptions):
     gate: Annotated[
         str,
         flag(
-            "One bucket decides alone where its likeliest token is more likely than this, 0 to 1; off: all are asked.",
+            "One bucket decides alone where its likeliest token is more likely than this; auto: than 0.9, where "
+            "that saves time; off: all are asked.",
             "--gate",
-            metavar="SHARE",
+            metavar="auto|off|SHARE",
         ),
     ] = "off"
 
-    def threshold(self) -> float | None:
+    def threshold(self) -> GateSetting:
         """The gate, None for none. Raises UsageError."""
         return parse_gate(self.gate)
 
@@ -315,7 +317,7 @@ class AnswerOptions:
         ),
     ] = None
 
-    def config(self, sampling: SamplingConfig, gate: float | None = None) -> GenerationConfig:
+    def config(self, sampling: SamplingConfig, gate: GateSetting = None) -> GenerationConfig:
         """How to generate one answer. Raises UsageError."""
         if self.predict < -1:
             raise UsageError(f"--predict {self.predict} is impossible", "choose 0 or more, or -1")

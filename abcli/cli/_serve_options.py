@@ -11,7 +11,7 @@ from abcli.chat.options import ChatOptions, ReasoningFormat, Thinking, chat_opti
 from abcli.cli._flags import flag
 from abcli.cli._options import check_argument
 from abcli.errors import UsageError
-from abcli.sampling import GenerationConfig, SamplingConfig, SamplingNumbers
+from abcli.sampling import GateSetting, GenerationConfig, SamplingConfig, SamplingNumbers
 
 _CHAT = ChatOptions()
 _ANSWER = GenerationConfig()
@@ -103,7 +103,7 @@ class UsualSampling(SamplingNumbers):
         _ANSWER.max_tokens
     )
 
-    def config(self, gate: float | None) -> GenerationConfig:
+    def config(self, gate: GateSetting) -> GenerationConfig:
         """How to answer what leaves everything open."""
         numbers = {name: getattr(self, name) for name in SamplingNumbers.__dataclass_fields__}
         return GenerationConfig(SamplingConfig(**numbers), self.predict, gate=gate)

@@ -27,7 +27,10 @@ def prepared(
     asked = bucket_options.config()
     found = prepare(
         model_options.model_config(positional),
-        replace(model_options.context_config(), gated=bucket_options.threshold() is not None),
+        replace(
+            model_options.context_config(),
+            gated="auto" if (gate := bucket_options.threshold()) == "auto" else gate is not None,
+        ),
         asked if bucket_options.given() is not None else None,
         prefill_base=model_options.prefill_base,
         profile=bucket_options.profile or AUTO_PROFILE,

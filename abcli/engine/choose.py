@@ -132,7 +132,7 @@ def choose(
         if config.engine == "fused":
             raise
         if isinstance(error, (OutOfTimeError, KeyboardInterrupt)):
-            _remember(_put_off_name(model.checked, config, len(buckets.bases)), {"at": time()})
+            remember(_put_off_name(model.checked, config, len(buckets.bases)), {"at": time()})
         return Choice("contexts", error.message if isinstance(error, AbcliError) else "the trial was skipped")
     kind: Kind = "fused" if speeds.fused > speeds.contexts else "contexts"
     return Choice(kind, f"measured: {speeds.fused:.3g} steps/s fused, {speeds.contexts:.3g} in contexts")
@@ -230,15 +230,15 @@ def measure_engines(model: Model, config: ContextConfig, buckets: Buckets, patie
 def _verdict(
     model: Model, config: ContextConfig, bases: Sequence[float], verify: Verify, say: Callable[[str], None]
 ) -> Verdict:
-    name = _name("verdict", _circumstances(model.checked, config))
-    known = _recall(name)
+    name = remembered("verdict", _circumstances(model.checked, config))
+    known = recall(name)
     if known is not None:
         with suppress(KeyError, TypeError, ValueError):
             divergences = tuple(float(number) for number in known["divergences"])
             return Verdict(divergences, float(known["floor"]), str(known["reason"]))
     say("trying the fused engine (once for this model)")
     verdict = verify(model, config, bases)
-    _remember(name, asdict(verdict))
+    remember(name, asdict(verdict))
     return verdict
 
 
@@ -246,13 +246,13 @@ def _speeds(
     model: Model, config: ContextConfig, buckets: Buckets, measure: Measure, say: Callable[[str], None]
 ) -> Speeds:
     name = _speeds_name(model.checked, config, len(buckets.bases))
-    known = _recall(name)
+    known = recall(name)
     if known is not None:
         with suppress(KeyError, TypeError, ValueError):
             return Speeds(float(known["fused"]), float(known["contexts"]))
     say("measuring which engine is faster (once for this model and number of buckets)")
     speeds = measure(model, config, buckets)
-    _remember(name, asdict(speeds))
+    remember(name, asdict(speeds))
     return speeds
 
 
@@ -260,7 +260,7 @@ def _say_what_is_not_put_off(
     model: CheckedModel, config: ContextConfig, buckets: int, say: Callable[[str], None], what: str
 ) -> None:
     """Say what is to be found out now. Raises AbcliError if it took too long, or was skipped, within the last day."""
-    known = _recall(_put_off_name(model, config, buckets)) or {}
+    known = recall(_put_off_name(model, config, buckets)) or {}
     with suppress(KeyError, TypeError, ValueError):
         if 0 <= time() - float(known["at"]) < _RETRY_SECONDS:
             raise AbcliError("the fused engine was not tried to the end here; another day once more")
@@ -268,14 +268,15 @@ def _say_what_is_not_put_off(
 
 
 def _speeds_name(model: CheckedModel, config: ContextConfig, buckets: int) -> Path:
-    return _name("speeds", _speed_circumstances(model, config, buckets))
+    return remembered("speeds", speed_circumstances(model, config, buckets))
 
 
 def _put_off_name(model: CheckedModel, config: ContextConfig, buckets: int) -> Path:
-    return _name("put-off", _speed_circumstances(model, config, buckets))
+    return remembered("put-off", speed_circumstances(model, config, buckets))
 
 
-def _speed_circumstances(model: CheckedModel, config: ContextConfig, buckets: int) -> list[object]:
+def speed_circumstances(model: CheckedModel, config: ContextConfig, buckets: int) -> list[object]:
+    """All on which speed depends."""
     return [*_circumstances(model, config), config.threads or available_cores(), buckets, config.slots]
 
 
@@ -293,12 +294,14 @@ def _circumstances(model: CheckedModel, config: ContextConfig) -> list[object]:
     ]
 
 
-def _name(kind: str, circumstances: Sequence[object]) -> Path:
+def remembered(kind: str, circumstances: Sequence[object]) -> Path:
+    """The file that keeps what was found out of one kind under some circumstances."""
     digest = hashlib.sha256(json.dumps(circumstances).encode()).hexdigest()
     return engines_directory() / f"{kind}-{digest[:40]}.json"
 
 
-def _recall(path: Path) -> dict[str, Any] | None:
+def recall(path: Path) -> dict[str, Any] | None:
+    """What such a file says, None if there is none that can be read."""
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -306,7 +309,8 @@ def _recall(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _remember(path: Path, found: Mapping[str, object]) -> None:
+def remember(path: Path, found: Mapping[str, object]) -> None:
+    """Keep what was found out, where that is possible."""
     # A full or read-only disk only means that it is found out again next time.
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

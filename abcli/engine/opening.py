@@ -10,6 +10,7 @@ from time import perf_counter
 from abcli.config import Buckets, ContextConfig
 from abcli.engine.choose import Choice, choose
 from abcli.engine.engine import Engine
+from abcli.engine.gating import USUAL_GATE, usual_gate
 from abcli.engine.make import make_engine
 from abcli.engine.memory import Prediction, check_memory
 from abcli.errors import UnsupportedModelError
@@ -32,6 +33,8 @@ class Opened:
     load_seconds: float
     engine_choice: Choice
     memory: Prediction
+    gate: float | None = USUAL_GATE
+    """What "auto" stands for."""
 
 
 @contextmanager
@@ -59,7 +62,10 @@ def open_engine(
         check_buckets(model, len(buckets.bases))
         choice = choose(model, context, buckets, say=say)
         with make_engine(choice.kind, model, context, buckets, warn) as engine:
-            yield Opened(model, engine, perf_counter() - begin, choice, memory)
+            gate: float | None = USUAL_GATE
+            if context.gated == "auto":
+                gate = usual_gate(checked, engine, choice.kind, context, say)
+            yield Opened(model, engine, perf_counter() - begin, choice, memory, gate)
 
 
 def check_buckets(model: Model, buckets: int) -> None:
