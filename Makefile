@@ -23,7 +23,7 @@ OUTDATED := outdated
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model chat serve test peers dist check-dist check lint format-check types layers bench format clean distclean outdated
+.PHONY: help setup model chat serve test peers dist check-dist docs check lint format-check types layers bench format clean distclean outdated
 
 help: ## show this list
 	@echo "usage: make TARGET [VARIABLE=value ...]"
@@ -95,6 +95,11 @@ dist: $(STAMP) ## build what is published, a source archive and a wheel with man
 
 check-dist: dist model ## install what is published with pip, pipx and uv, and let it answer
 	@$(VENV_PYTHON) scripts/check_packages.py
+
+docs: $(STAMP) ## build the pages of docs/ as a site, into build/site
+	@$(VENV_PYTHON) -c 'import mkdocs' 2>/dev/null || $(PIP_INSTALL) -c constraints.txt -e '.[docs]' || { $(PIP_FAILED); }
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --quiet
+	@echo "the site is build/site/index.html"
 
 check: lint format-check types layers ## lint, formatting, types and the order of the layers
 
