@@ -4,7 +4,7 @@ The requests are BFCL's live_multiple (`scripts/fetch_evaluation_data.py` fetche
 to choose from. Each is asked with `tool_choice="required"`, greedily, of every bucket set (`--compare`, as `abcli eval`
 has it; `--report`: the calibrated set of a report). With `--output` every answer is a line of a file as soon as it is
 there, and what the file has is not asked again. Prints a line for each set, with paired differences to the first and
-their intervals (bootstrap over requests), then JSON as the last line. Needs the development tools (jsonschema).
+their intervals (bootstrap over sets of functions), then JSON as the last line. Needs the development tools.
 """
 
 from __future__ import annotations
@@ -166,20 +166,31 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         found[name]["accuracy"] = round(100 * rate, 1)
         found[name]["standard_error"] = round(100 * (rate * (1 - rate) / len(those)) ** 0.5, 1)
         if those is not first:
-            both = [key for key in first if key in those]
-            found[name]["less_the_first"] = paired(
-                [those[key].right_name - first[key].right_name for key in both],
-            )
+            differences: dict[str, list[int]] = {}
+            for key in (key for key in first if key in those):
+                difference = those[key].right_name - first[key].right_name
+                differences.setdefault(function_set(key), []).append(difference)
+            found[name]["less_the_first"] = paired(list(differences.values()))
     return found
 
 
-def paired(differences: Sequence[int]) -> dict[str, Any]:
-    """The mean of differences in points, its 95 % interval (bootstrap), and how many are above and below 0."""
-    values = np.array(differences)
-    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+def function_set(request: str) -> str:
+    """The set of functions that a request chooses from: the middle of live_multiple_NUMBER-SET-NUMBER."""
+    return request.split("-")[1]
+
+
+def paired(differences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The mean of differences in points, its 95 % interval, and how many are above and below 0.
+
+    They come in groups, one for each set of functions, which the bootstrap draws whole.
+    """
+    values = np.array([value for group in differences for value in group])
+    sums, sizes = (np.array([of(group) for group in differences]) for of in (sum, len))
+    drawn = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
+    low, high = np.quantile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [0.025, 0.975])
     return {
         "requests": len(values),
+        "function_sets": len(sums),
         "mean": round(100 * float(values.mean()), 1),
         "interval": [round(100 * float(low), 1), round(100 * float(high), 1)],
         "better": int((values > 0).sum()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,8 +60,9 @@ def trace_page(trace: Trace) -> str:
     )
 
 
-def save_trace(trace: Trace, path: Path) -> None:
+def save_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write a trace to a file: JSON for .json, else the page. Raises UsageError if it cannot be written."""
+    path = Path(path)
     check_name(path)
     text = json.dumps(trace.fields(), ensure_ascii=False) if path.suffix.lower() == ".json" else trace_page(trace)
     try:
