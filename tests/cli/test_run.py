@@ -57,7 +57,7 @@ def test_a_gate_lets_one_bucket_decide(tiny_model: Path, abcli: Command) -> None
         outcome = abcli("run", *arguments, "--gate", wrong)
         assert outcome.code == 2
         assert b"--gate" in outcome.errors
-        assert b"from 0 to 1, or off" in outcome.errors
+        assert b"from 0 to 1, auto, or off" in outcome.errors
 
 
 def test_json_has_the_documented_keys(tiny_model: Path, abcli: Command) -> None:
