@@ -227,7 +227,8 @@ def test_hostile_schemas_cost_little(in_bytes, case):
     begin = time.process_time()
     refusal = refusal_of(lambda: in_bytes.start(constraint(HOSTILE[case])).mask())
     assert refusal is None or "\n" not in refusal.message
-    assert time.process_time() - begin < 2
+    # Machines differ by several times; what has no end takes far longer.
+    assert time.process_time() - begin < 8
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
 
 
