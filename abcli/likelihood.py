@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from abcli.engine.engine import Engine
 from abcli.errors import ContextFullError
-from abcli.merge import Merged
+from abcli.merge import Merged, likeliest
 from abcli.reuse import ReuseRule
 
 # Fewer tokens than this are sooner computed than copied from another slot.
@@ -103,7 +103,7 @@ class Scorer:
         """`top` likeliest tokens are told at each place."""
         self._engine = engine
         self._merge = merge
-        self._top = min(top, engine.vocabulary_size)
+        self._top = top
         self._reuse = ReuseRule(engine.least_shared)
         self._active: dict[int, _Group] = {}
         # The contexts that were computed in the slots. What stands there of earlier work is used only where each
@@ -200,11 +200,7 @@ class Scorer:
         for beginning, logits in zip(run, rows, strict=True):
             logs = self._merge(logits).log_probabilities
             best = logs.max()
-            top: tuple[tuple[int, float], ...] = ()
-            if self._top:
-                likeliest = np.argpartition(-logs, self._top - 1)[: self._top]
-                ordered = likeliest[np.lexsort((likeliest, -logs[likeliest]))]
-                top = tuple((int(token), float(logs[token])) for token in ordered)
+            top = tuple((int(token), float(logs[token])) for token in likeliest(logs, self._top))
             group.scores[beginning] = {
                 token: TokenScore(token, float(logs[token]), bool(logs[token] == best), top)
                 for token in beginning.following

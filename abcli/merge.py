@@ -334,3 +334,15 @@ def _log_mixture(terms: NDArray[np.float64]) -> NDArray[np.float64]:
     offsets = np.where(peaks == -np.inf, 0.0, peaks)
     with np.errstate(divide="ignore"):
         return np.asarray(offsets + np.log(np.exp(terms - offsets).sum(axis=0)), np.float64)
+
+
+def likeliest(numbers: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """The tokens with the `count` largest of `numbers` [vocabulary], the largest first and of equals the smaller token.
+
+    The numbers are logits, probabilities or their logarithms; all tokens are returned where `count` asks for more.
+    """
+    if count < 1:
+        return np.empty(0, np.intp)
+    count = min(count, len(numbers))
+    found = np.argpartition(-numbers, count - 1)[:count]
+    return found[np.lexsort((found, -numbers[found]))]

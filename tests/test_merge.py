@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from abcli.config import MERGE_RULES
 from abcli.errors import NativeError, UsageError
-from abcli.merge import PLAUSIBLE_SHARE, Merger
+from abcli.merge import PLAUSIBLE_SHARE, Merger, likeliest
 from tests.support.merging import merge
 
 RULES = pytest.mark.parametrize("rule", MERGE_RULES)
@@ -371,3 +371,11 @@ def test_pool_turns_against_a_bucket_with_a_negative_weight():
 def test_pool_refuses_wrong_weights(weights):
     with pytest.raises(UsageError):
         merge(random_logits(2, 10), "pool", weights)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.integers(0, 14))
+def test_the_likeliest_come_first_and_of_equals_the_smaller_token(values: list[int], count: int) -> None:
+    numbers = np.array(values, np.float32)
+    found = likeliest(numbers, count).tolist()
+    assert sorted(numbers[found], reverse=True) == sorted(numbers, reverse=True)[:count]
+    assert found == sorted(found, key=lambda token: (-numbers[token], token))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.merge import likeliest
 from abcli.sampling import Choice
 
 
@@ -56,11 +57,9 @@ class Watcher:
         buckets: tuple[BucketView, ...] = ()
         if self._each_bucket:
             pairs = zip(choice.weights, choice.logits, strict=True)
-            buckets = tuple(BucketView(float(weight), likeliest(log_softmax(row), self._top)) for weight, row in pairs)
+            buckets = tuple(BucketView(float(weight), likely(log_softmax(row), self._top)) for weight, row in pairs)
         self._seen.append(
-            Chosen(
-                choice.token, float(logprobs[choice.token]), likeliest(logprobs, self._top), choice.agreement, buckets
-            )
+            Chosen(choice.token, float(logprobs[choice.token]), likely(logprobs, self._top), choice.agreement, buckets)
         )
 
     def take(self, count: int) -> tuple[Chosen, ...]:
@@ -71,7 +70,7 @@ class Watcher:
 
 def scored(token: int, logprobs: NDArray[np.float32], top: int) -> Chosen:
     """A token that was not chosen but given, of which `logprobs` [vocabulary] say how likely it was."""
-    return Chosen(token, float(logprobs[token]), likeliest(logprobs, top), None)
+    return Chosen(token, float(logprobs[token]), likely(logprobs, top), None)
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -81,11 +80,6 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(moved - np.log(total), np.float32)
 
 
-def likeliest(logprobs: NDArray[np.float32], count: int) -> tuple[Likely, ...]:
+def likely(logprobs: NDArray[np.float32], count: int) -> tuple[Likely, ...]:
     """The `count` likeliest tokens, the first of equal ones first."""
-    if count < 1:
-        return ()
-    count = min(count, len(logprobs))
-    found = np.argpartition(-logprobs, count - 1)[:count]
-    ordered = found[np.lexsort((found, -logprobs[found]))]
-    return tuple(Likely(int(token), float(logprobs[token])) for token in ordered)
+    return tuple(Likely(int(token), float(logprobs[token])) for token in likeliest(logprobs, count))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.merge import likeliest
 from abcli.sampling import Choice
 from abcli.trace.trace import Candidate, Step, View
 
@@ -50,10 +51,7 @@ class Recorder:
         )
 
     def _candidates(self, probabilities: NDArray[np.float32]) -> tuple[Candidate, ...]:
-        count = min(CANDIDATES, len(probabilities))
-        best = np.argpartition(probabilities, -count)[-count:]
-        # The likeliest first; of equals the one with the smaller number, which a greedy sampler takes.
-        best = best[np.lexsort((best, -probabilities[best]))]
+        best = likeliest(probabilities, CANDIDATES)
         return tuple(Candidate(int(token), self._text(int(token)), float(probabilities[token])) for token in best)
 
 
