@@ -68,8 +68,18 @@ FOREIGN_ARCHITECTURES = {
 }
 # Architectures of models that turn a text into numbers.
 ENCODERS = frozenset(
-    "bert modern-bert neo-bert nomic-bert nomic-bert-moe jina-bert-v2 jina-bert-v3 eurobert gemma-embedding "
-    "llama-embed".split()
+    [
+        "bert",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "eurobert",
+        "gemma-embedding",
+        "llama-embed",
+    ]
 )
 # llama.h, llama_pooling_type: how the states of all tokens become one embedding; the last tells how two texts match.
 POOLINGS = {1: "mean", 2: "cls", 3: "last"}

@@ -2,7 +2,8 @@
 
 `abcli.gguf.check` refuses what is known to run into an assertion of llama.cpp. This is for the rest: the
 child (`python -m abcli.native.crash_probe [embed] PATH [ADAPTER SCALE]...`) loads the model, tokenises a text and
-decodes two tokens, or makes an embedding of them. A file that has passed is remembered, so that it costs the half second only once.
+decodes two tokens, or makes an embedding of them. A file that has passed is remembered, so that it costs the half
+second only once.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ TRIAL_TEXT = (
 def ensure_loadable(model: CheckedModel, *, embeds: bool = False) -> None:
     """Let a child process load the model unless this very file has passed before; then with its adapters.
 
-    With `embeds` the model is to make embeddings. Raises ModelFileError if llama.cpp refuses a file or crashes, UnsupportedModelError if the model cannot
-    write text token by token, OutOfMemoryError if the system ended the child.
+    With `embeds` the model is to make embeddings. Raises ModelFileError if llama.cpp refuses a file or crashes,
+    UnsupportedModelError if the model cannot write text token by token, OutOfMemoryError if the system ended the child.
     """
     files = tuple(header.path for header in model.files)
     # Alone first, so that it is clear which file is to blame.
