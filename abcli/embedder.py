@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import Buckets, ContextConfig, ModelConfig
+from abcli.config import Buckets, ContextConfig, ModelConfig, Pooling
 from abcli.engine.memory import check_memory
 from abcli.engine.workers import available_cores
 from abcli.errors import ContextFullError, PromptError
@@ -20,7 +20,7 @@ from abcli.gguf.checked import check_model
 from abcli.gguf.header import read_header
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.crash_probe import ensure_loadable
-from abcli.native.embedding import EmbeddingContext, Pooling
+from abcli.native.embedding import EmbeddingContext
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
 from abcli.native.owner import Owner

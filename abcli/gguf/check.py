@@ -81,9 +81,8 @@ ENCODERS = frozenset(
         "llama-embed",
     ]
 )
-# llama.h, llama_pooling_type: how the states of all tokens become one embedding; the last tells how two texts match.
-POOLINGS = {1: "mean", 2: "cls", 3: "last"}
-_RANK = 4
+# llama.h, llama_pooling_type: ways to one embedding of all tokens' states, and to how well two texts match.
+_MEAN, _RANK = 1, 4
 # Architectures whose models write text, but in another way than abcli can: what they are, and why not.
 OTHER_WRITERS = {
     "t5": "an encoder-decoder model, whose encoder has to read the prompt first",
@@ -240,7 +239,7 @@ def is_embedding_model(header: Header) -> bool:
     return (
         header.architecture in ENCODERS
         or header.get("attention.causal") is False
-        or header.integer("pooling_type") in (*POOLINGS, _RANK)
+        or header.integer("pooling_type") in range(_MEAN, _RANK + 1)
     )
 
 

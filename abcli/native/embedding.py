@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import ContextConfig
+from abcli.config import ContextConfig, Pooling
 from abcli.errors import NativeError, UnsupportedModelError
 from abcli.native.context import BatchPart, Sequences, context_parameters
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
 
-Pooling = Literal["mean", "cls", "last"]
-"""How the states of all tokens become one vector: their mean, the first one, or the last one."""
 _POOLINGS = {
     "mean": llama.LLAMA_POOLING_TYPE_MEAN,
     "cls": llama.LLAMA_POOLING_TYPE_CLS,

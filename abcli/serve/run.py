@@ -48,6 +48,12 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
+def address_of(listening: socket.socket) -> str:
+    """Where a socket listens, as a link."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 class Stops(Protocol):
     """What computes for an application."""
 

@@ -6,7 +6,6 @@ import base64
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
