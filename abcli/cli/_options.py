@@ -26,7 +26,7 @@ from abcli.config import (
     prompt_cache_directory,
 )
 from abcli.errors import PromptError, UsageError
-from abcli.hub.locate import locate_model
+from abcli.hub.locate import BundledName, locate_model
 from abcli.hub.names import HubName
 from abcli.prepare import check_context, check_gpu_layers
 from abcli.profiles.profile import NO_PROFILE, check_name
@@ -108,8 +108,8 @@ class ModelOptions(ModelNameOptions):
     def model_config(self, positional: str | None) -> ModelConfig:
         """The model; `positional` is the one given without a flag.
 
-        A model of the hub that is not here is fetched. Raises UsageError for impossible numbers or two models,
-        ModelFileError if the model is nowhere, DownloadError if it cannot be fetched.
+        A model of the hub, or the default one, that is not here is fetched. Raises UsageError for impossible numbers or
+        two models, ModelFileError if the model is nowhere, DownloadError if it cannot be fetched.
         """
         name = self.name(positional)
         # What is wrong with the flags is said before a model is fetched.
@@ -333,7 +333,7 @@ class AnswerOptions:
         return read_escapes(check_argument(text, what), what) if self.escape else check_argument(text, what)
 
 
-def _fetch(name: HubName) -> Path:
+def _fetch(name: HubName | BundledName) -> Path:
     # What fetches is imported where something is to be fetched.
     from abcli.ui.download import fetch_shown
 
