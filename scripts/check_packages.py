@@ -130,9 +130,7 @@ def main() -> int:
             for install in (with_uv, with_pipx, with_pip):
                 start = time.monotonic()
                 check_abcli(install(scratch / install.__name__, llama), scratch / install.__name__ / "abcli")
-                say(
-                    f"installed {install.__name__.replace('_', ' ')}, and it fetches its model and answers ({time.monotonic() - start:.0f} s)"
-                )
+                say(f"installed {install.__name__.replace('_', ' ')}, its model too ({time.monotonic() - start:.0f} s)")
         except (PackageError, subprocess.TimeoutExpired) as error:
             say(f"error: {error}")
             return 1
