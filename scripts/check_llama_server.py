@@ -122,6 +122,7 @@ def run(tests: Path, scratch: Path, selection: Sequence[str], arguments: Sequenc
         **os.environ,
         "LLAMA_SERVER_BIN_PATH": str(starter),
         "ABCLI_MODEL": str(model),
+        "ABCLI_SERVE_FLAGS": "--threads 1",
         "ABCLI_HOME": str(scratch / "home"),
     }
     report = scratch / "report.xml"

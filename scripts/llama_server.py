@@ -1,12 +1,13 @@
 """Starts `abcli serve` with llama-server's flags, for what starts a llama-server itself, such as llama.cpp's tests.
 
-Where --model names no file, as when a model is to be fetched, it serves ABCLI_MODEL, or the default model. A flag that
-has no counterpart ends it with an error that names it.
+Where --model names no file, as when a model is to be fetched, it serves ABCLI_MODEL, or the default model; flags in
+ABCLI_SERVE_FLAGS are added. A flag of llama-server's that has no counterpart ends it with an error that names it.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,8 +74,7 @@ def translated(arguments: Sequence[str], environment: Mapping[str, str]) -> list
         result += ["--cors-origin", str(found["--cors-origins"])]
     result += ["--no-slots"] if "--no-slots" in found else []
     result += [] if "--metrics" in found else ["--no-metrics"]
-    buckets = environment.get("ABCLI_BUCKETS")
-    return result + (["--buckets", buckets] if buckets else [])
+    return result + shlex.split(environment.get("ABCLI_SERVE_FLAGS", ""))
 
 
 if __name__ == "__main__":
