@@ -43,6 +43,7 @@ LAYERS: dict[str, int] = {
     "prepare": 7,
     "trace": 7,
     "llm": 9,
+    "embedder": 9,
     "machine": 9,
     "tools": 9,
     "diagnosis": 10,

@@ -204,6 +204,14 @@ def _note(entry: Entry) -> str:
     return ", ".join(word for word, holds in (("default", entry.default), ("with abcli", entry.shipped)) if holds)
 
 
+def _gate(gate: float) -> str:
+    return (
+        "off: each that was tried makes answers worse"
+        if gate == 1
+        else f"{gate:g} costs nothing measurable (--gate auto)"
+    )
+
+
 def _task(profile: Profile) -> str:
     """What a profile was calibrated on, in full."""
     return FORMER_PROMPT if profile.task == FORMER_TASK else one_line(profile.task)
@@ -222,6 +230,7 @@ def _description(entry: Entry) -> str:
         ("multiples", " ".join(f"{base / profile.native_base:.4g}" for base in profile.bases)),
         ("merge", profile.merge),
         ("prefill", f"{profile.prefill}, base {prefill_base}"),
+        *([] if profile.gate is None else [("gate", _gate(profile.gate))]),
         ("calibrated on", f"{_task(profile)}, contexts of {profile.length:,} tokens"),
         ("created", f"{_local_time(profile.created)} by abcli {one_line(profile.abcli_version)}"),
         ("note", _note(entry) or "-"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,9 @@ def test_show(abcli: Command) -> None:
     assert values["prefill"] == "shared, base 50000"
     assert values["calibrated on"] == "needle, contexts of 1,024 tokens"
     assert values["note"] == "default"
+    assert "gate" not in values
+    save(replace(SAMPLE, gate=0.8), profiles_directory())
+    assert "gate           0.8 costs nothing" in abcli("profiles", "show", "needle-1024").text
     title, native, _, own = outcome.text.split("\n\n")[1].splitlines()
     assert title.startswith("CONFIGURATION")
     assert native.split() == ["native", "0.5000", "34.0%", "0.9000", "-", "-"]

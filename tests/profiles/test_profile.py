@@ -68,6 +68,7 @@ def profiles(draw: st.DrawFn) -> Profile:
         evidence=Evidence(draw(st.integers(1, 2**31 - 1)), draw(st.sampled_from(names)), tuple(scores)),
         chosen=draw(st.sampled_from(["", utc_now()])),
         gains=tuple(map(tuple, draw(st.lists(st.lists(st.floats(0, MAX_GAIN), min_size=1, max_size=4), max_size=3)))),
+        gate=draw(st.none() | st.floats(0, 1, exclude_min=True)),
     )
 
 
@@ -91,7 +92,8 @@ def test_the_file_is_as_documented() -> None:
     }
     assert SAMPLE.evidence.own == SAMPLE.evidence.scores[2]
     # Profiles without gains can be read by versions that know of none.
-    assert "gains" not in values
+    assert not {"gains", "gate"} & values.keys()
+    assert json.loads(encode(profile(gate=0.8)))["gate"] == 0.8
     assert json.loads(encode(profile(gains=((0.5, 2.0),))))["gains"] == [[0.5, 2.0]]
 
 
@@ -114,6 +116,9 @@ Change = Callable[[dict[str, Any]], object]
         (lambda v: v.update(colour="red"), "'colour' is unknown"),
         (lambda v: v.update(gains=[[1.0, -0.5]]), "gains is -0.5"),
         (lambda v: v.update(gains=[[1.0, 101.0]]), "gains is 101.0"),
+        (lambda v: v.update(gate=0), "gate is 0"),
+        (lambda v: v.update(gate=1.5), "gate is 1.5"),
+        (lambda v: v.update(gate="auto"), "gate has the wrong type"),
         (lambda v: v.update(gains=[1.0]), "gains has the wrong type"),
         (lambda v: v.update(gains=[["1"]]), "gains has the wrong type"),
         (lambda v: v.update(name="../x"), "name"),
