@@ -21,6 +21,7 @@ from abcli.gguf.checked import check_model
 from abcli.hub.locate import locate_model
 from abcli.profiles import catalogue, store
 from abcli.profiles.profile import MAX_BYTES, Difference, Profile, Score, check_name, decode, moment
+from abcli.ui.everyday import everyday_lines
 from abcli.ui.terminal import Terminal, one_line
 
 _TITLES = ("NAME", "MODEL", "BUCKETS", "TASK", "GAIN", "CREATED", "NOTE")
@@ -222,11 +223,16 @@ def _description(entry: Entry) -> str:
         ("multiples", " ".join(f"{base / profile.native_base:.4g}" for base in profile.bases)),
         ("merge", profile.merge),
         ("prefill", f"{profile.prefill}, base {prefill_base}"),
-        ("calibrated on", f"{_task(profile)}, contexts of {profile.length:,} tokens"),
+        ("tuned on" if profile.gains else "calibrated on", f"{_task(profile)}, contexts of {profile.length:,} tokens"),
         ("created", f"{_local_time(profile.created)} by abcli {one_line(profile.abcli_version)}"),
         ("note", _note(entry) or "-"),
         ("held-out", f"{profile.evidence.questions:,} questions; NLL in nats per token"),
     ]
+    if profile.gains:
+        gains = [gain for layer in profile.gains for gain in layer]
+        lines.insert(-4, ("gains", f"of {len(gains):,} heads, {min(gains):.4g} to {max(gains):.4g}"))
+    if profile.evidence.everyday is not None:
+        lines += everyday_lines(profile.evidence.everyday)
     rows = [_SCORE_TITLES, *(_score_row(score, score == profile.evidence.own) for score in profile.evidence.scores)]
     width = max(len(label) for label, _ in lines)
     head = "".join(f"{label.ljust(width)}  {text}\n" for label, text in lines)

@@ -61,6 +61,23 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Everyday:
+    """What a tuned profile leaves as it was, on texts and prompts that were not used to find it.
+
+    The losses are those of `text_tokens` tokens of plain text, in nats per token; of the greedy answers to `prompts`
+    everyday prompts `equal` are the same with the profile, and so many repeat themselves without it and with it.
+    """
+
+    text_tokens: int
+    native_loss: float
+    tuned_loss: float
+    prompts: int
+    equal: int
+    native_repeating: int
+    tuned_repeating: int
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Why a profile should help: scores on `questions` questions that were not used to find it."""
 
@@ -68,6 +85,8 @@ class Evidence:
     configuration: str
     """The one among the scores that is the profile itself."""
     scores: tuple[Score, ...]
+    everyday: Everyday | None = None
+    """Of profiles with gains."""
 
     @property
     def own(self) -> Score:
@@ -128,8 +147,11 @@ def check_name(name: str) -> str:
 def encode(profile: Profile) -> bytes:
     """`profile` as JSON in UTF-8. Raises ProfileError for values that `decode` would refuse."""
     values = {"format": FORMAT_VERSION, **dataclasses.asdict(profile)}
+    # Profiles without them can be read by versions that know of none.
     if not profile.gains:
         del values["gains"]
+    if profile.evidence.everyday is None:
+        del values["evidence"]["everyday"]
     origin = f"the profile {profile.name!r:.120}"
     try:
         data = (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
@@ -209,7 +231,7 @@ def _profile(values: object) -> Profile:
 
 
 def _evidence(values: object) -> Evidence:
-    found = _object(values, Evidence, "evidence")
+    found = _object({"everyday": None, **values} if isinstance(values, dict) else values, Evidence, "evidence")
     items = _items(found, "scores")
     if len(items) > _MAX_SCORES:
         raise _DamageError(f"is damaged: {len(items):,} scores are more than {_MAX_SCORES}")
@@ -220,7 +242,23 @@ def _evidence(values: object) -> Evidence:
         raise _DamageError("is damaged: a configuration has two scores")
     if own not in names:
         raise _DamageError(f"is damaged: there is no score for its own configuration {own!r:.40}")
-    return Evidence(_count(found, "questions"), own, scores)
+    everyday = None if found["everyday"] is None else _everyday(found["everyday"])
+    return Evidence(_count(found, "questions"), own, scores, everyday)
+
+
+def _everyday(values: object) -> Everyday:
+    found = _object(values, Everyday, "everyday")
+    text_tokens, prompts = _count(found, "text_tokens"), _count(found, "prompts")
+    counts = []
+    for key in ("equal", "native_repeating", "tuned_repeating"):
+        # Of the prompts; there may be none of them.
+        if found[key] != 0 or isinstance(found[key], bool):
+            _count(found, key)
+        if found[key] > prompts:
+            _refuse(key, found[key])
+        counts.append(int(found[key]))
+    native_loss, tuned_loss = _number(found, "native_loss"), _number(found, "tuned_loss")
+    return Everyday(text_tokens, native_loss, tuned_loss, prompts, *counts)
 
 
 def _score(values: object) -> Score:

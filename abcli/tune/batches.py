@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from abcli.evals.prompts import TokenizedQuestion
-from abcli.evals.questions import Question
 from abcli.generate import common_prefix
+from abcli.tune.material import Item
 from abcli.tune.twin import Rows
 
 
@@ -26,6 +26,10 @@ class Asked:
     wanted: Tensor
     gold: Tensor
     question: Tensor
+
+    def to(self, device: torch.device) -> Asked:
+        """The same on another device."""
+        return Asked(self.rows.to(device), *(part.to(device) for part in (self.wanted, self.gold, self.question)))
 
     def loss(self, logits: Tensor) -> Tensor:
         """The mean over questions of the mean negative log-likelihood of their tokens; `logits` [n, vocabulary]."""
@@ -43,10 +47,15 @@ class _Row:
     """Place, the token that should follow, and the number of the question in the row."""
 
 
-def contexts(questions: Sequence[Question], tokenized: Sequence[TokenizedQuestion]) -> list[list[TokenizedQuestion]]:
+def contexts(items: Sequence[Item]) -> list[list[TokenizedQuestion]]:
     """The questions by context, in order."""
-    pairs = zip(questions, tokenized, strict=True)
-    return [[item for _, item in group] for _, group in groupby(pairs, key=lambda pair: pair[0].group)]
+    return [[item.question for item in group] for _, group in groupby(items, key=lambda item: item.group)]
+
+
+def largest_row(groups: Sequence[Sequence[TokenizedQuestion]]) -> tuple[int, int]:
+    """The most tokens of a row, and the most that are asked for in one."""
+    rows = [_row(group) for group in groups]
+    return max(len(row.tokens) for row in rows), max(len(row.wanted) for row in rows)
 
 
 def asked_rows(groups: Sequence[Sequence[TokenizedQuestion]]) -> Asked:

@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from abcli.tune.batches import text_rows
-from abcli.tune.twin import Rows, Twin
+from abcli.tune.twin import Twin
 
 
-@dataclass(frozen=True)
 class Guard:
-    """Texts of one kind, and what the untuned model says after their tokens: float32 [n, vocabulary]."""
+    """A text of two tokens or more that the tuned model should find as likely as the untuned one."""
 
-    rows: Rows
-    wanted: Tensor
-    log_probabilities: Tensor
+    def __init__(self, twin: Twin, text: Sequence[int], begin: int = 1) -> None:
+        """The tokens of `text` before number `begin` are context only."""
+        rows, wanted = text_rows([text], [begin])
+        self.text = tuple(text)
+        self._twin = twin
+        self._rows, self._wanted = rows.to(twin.device), wanted.to(twin.device)
 
-    def divergence(self, twin: Twin, gains: Tensor) -> Tensor:
+    def divergence(self, gains: Tensor, *, frugal: bool = False) -> Tensor:
         """The mean Kullback-Leibler divergence, in nats per token, of the untuned model from the tuned one."""
-        found = twin.logits(self.rows, gains, self.wanted).log_softmax(-1)
-        known = self.log_probabilities
+        known = self._twin.spoken(self._untuned).log_softmax(-1)
+        found = self._twin.logits(self._rows, gains, self._wanted, frugal=frugal).log_softmax(-1)
         return (known.exp() * (known - found)).sum(-1).mean()
 
-
-def make_guards(twin: Twin, texts: Sequence[Sequence[int]], begins: Sequence[int]) -> list[Guard]:
-    """A guard for each text; its tokens before number `begins` are context only."""
-    guards = []
-    for text, begin in zip(texts, begins, strict=True):
-        rows, wanted = text_rows([text], [begin])
-        rows, wanted = rows.to(twin.device), wanted.to(twin.device)
+    @cached_property
+    def _untuned(self) -> Tensor:
+        """What the untuned model makes of the text, float32 [n, embedding]: its logits would take far more memory."""
         with torch.no_grad():
-            guards.append(Guard(rows, wanted, twin.logits(rows, None, wanted).log_softmax(-1)))
-    return guards
+            return self._twin.hidden(self._rows, None, self._wanted)

@@ -3,72 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import cos, pi
+from contextlib import suppress
+from dataclasses import astuple
+from math import cos, isfinite, pi
 from pathlib import Path
 from random import Random
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abcli.config import Gains
+from abcli.errors import UnsupportedModelError
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.tune.batches import asked_rows
 from abcli.tune.guard import Guard
+from abcli.tune.settings import Step, TrainingSettings
 from abcli.tune.twin import Twin
 
-_RATE = 0.03
 # Gains stay within e^-2 and e^2: beyond, a head is off or drowns the others.
 _LARGEST_LOGARITHM = 2.0
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How long, at most, and how: `contexts` go into a step, beside one guard of each kind."""
-
-    steps: int = 60
-    seconds: float = 3600.0
-    contexts: int = 8
-    guard_weight: float = 1.0
-    seed: int = 0
-    frugal: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step found, in nats per token: the loss on the questions, and the divergences of the guards."""
-
-    number: int
-    share: float
-    """Of the way, 0 to 1."""
-    loss: float
-    divergences: tuple[float, ...]
-
-
 class Learner:
-    """Gains as they are learned, kept in a file after each step so that the same call goes on where it stopped."""
+    """Gains as they are learned, kept in a file after each step so that the same call goes on where it stopped.
 
-    def __init__(self, twin: Twin, settings: TrainingSettings, file: Path | None = None) -> None:
-        """Begin, or go on with what is in `file`. A damaged file is begun anew."""
+    However often it was stopped, the same is learned, if it is the number of steps that ends it and not the time.
+    """
+
+    def __init__(
+        self, twin: Twin, settings: TrainingSettings, file: Path | None = None, *, frugal: bool = False
+    ) -> None:
+        """Begin, or go on with what is in `file`. A damaged file is begun anew. `frugal` is that of `Twin.logits`."""
         self._twin = twin
         self._settings = settings
         self._file = file
-        self._logarithms = torch.zeros((twin.layers, twin.heads), device=twin.device, requires_grad=True)
-        self._optimiser = torch.optim.Adam([self._logarithms], lr=_RATE, betas=(0.9, 0.95))
-        self._number, self._seconds = 0, 0.0
+        self._frugal = frugal
+        shape = (1, 1) if settings.single else (twin.layers, twin.heads)
+        self._logarithms = torch.zeros(shape, device=twin.device, requires_grad=True)
+        self._optimiser = torch.optim.Adam([self._logarithms], lr=settings.rate, betas=(0.9, 0.95))
+        self._seconds = 0.0
+        self.steps: list[Step] = []
+        """All that were taken, those before an interruption too."""
         self._restore()
 
     @property
     def gains(self) -> Gains:
         """Gains with four decimals: as many as a profile needs, and one may read them."""
-        rows: list[list[float]] = self._logarithms.detach().exp().cpu().tolist()
+        rows: list[list[float]] = self._gains().detach().cpu().tolist()
         return tuple(tuple(round(gain, 4) for gain in row) for row in rows)
 
     @property
     def share(self) -> float:
         """How much of the way is done, by steps or by time, whichever is more: 0 to 1."""
-        return min(1.0, max(self._number / self._settings.steps, self._seconds / self._settings.seconds))
+        return self._share_after(len(self.steps))
 
     def learn(
         self,
@@ -78,44 +67,55 @@ class Learner:
     ) -> Gains:
         """Take the steps that are left, on `groups` of questions, each on one context, and `guards` of several kinds.
 
-        The learning rate falls to 0 along a cosine.
+        Raises UnsupportedModelError where the model answers with what is no number.
         """
         while self.share < 1:
             begin = monotonic()
             for group in self._optimiser.param_groups:
-                group["lr"] = _RATE * 0.5 * (1 + cos(pi * self.share))
+                group["lr"] = self._settings.rate * 0.5 * (1 + cos(pi * self.share))
             self._optimiser.zero_grad()
             loss = self._ask(groups)
             divergences = tuple(self._guard(kind) for kind in guards)
+            if not all(map(isfinite, (loss, *divergences))):
+                raise UnsupportedModelError(
+                    f"the model's answers are no numbers in torch (step {len(self.steps) + 1}: loss {loss})",
+                    "try a lower `rate`, or another model",
+                )
             self._optimiser.step()
             with torch.no_grad():
                 self._logarithms.clamp_(-_LARGEST_LOGARITHM, _LARGEST_LOGARITHM)
-            self._number += 1
+            number = len(self.steps) + 1
             self._seconds += monotonic() - begin
+            self.steps.append(Step(number, self._share_after(number), loss, divergences))
             self._store()
-            on_step(Step(self._number, self.share, loss, divergences))
+            on_step(self.steps[-1])
         return self.gains
+
+    def _share_after(self, steps: int) -> float:
+        return min(1.0, max(steps / self._settings.steps, self._seconds / self._settings.seconds))
+
+    def _gains(self) -> Tensor:
+        return self._logarithms.exp().expand(self._twin.layers, self._twin.heads)
 
     def _ask(self, groups: Sequence[Sequence[TokenizedQuestion]]) -> float:
         """Add the gradient of the questions' loss, one context after the other: gradients add up, memory does not."""
         loss = 0.0
-        for index in range(self._number * self._settings.contexts, (self._number + 1) * self._settings.contexts):
+        count = self._settings.contexts
+        for index in range(len(self.steps) * count, (len(self.steps) + 1) * count):
             turn, place = divmod(index, len(groups))
             order = list(range(len(groups)))
             Random(f"{self._settings.seed}/{turn}").shuffle(order)  # noqa: S311
-            asked = asked_rows([groups[order[place]]])
-            device = self._twin.device
-            logits = self._twin.logits(
-                asked.rows.to(device), self._logarithms.exp(), asked.wanted.to(device), frugal=self._settings.frugal
-            )
-            one: Tensor = asked.loss(logits.cpu()) / self._settings.contexts
+            asked = asked_rows([groups[order[place]]]).to(self._twin.device)
+            logits = self._twin.logits(asked.rows, self._gains(), asked.wanted, frugal=self._frugal)
+            one: Tensor = asked.loss(logits) / count
             one.backward()
             loss += float(one.detach())
         return loss
 
     def _guard(self, kind: Sequence[Guard]) -> float:
         """Add the gradient of the divergence from the untuned model on the next text of a kind."""
-        found = kind[self._number % len(kind)].divergence(self._twin, self._logarithms.exp())
+        guard = kind[len(self.steps) % len(kind)]
+        found = guard.divergence(self._gains(), frugal=self._frugal)
         (self._settings.guard_weight * found).backward()
         return float(found.detach())
 
@@ -124,8 +124,9 @@ class Learner:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         part = self._file.with_suffix(".part")
+        steps = [astuple(step) for step in self.steps]
         state = {"logarithms": self._logarithms.detach(), "optimiser": self._optimiser.state_dict()}
-        torch.save({**state, "number": self._number, "seconds": self._seconds}, part)
+        torch.save({**state, "steps": steps, "seconds": self._seconds}, part)
         part.replace(self._file)
 
     def _restore(self) -> None:
@@ -133,10 +134,19 @@ class Learner:
             return
         try:
             # Nothing but numbers: a file cannot make this run anything.
-            state = torch.load(self._file, map_location=self._twin.device, weights_only=True)
-            with torch.no_grad():
-                self._logarithms.copy_(state["logarithms"])
+            state: dict[str, Any] = torch.load(self._file, map_location=self._twin.device, weights_only=True)
+            steps = [
+                Step(int(number), float(share), float(loss), tuple(map(float, all_)))
+                for number, share, loss, all_ in state["steps"]
+            ]
+            seconds, logarithms = float(state["seconds"]), state["logarithms"]
+            if logarithms.shape != self._logarithms.shape or not bool(logarithms.isfinite().all()):
+                return
             self._optimiser.load_state_dict(state["optimiser"])
-            self._number, self._seconds = int(state["number"]), float(state["seconds"])
         except Exception:
-            self._file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
+            return
+        with torch.no_grad():
+            self._logarithms.copy_(logarithms)
+        self.steps, self._seconds = steps, seconds

@@ -6,7 +6,7 @@ may follow one context in a row: `segments` says who sees whom.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +17,16 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from abcli.errors import UnsupportedModelError
+from abcli.gguf.architectures import WINDOW_BASES, rotation, window_layers, window_tokens
 from abcli.rope.frequencies import angular_frequencies
 from abcli.rope.parameters import rope_parameters
+from abcli.tune.architecture import check_architecture
 
 if TYPE_CHECKING:
     from abcli.gguf.checked import CheckedModel
-    from abcli.gguf.header import Header
 
-
-# Which halves of a head's numbers RoPE turns together: neighbours, or one of each half (llama_model_rope_type).
-_NEOX = {"llama": False, "qwen2": True, "qwen3": True, "gemma3": True}
-ARCHITECTURES = tuple(_NEOX)
-# Gemma 3: five layers see a window, under a base of their own, the sixth sees all (llama_hparams::set_swa_pattern).
-_WINDOW_PERIOD = 6
-_WINDOW_BASE = 10_000.0
+# The only Gemma 3 of so many layers divides its scores by another root (27B; llama.cpp's gemma3.cpp).
+_GEMMA_27B_LAYERS = 62
 
 
 @dataclass(frozen=True)
@@ -50,26 +46,31 @@ class Rows:
 
 
 class Twin:
-    """A model in torch. Its weights need as many bytes as four times its parameters."""
+    """A model in torch, without its adapters and gains. Its weights take four bytes for each of its parameters."""
 
     def __init__(self, model: CheckedModel, device: torch.device) -> None:
-        """Read the weights of a model's files. Raises UnsupportedModelError for an architecture it does not know."""
+        """Read the weights of a model's files. Raises UnsupportedModelError for a model it does not know."""
         header = model.header
-        check_architecture(header)
-        self.header = header
+        check_architecture(model)
         self.device = device
         self.layers = header.layers
         self.heads = header.heads[0]
         self._key_heads = header.kv_heads[0]
-        self._width = header.key_length
         self._gemma = header.architecture == "gemma3"
         self._epsilon = float(header.get("attention.layer_norm_rms_epsilon", 1e-6))
-        self._window = header.integer("attention.sliding_window", 0) if self._gemma else 0
+        self._score_divisor = sqrt(header.key_length)
+        if self._gemma and self.layers == _GEMMA_27B_LAYERS:
+            self._score_divisor = sqrt(header.embedding_length / self.heads)
         self._weights = _read(model, device)
-        rope = rope_parameters(header, neox=_NEOX[header.architecture], context_size=header.trained_context)
-        self._neox = _NEOX[header.architecture]
-        self._frequencies = torch.tensor(angular_frequencies(rope, header.native_base), device=device)
-        self._window_frequencies = torch.tensor(angular_frequencies(rope, _WINDOW_BASE), device=device)
+        self._neox = rotation(header) == "halves"
+        rope = rope_parameters(header, neox=self._neox, context_size=header.trained_context)
+        self._frequencies = torch.tensor(angular_frequencies(rope, header.native_base))
+        self._window = window_tokens(header)
+        self._windowed = window_layers(header) or ()
+        # Layers with a window have a base of their own, and no scaling.
+        base = float(header.get("rope.freq_base_swa", WINDOW_BASES["gemma3"]))
+        plain = replace(rope, frequency_scale=1.0)
+        self._window_frequencies = torch.tensor(angular_frequencies(plain, base))
 
     def logits(self, rows: Rows, gains: Tensor | None, wanted: Tensor, *, frugal: bool = False) -> Tensor:
         """Float32 [n, vocabulary] after the tokens that `wanted`, int64 [n, 2] of row and place, names.
@@ -77,22 +78,28 @@ class Twin:
         `gains` [layers, heads] multiply the heads' outputs. `frugal` computes each layer twice where gradients are
         asked for, instead of keeping all that is in between.
         """
+        return self.spoken(self.hidden(rows, gains, wanted, frugal=frugal))
+
+    def hidden(self, rows: Rows, gains: Tensor | None, wanted: Tensor, *, frugal: bool = False) -> Tensor:
+        """What `spoken` makes logits of, float32 [n, embedding]; arguments as those of `logits`."""
         numbers = self._embedded(rows.tokens)
         masks = self._masks(rows)
         angles = [self._angles(rows.positions, self._frequencies)]
         if self._window:
             angles.append(self._angles(rows.positions, self._window_frequencies))
         for layer in range(self.layers):
-            local = int(bool(self._window) and (layer + 1) % _WINDOW_PERIOD != 0)
+            local = int(bool(self._window) and self._windowed[layer])
             gain = None if gains is None else gains[layer]
             arguments = (layer, numbers, angles[local], masks[local], gain)
             if frugal and torch.is_grad_enabled():
                 numbers = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
                 numbers = self._layer(*arguments)
-        last = self._norm(numbers[wanted[:, 0], wanted[:, 1]], "output_norm")
-        output = self._weights.get("output.weight", self._weights["token_embd.weight"])
-        return last @ output.T
+        return self._norm(numbers[wanted[:, 0], wanted[:, 1]], "output_norm")
+
+    def spoken(self, hidden: Tensor) -> Tensor:
+        """The logits, float32 [n, vocabulary], of what `hidden` gives."""
+        return hidden @ self._weights.get("output.weight", self._weights["token_embd.weight"]).T
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         numbers = self._weights["token_embd.weight"][tokens]
@@ -113,8 +120,9 @@ class Twin:
 
     def _angles(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 [rows, length, 1, pairs]."""
-        angles = positions.double()[:, :, None, None] * frequencies
-        return angles.cos().float(), angles.sin().float()
+        # On the CPU: Apple's GPUs have no float64.
+        angles = positions.cpu().double()[:, :, None, None] * frequencies
+        return angles.cos().float().to(self.device), angles.sin().float().to(self.device)
 
     def _layer(
         self, layer: int, numbers: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, gain: Tensor | None
@@ -146,7 +154,7 @@ class Twin:
         each = self.heads // self._key_heads
         keys, values = (part.repeat_interleave(each, 2).transpose(1, 2) for part in (keys, values))
         outputs = functional.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys, values, attn_mask=mask, scale=1 / sqrt(self._width)
+            queries.transpose(1, 2), keys, values, attn_mask=mask, scale=1 / self._score_divisor
         ).transpose(1, 2)
         if gain is not None:
             outputs = outputs * gain[:, None]
@@ -172,28 +180,19 @@ class Twin:
         return functional.linear(numbers, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
 
 
-def check_architecture(header: Header) -> None:
-    """Raise UnsupportedModelError for a model that `Twin` cannot compute."""
-    if header.architecture not in ARCHITECTURES:
-        reason = f"is of the architecture {header.architecture}"
-    elif len({*header.heads}) > 1 or len({*header.kv_heads}) > 1:
-        reason = "has layers with different numbers of heads"
-    elif any(".ffn_gate_exps." in tensor.name for tensor in header.tensors):
-        reason = "has experts"
-    else:
-        return
-    raise UnsupportedModelError(
-        f"{header.path.name} {reason}", f"tuning knows dense models of {', '.join(ARCHITECTURES)}"
-    )
-
-
 def _read(model: CheckedModel, device: torch.device) -> dict[str, Tensor]:
-    """All weights as float32."""
+    """All weights as float32. Raises UnsupportedModelError for a quantisation that the package gguf does not know."""
     import gguf
 
     weights: dict[str, Tensor] = {}
     for part in model.files:
         for item in gguf.GGUFReader(part.path).tensors:
-            numbers: Any = gguf.quants.dequantize(item.data, item.tensor_type)
-            weights[item.name] = torch.from_numpy(np.ascontiguousarray(numbers, np.float32)).to(device)
+            try:
+                numbers: Any = gguf.quants.dequantize(item.data, item.tensor_type)
+            except NotImplementedError:
+                raise UnsupportedModelError(
+                    f"{part.path.name} has weights of type {item.tensor_type.name}, which torch cannot be given",
+                    "tune another quantisation of the model; each has its own profile",
+                ) from None
+            weights[item.name] = torch.from_numpy(np.array(numbers, np.float32)).to(device)
     return weights
