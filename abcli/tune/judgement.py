@@ -117,9 +117,9 @@ def make_profile(
             first.summary.questions,
             _label(first, TUNED),
             tuple(_evidence(result, summary) for result in judgement.results for summary in result.summary.summaries),
-            judgement.everyday,
         ),
         gains=learned.gains,
+        everyday=judgement.everyday,
     )
 
 

@@ -146,6 +146,9 @@ def test_show(abcli: Command) -> None:
     assert values["prefill"] == "shared, base 50000"
     assert values["calibrated on"] == "needle, contexts of 1,024 tokens"
     assert values["note"] == "default"
+    assert "gate" not in values
+    save(replace(SAMPLE, gate=0.8), profiles_directory())
+    assert "gate           0.8 costs nothing" in abcli("profiles", "show", "needle-1024").text
     title, native, _, own = outcome.text.split("\n\n")[1].splitlines()
     assert title.startswith("CONFIGURATION")
     assert native.split() == ["native", "0.5000", "34.0%", "0.9000", "-", "-"]
@@ -156,7 +159,7 @@ def test_show(abcli: Command) -> None:
 
 
 def test_show_a_tuned_profile(abcli: Command) -> None:
-    tuned = replace(SAMPLE, gains=((0.5, 1.0), (1.25, 2.0)), evidence=replace(SAMPLE.evidence, everyday=EVERYDAY))
+    tuned = replace(SAMPLE, gains=((0.5, 1.0), (1.25, 2.0)), everyday=EVERYDAY)
     save(tuned, profiles_directory())
     lines = abcli("profiles", "show", "needle-1024").text.split("\n\n")[0].splitlines()
     values = {line.split("  ", 1)[0]: line.split("  ", 1)[1].strip() for line in lines}

@@ -75,7 +75,7 @@ def test_a_kept_profile_has_the_gains_and_the_figures(tiny_model: Path, abcli: C
     assert made.name == "tuned-mine-of-2026-200"
     assert made.gains == tuple(map(tuple, found["gains"]))
     assert {gain for layer in made.gains for gain in layer} != {1.0}
-    assert made.evidence.everyday is not None
+    assert made.everyday is not None
     assert made.evidence.own.configuration == "Mine of 2026.jsonl 200: tuned"
     shown = abcli("profiles", "show", made.name).text
     assert "gains" in shown

@@ -94,7 +94,7 @@ def test_a_profile_carries_the_figures() -> None:
     assert profile.task == "needle+mine.jsonl"
     assert profile.gains == LEARNED.gains
     assert profile.bases == (10_000.0,)
-    assert profile.evidence.everyday == SAME
+    assert profile.everyday == SAME
     assert profile.evidence.own.configuration == "needle 128: tuned"
     assert [score.configuration for score in profile.evidence.scores] == [
         "needle 128: native",
