@@ -8,13 +8,14 @@ before.
 
 Looked at are the heads that look back furthest: a head's reach is the mean over the answer's rows of the largest
 weight x distance (tokens), so that heads count that pick something out far back, not those that look at everything a
-little. The first token of the text is left out: on it heads rest that look at nothing. Of all heads the tenth with the
-longest reach under the native base is looked at, under every base alike.
+little. The first token of the text is left out: on it heads rest that look at nothing. A tenth of all heads is looked
+at, those with the longest reach under the native base, under every base alike. Where only some layers have a sliding
+window, their heads do not count: they see no further than it, and in Gemma no bucket's base reaches them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,7 @@ from abcli.engine.memory import free_room, predict
 from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.workers import available_cores
 from abcli.errors import OutOfMemoryError
+from abcli.gguf.architectures import window_layers
 from abcli.native.attention import AttentionContext, attention_config
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
@@ -89,18 +91,23 @@ def read_attention(
             progress(done, len(bases))
             with contexts.holding(bases[bucket], before, leader) as context:
                 if not heads:
-                    heads = furthest(_reaches(context, rows))
+                    heads = furthest(_reaches(context, rows), window_layers(model.checked.header) or ())
                     context.truncate(0, first)
                 _collect(context, rows, heads, weights[bucket])
     return Reading(first, heads, weights)
 
 
-def furthest(reaches: dict[int, NDArray[np.float64]]) -> Heads:
-    """The (layer, head) with the longest reaches, of `reaches` [heads] of each layer."""
+def furthest(reaches: Mapping[int, NDArray[np.float64]], windows: Sequence[bool] = ()) -> Heads:
+    """The (layer, head) with the longest reaches, of `reaches` [heads] of each layer: a tenth of all heads.
+
+    They are in layers without a window if `windows`, by layer, says that some have none.
+    """
+    whole = [layer for layer in reaches if layer < len(windows) and not windows[layer]] or list(reaches)
     every = sorted(
-        ((float(reach), layer, head) for layer, row in reaches.items() for head, reach in enumerate(row)), reverse=True
+        ((float(reach), layer, head) for layer in whole for head, reach in enumerate(reaches[layer])), reverse=True
     )
-    return tuple(sorted((layer, head) for _reach, layer, head in every[: max(1, round(HEADS * len(every)))]))
+    count = max(1, round(HEADS * sum(map(len, reaches.values()))))
+    return tuple(sorted((layer, head) for _reach, layer, head in every[:count]))
 
 
 def summarised(

@@ -191,6 +191,9 @@ def test_heads_are_chosen_by_how_far_they_look():
     reaches = {layer: np.arange(10.0) + 10 * layer for layer in range(2)}
     assert furthest(reaches) == ((1, 8), (1, 9))
     assert furthest({0: np.array([1.0, 3.0, 2.0])}) == ((0, 1),)
+    # Those that see no further than a window do not count beside others, but where there are no others.
+    assert furthest(reaches, (False, True)) == ((0, 8), (0, 9))
+    assert furthest(reaches, (True, True)) == ((1, 8), (1, 9))
 
 
 def test_a_reading_is_summed_as_numpy_would_sum_it():
