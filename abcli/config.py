@@ -15,6 +15,8 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
 FlashAttention = Literal["auto", "on", "off"]
 PrefillMode = Literal["auto", "shared", "exact"]
 EngineChoice = Literal["auto", "fused", "contexts"]
+# How the states of a text's tokens become one embedding: their mean, the first one's, or the last one's.
+Pooling = Literal["mean", "cls", "last"]
 
 # A factor on the output of each attention head, layer by layer.
 Gains: TypeAlias = tuple[tuple[float, ...], ...]
@@ -27,6 +29,8 @@ ENGINE_CHOICES: tuple[EngineChoice, ...] = get_args(EngineChoice)
 MAX_BUCKETS = 16
 DEFAULT_BUCKETS = 6
 DEFAULT_CONTEXT = 4096
+# The lowest gate of docs/buckets.md at which nothing measured is lost.
+USUAL_GATE = 0.9
 # llama.cpp pads a context to a multiple of this (llama-context.cpp).
 CONTEXT_STEP = 256
 MAX_CONTEXT = 2**31 - CONTEXT_STEP
@@ -103,13 +107,14 @@ class BucketConfig:
 class Buckets:
     """The buckets of a model: the RoPE base of each, how they are merged, and the base of a shared prefill.
 
-    Bases are rounded to float32, as llama.cpp keeps them.
+    Bases are rounded to float32, as llama.cpp keeps them. `gate` is what the gate "auto" means where a gate pays.
     """
 
     bases: tuple[float, ...]
     prefill_base: float
     merge: MergeRule = "confidence"
     weights: tuple[float, ...] = ()
+    gate: float = USUAL_GATE
 
 
 def home() -> Path:

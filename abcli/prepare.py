@@ -85,6 +85,8 @@ def prepare(
         model = model.with_gains(found.gains)
         asked = BucketConfig(count=len(found.bases), bases=found.bases, merge=found.merge, weights=found.weights)
     buckets = resolve_buckets(asked or BucketConfig(), model.header.native_base, prefill_base)
+    if found is not None and found.gate is not None:
+        buckets = replace(buckets, gate=found.gate)
     return Prepared(model, replace(context, context_size=size, prefill=prefill or "auto"), buckets, found)
 
 

@@ -11,25 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.calibrate.gates import GATES, Measure, probability, steps_of, try_gate
 from abcli.config import BucketConfig, ContextConfig, ModelConfig, evaluations_directory
+from abcli.evals.configurations import Configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.runner import TASKS, EvaluationSettings, make_questions
-from abcli.evals.scoring import merged_node
-from abcli.evals.traces import Node, Trace
 from abcli.gguf.checked import check_model
 from abcli.rope.bases import choose_bases
-
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-
-# How sure (0 to 1) a distribution is: from its log-probabilities [kept] and its entropy in nats.
-Measure = Callable[[NDArray[np.float32], float], float]
 
 
 def margin(row: NDArray[np.float32], _entropy: float) -> float:
@@ -39,63 +33,10 @@ def margin(row: NDArray[np.float32], _entropy: float) -> float:
 
 
 MEASURES: dict[str, Measure] = {
-    "probability": lambda row, _entropy: float(np.exp(row.max())),
+    "probability": probability,
     "margin": margin,
     "exp(-entropy)": lambda _row, entropy: float(np.exp(-entropy)),
 }
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of a right answer: how sure the native bucket is, and the loss and whether it comes first, in the
-    native bucket and merged."""
-
-    question: int
-    sure: dict[str, float]
-    losses: tuple[float, float]
-    right: tuple[bool, bool]
-
-
-def steps(traces: Sequence[Trace], bases: Sequence[float], native: float) -> Iterator[Step]:
-    """The steps of all right answers."""
-    for number, item in enumerate(traces):
-        rows, alone = item.select(bases), item.select([native])[0]
-        for place, token in item.paths[0]:
-            node: Node = item.nodes[place]
-            gold = int(np.searchsorted(node.tokens, token))
-            own = node.log_probabilities[alone]
-            both = (own, merged_node(node, rows, "confidence"))
-            yield Step(
-                number,
-                {name: measure(own, float(node.entropies[alone])) for name, measure in MEASURES.items()},
-                (-float(both[0][gold]), -float(both[1][gold])),
-                (int(both[0].argmax()) == gold, int(both[1].argmax()) == gold),
-            )
-
-
-def with_error(values: NDArray[np.float64], groups: NDArray[np.intp]) -> tuple[float, float]:
-    """The mean and its standard error, contexts being what is independent."""
-    sums = np.bincount(groups, values - values.mean())
-    return float(values.mean()), float(np.sqrt((sums**2).sum()) / len(values))
-
-
-def judge(found: Sequence[Step], groups: NDArray[np.intp], asked: NDArray[np.bool_]) -> dict[str, object]:
-    """What comes of asking all buckets at the steps `asked`, less what comes of asking always."""
-    question = np.array([step.question for step in found])
-    losses, right = np.array([step.losses for step in found]), np.array([step.right for step in found])
-    length = np.bincount(question)
-    chosen = asked.astype(int)
-    row = np.arange(len(found))
-    difference = np.bincount(question, losses[row, chosen] - losses[:, 1]) / length
-    exact = [np.bincount(question, ~right[row, one]) == 0 for one in (chosen, np.ones_like(chosen))]
-    loss, loss_error = with_error(difference, groups)
-    gain, gain_error = with_error(exact[0].astype(float) - exact[1], groups)
-    return {
-        "asked": float(asked.mean()),
-        "nll": [loss, loss_error],
-        "exact": float(exact[0].mean()),
-        "exact_difference": [gain, gain_error],
-    }
 
 
 def main() -> None:
@@ -125,20 +66,26 @@ def main() -> None:
             subject.prefill("auto", None),
             lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr) if done % 10 == 0 else None,
         )
-        found = list(steps(traces, bases, subject.native_base))
+        native = subject.native_base
+        found = {
+            name: steps_of(traces, Configuration("spread", bases), native, measure)
+            for name, measure in MEASURES.items()
+        }
     groups = np.unique([question.group for question in questions], return_inverse=True)[1]
+    tokens = len(found["probability"].question)
     print(
-        f"\n{chosen.task} {chosen.length}: {len(questions)} questions on {groups.max() + 1} contexts, "
-        f"{len(found)} tokens"
+        f"\n{chosen.task} {chosen.length}: {len(questions)} questions on {groups.max() + 1} contexts, {tokens} tokens"
     )
-    report = [("never asked", 0.0, judge(found, groups, np.zeros(len(found), bool)))]
-    for name in MEASURES:
-        sure = np.array([step.sure[name] for step in found])
-        report += [(name, threshold, judge(found, groups, sure <= threshold)) for threshold in THRESHOLDS]
-    for name, threshold, one in report:
-        loss, gain = (f"{mean:+.4f} +- {error:.4f}" for mean, error in (one["nll"], one["exact_difference"]))  # type: ignore[misc]
-        print(f"{name:14} {threshold:4}  asked {one['asked']:5.1%}  NLL {loss}  exact {one['exact']:.3f} ({gain})")
-    print(json.dumps({"task": chosen.task, "length": chosen.length, "gates": report}))
+    report = [("never asked", replace(try_gate(found["probability"], groups, -1.0), gate=0.0))]
+    for name, steps in found.items():
+        report += [(name, try_gate(steps, groups, gate)) for gate in GATES]
+    for name, one in report:
+        print(
+            f"{name:14} {one.gate:4}  asked {one.asked:5.1%}  NLL {one.difference:+.4f} +- {one.error:.4f}"
+            f"  exact {one.exact:+.4f} +- {one.exact_error:.4f}"
+        )
+    gates = [(name, asdict(one)) for name, one in report]
+    print(json.dumps({"task": chosen.task, "length": chosen.length, "gates": gates}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import abcli
-from abcli.config import profiles_directory
+from abcli.config import USUAL_GATE, profiles_directory
 from abcli.profiles.store import save
 from tests.profiles.samples import profile as sample_profile
 from tests.support.models import checked_model
@@ -203,13 +203,14 @@ def test_two_models_at_once_and_closing(tiny_model: Path, tmp_path: Path) -> Non
 
 def test_a_profile_decides_unless_buckets_are_asked_for(tiny_model: Path) -> None:
     model = checked_model(tiny_model)
-    profile = sample_profile(fingerprint=model.fingerprint, native_base=model.header.native_base)
+    profile = sample_profile(fingerprint=model.fingerprint, native_base=model.header.native_base, gate=0.8)
     save(profile, profiles_directory())
     wanted = {"auto": profile.bases, "none": None}
     for name, bases in wanted.items():
         with abcli.load(tiny_model, profile=name, ctx_size=128) as llm:
             assert (llm.bases == bases) == (bases is not None)
             assert (llm.profile is not None) == (bases is not None)
+            assert llm.buckets.gate == (0.8 if bases else USUAL_GATE)
     with abcli.load(tiny_model, buckets=2, ctx_size=128) as llm:
         assert (len(llm.bases), llm.profile) == (2, None)
     with pytest.raises(abcli.UsageError, match="profile"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from abcli.calibrate.gates import GATES, GateTrial, first_base, paired_difference, steps_of, try_gate
 from abcli.calibrate.selection import Candidate, Indices, Outcome, Questions, fitted, folds, select, worst_depth
 from abcli.calibrate.table import Floats, Table, make_table
 from abcli.config import DEFAULT_BUCKETS, MERGE_RULES, BucketConfig, MergeRule
@@ -85,6 +86,8 @@ class Calibration:
     tried: tuple[Outcome, ...]
     """The best first."""
     prefills: tuple[PrefillTrial, ...]
+    gates: tuple[GateTrial, ...]
+    """What each gate would change in the choice; none for one bucket."""
     chosen: Configuration
     held_out: Evaluation
     """Of the native base, the default spread, the paper's and the choice, in this order."""
@@ -148,6 +151,7 @@ def calibrate(
         bases,
         selection.tried,
         trials,
+        _try_gates(traces[:cut], known.groups, chosen, subject.native_base),
         chosen,
         Evaluation(tuple(held_out.questions), judged, scores, describe(subject, held_out.questions)),
     )
@@ -220,18 +224,6 @@ def cross_validated(questions: Questions, rule: MergeRule) -> Floats:
     return values
 
 
-def paired_difference(values: Floats, baseline: Floats, groups: Indices) -> tuple[float, float]:
-    """The mean of `values` less `baseline`, both [questions], and its standard error; contexts are independent.
-
-    The error is the cluster-robust one of a mean (Cameron & Miller, "A Practitioner's Guide to Cluster-Robust
-    Inference", 2015, equation 11), 0 where all differences are equal.
-    """
-    differences = values - baseline
-    mean = float(differences.mean())
-    sums = np.bincount(groups, differences - mean)
-    return mean, float(np.sqrt((sums**2).sum()) / len(differences))
-
-
 def _ask(settings: CalibrationSettings, subject: Subject) -> _Asked:
     questions = make_questions(settings.asked(), subject)
     numbers = {group: number for number, group in enumerate(dict.fromkeys(item.group for item in questions))}
@@ -285,6 +277,15 @@ def _try_prefills(
     again = fitted(tables[best.base], tuple(range(len(chosen.bases))), chosen.merge)
     taken = tuple(replace(trial, taken=trial is best) for trial in trials)
     return taken, replace(chosen, prefill_base=best.base, weights=again.weights)
+
+
+def _try_gates(
+    traces: Sequence[Trace], groups: Indices, chosen: Configuration, native_base: float
+) -> tuple[GateTrial, ...]:
+    if len(chosen.bases) == 1:
+        return ()
+    steps = steps_of(traces, chosen, first_base(chosen, native_base))
+    return tuple(try_gate(steps, groups, gate) for gate in GATES)
 
 
 def _no_profile(_name: str | None) -> Profile:

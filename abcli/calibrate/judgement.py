@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 
 from abcli.calibrate.calibration import CALIBRATED, Calibration
+from abcli.calibrate.gates import lowest_gate
 from abcli.evals.model_under_test import Subject
 from abcli.evals.scores import Score as AnswerScore
 from abcli.evals.statistics import NATIVE, Estimate, LengthSummary, Summary, summarise
@@ -90,6 +91,7 @@ def make_profile(name: str, calibration: Calibration, judgement: Judgement, subj
         evidence=Evidence(
             judgement.summary.questions, CALIBRATED, tuple(_evidence(item) for item in judgement.summary.summaries)
         ),
+        gate=lowest_gate(calibration.gates) if calibration.gates else None,
     )
 
 
@@ -117,6 +119,7 @@ def about(calibration: Calibration, judgement: Judgement) -> dict[str, object]:
         "bases": list(calibration.bases),
         "tried": tried,
         "prefill_bases": [asdict(trial) for trial in calibration.prefills],
+        "gates": [asdict(trial) for trial in calibration.gates],
         "chosen": asdict(calibration.chosen),
     }
 

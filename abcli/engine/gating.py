@@ -15,9 +15,7 @@ from abcli.engine.make import Kind
 from abcli.engine.patience import OutOfTimeError, Patience
 from abcli.gguf.checked import CheckedModel
 
-# The lowest threshold of docs/buckets.md at which nothing measured is lost.
-USUAL_GATE = 0.9
-# At that gate so large a share of the tokens may be unsure: more than in answers out of a text, less than in prose.
+# So large a share of the tokens may be unsure: more than in answers out of a text, less than in prose.
 _USUAL_SHARE = 0.6
 _PROMPT_TOKENS = 32
 _SECONDS = 0.8
@@ -40,10 +38,10 @@ class GateCosts:
         return self.sure + _USUAL_SHARE * (self.unsure - self.sure) < self.ungated
 
 
-def usual_gate(
-    model: CheckedModel, engine: Engine, kind: Kind, config: ContextConfig, say: Callable[[str], None]
+def paying_gate(
+    model: CheckedModel, engine: Engine, kind: Kind, config: ContextConfig, gate: float, say: Callable[[str], None]
 ) -> float | None:
-    """The gate to use with an engine that holds nothing yet: the usual one where that pays, else none.
+    """`gate` where it saves time with an engine that holds nothing yet, else none.
 
     What has been found out before is not found out again. None too if it takes too long or Ctrl-C (KeyboardInterrupt)
     skips it; the slot used is empty afterwards.
@@ -62,7 +60,7 @@ def usual_gate(
         except (OutOfTimeError, KeyboardInterrupt):
             return None
         remember(name, asdict(costs))
-    return USUAL_GATE if costs.pays else None
+    return gate if costs.pays else None
 
 
 def measure_gate(engine: Engine, patience: Patience) -> GateCosts:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
-from abcli.config import Buckets, ContextConfig
+from abcli.config import USUAL_GATE, Buckets, ContextConfig
 from abcli.engine.choose import Choice, choose
 from abcli.engine.engine import Engine
-from abcli.engine.gating import USUAL_GATE, usual_gate
+from abcli.engine.gating import paying_gate
 from abcli.engine.make import make_engine
 from abcli.engine.memory import Prediction, check_memory
 from abcli.errors import UnsupportedModelError
@@ -62,9 +62,9 @@ def open_engine(
         check_buckets(model, len(buckets.bases))
         choice = choose(model, context, buckets, say=say)
         with make_engine(choice.kind, model, context, buckets, warn) as engine:
-            gate: float | None = USUAL_GATE
+            gate: float | None = buckets.gate
             if context.gated == "auto":
-                gate = usual_gate(checked, engine, choice.kind, context, say)
+                gate = paying_gate(checked, engine, choice.kind, context, buckets.gate, say)
             yield Opened(model, engine, perf_counter() - begin, choice, memory, gate)
 
 

@@ -27,6 +27,8 @@ _MAX_TEXT = 500
 _MAX_SCORES = 100
 _MAX_COUNT = 2**31 - 1
 _HINT = "calibrate the model again, or fetch the profile again"
+# What a profile need not have, as values of JSON.
+_OPTIONAL: Mapping[str, Any] = {"gains": [], "gate": None, "everyday": None}
 # Lower case only: some file systems take "A" and "a" for one name.
 _NAME = re.compile(rf"[a-z0-9_][a-z0-9_.-]{{0,{MAX_NAME - 1}}}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -61,6 +63,23 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Everyday:
+    """What a tuned profile leaves as it was, on texts and prompts that were not used to find it.
+
+    The losses are those of `text_tokens` tokens of plain text, in nats per token; of the greedy answers to `prompts`
+    everyday prompts `equal` are the same with the profile, and so many repeat themselves without it and with it.
+    """
+
+    text_tokens: int
+    native_loss: float
+    tuned_loss: float
+    prompts: int
+    equal: int
+    native_repeating: int
+    tuned_repeating: int
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Why a profile should help: scores on `questions` questions that were not used to find it."""
 
@@ -82,7 +101,8 @@ class Profile:
     `fingerprint` is the hex of abcli.gguf.fingerprint, `model` the file's name for people, `length` the tokens of
     the contexts it was calibrated on, `created` a time in UTC (ISO 8601). `prefill_base` None is the native base.
     `weights` are those of the merge rule `pool`, empty for equal ones and for other rules. `gains` are factors on the
-    outputs of the model's heads, empty where all are 1.
+    outputs of the model's heads, empty where all are 1. `gate` is the lowest that costs nothing that can be measured on
+    its task, 1 if none does; None if that was not found out. `everyday` is there where there are gains.
     `chosen` is the time at which the user made it the model's default, empty if never.
     """
 
@@ -103,6 +123,8 @@ class Profile:
     evidence: Evidence
     chosen: str = ""
     gains: Gains = ()
+    gate: float | None = None
+    everyday: Everyday | None = None
 
 
 class _DamageError(Exception):
@@ -128,8 +150,9 @@ def check_name(name: str) -> str:
 def encode(profile: Profile) -> bytes:
     """`profile` as JSON in UTF-8. Raises ProfileError for values that `decode` would refuse."""
     values = {"format": FORMAT_VERSION, **dataclasses.asdict(profile)}
-    if not profile.gains:
-        del values["gains"]
+    for key in _OPTIONAL:
+        if not values[key]:
+            del values[key]
     origin = f"the profile {profile.name!r:.120}"
     try:
         data = (json.dumps(values, ensure_ascii=False, indent=1) + "\n").encode("utf-8")
@@ -174,7 +197,8 @@ def _profile(values: object) -> Profile:
     version = values["format"]
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise _DamageError(f"has profile format {version!r:.20}, and this abcli reads {FORMAT_VERSION}")
-    _check_keys({"gains": [], **values}, Profile, "", extra={"format"})
+    values = {**_OPTIONAL, **values}
+    _check_keys(values, Profile, "", extra={"format"})
     fingerprint, merge, prefill = (_text(values, key) for key in ("fingerprint", "merge", "prefill"))
     if not _FINGERPRINT.fullmatch(fingerprint):
         _refuse("fingerprint", fingerprint)
@@ -205,6 +229,8 @@ def _profile(values: object) -> Profile:
         evidence=_evidence(values["evidence"]),
         chosen=_time(values, "chosen") if values["chosen"] != "" else "",
         gains=_gains(values),
+        gate=_gate(values),
+        everyday=_everyday(values["everyday"]),
     )
 
 
@@ -221,6 +247,23 @@ def _evidence(values: object) -> Evidence:
     if own not in names:
         raise _DamageError(f"is damaged: there is no score for its own configuration {own!r:.40}")
     return Evidence(_count(found, "questions"), own, scores)
+
+
+def _everyday(values: object) -> Everyday | None:
+    if values is None:
+        return None
+    found = _object(values, Everyday, "everyday")
+    text_tokens, prompts = _count(found, "text_tokens"), _count(found, "prompts")
+    counts = []
+    for key in ("equal", "native_repeating", "tuned_repeating"):
+        # Of the prompts; there may be none of them.
+        if found[key] != 0 or isinstance(found[key], bool):
+            _count(found, key)
+        if found[key] > prompts:
+            _refuse(key, found[key])
+        counts.append(int(found[key]))
+    native_loss, tuned_loss = _number(found, "native_loss"), _number(found, "tuned_loss")
+    return Everyday(text_tokens, native_loss, tuned_loss, prompts, *counts)
 
 
 def _score(values: object) -> Score:
@@ -264,14 +307,23 @@ def _weights(values: Mapping[str, Any], buckets: int) -> tuple[float, ...]:
 
 
 def _gains(values: Mapping[str, Any]) -> Gains:
-    layers = _items(values, "gains") if "gains" in values else []
     gains = tuple(
-        tuple(_number({"gains": gain}, "gains") for gain in _items({"gains": one}, "gains")) for one in layers
+        tuple(_number({"gains": gain}, "gains") for gain in _items({"gains": one}, "gains"))
+        for one in _items(values, "gains")
     )
     for gain in (gain for layer in gains for gain in layer):
         if not 0 <= gain <= MAX_GAIN:
             _refuse("gains", gain)
     return gains
+
+
+def _gate(values: Mapping[str, Any]) -> float | None:
+    if values["gate"] is None:
+        return None
+    gate = _number(values, "gate")
+    if not 0 < gate <= 1:
+        _refuse("gate", gate)
+    return gate
 
 
 def _name(values: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from abcli.calibrate.calibration import Calibration
+from abcli.calibrate.gates import lowest_gate
 from abcli.calibrate.judgement import Judgement, Verdict
 from abcli.calibrate.selection import Outcome
 from abcli.evals.configurations import Configuration
@@ -16,7 +17,7 @@ _MOST_TRIED = 6
 
 
 def tried_lines(calibration: Calibration) -> list[str]:
-    """The best that was tried, and what came of other bases for the prefill."""
+    """The best that was tried, and what came of other bases for the prefill and of gates."""
     lines = [
         f"tried on {counted(calibration.questions, 'question')}, {counted(calibration.contexts, 'context')} "
         "(cross-validated NLL of the answer, nats per token):",
@@ -26,6 +27,11 @@ def tried_lines(calibration: Calibration) -> list[str]:
         f"  prefill under base {trial.base:g}: {trial.difference:+.3f} ±{trial.error:.3f}"
         f"{', taken' if trial.taken else ''}"
         for trial in calibration.prefills
+    ]
+    lines += [
+        f"  gate {trial.gate:g}: {trial.difference:+.4f} ±{trial.error:.4f}, all buckets asked for {trial.asked:.0%}"
+        f"{', taken for --gate auto' if trial.gate == lowest_gate(calibration.gates) else ''}"
+        for trial in calibration.gates
     ]
     return [*lines, f"chosen: {choice_text(calibration.chosen)}"]
 

@@ -19,8 +19,8 @@ from abcli.calibrate.calibration import (
     configuration,
     cross_validated,
     end_of_calibration,
-    paired_difference,
 )
+from abcli.calibrate.gates import GATES, paired_difference, steps_of, try_gate
 from abcli.calibrate.selection import Candidate, Questions, fitted, folds
 from abcli.calibrate.table import losses, make_table
 from abcli.config import BucketConfig
@@ -151,6 +151,23 @@ def test_the_scores_are_those_of_the_questions_held_out():
         assert found.held_out.scores[item.name] == tuple(score(trace, item) for trace in traces)
     means = {name: np.mean([one.nll for one in scores]) for name, scores in found.held_out.scores.items()}
     assert means[CALIBRATED] == min(means.values())
+    assert tuple(trial.gate for trial in found.gates) == GATES
+
+
+def test_gates_are_tried_on_the_questions_to_choose_by():
+    def strength(multiple: float, prefill: float, depth: float) -> float:
+        # The native base is sure of what stands early, somewhat sure of what stands in the middle.
+        return ends_are_good(multiple, prefill, depth) + (multiple == 1) * 6 * (1 - depth)
+
+    subject = PlantedSubject(strength)
+    found = calibrate(replace(SETTINGS, prefill_multipliers=()), subject)
+    known = subject.asked[: found.questions]
+    traces = subject.trace([subject.tokenize(item) for item in known], found.bases, NATIVELY, lambda _done, _all: None)
+    groups = np.unique([item.group for item in known], return_inverse=True)[1]
+    steps = steps_of(traces, found.chosen, NATIVE_BASE)
+    assert found.gates == tuple(try_gate(steps, groups, gate) for gate in GATES)
+    assert 0 < found.gates[0].asked < found.gates[-1].asked <= 1
+    assert calibrate(replace(SETTINGS, buckets=1), PlantedSubject(half_is_good)).gates == ()
 
 
 def test_a_better_prefill_base_is_taken():

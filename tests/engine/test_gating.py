@@ -9,7 +9,7 @@ import pytest
 
 import abcli
 from abcli.engine.engine import Engine
-from abcli.engine.gating import USUAL_GATE, GateCosts, measure_gate, usual_gate
+from abcli.engine.gating import GateCosts, measure_gate, paying_gate
 from abcli.engine.patience import OutOfTimeError, Patience
 from abcli.generate import Generator
 from abcli.sampling import GateSetting, GenerationConfig, check_gate
@@ -41,7 +41,7 @@ def test_the_costs_are_those_of_each_kind_of_step() -> None:
         measure_gate(engine, Patience("it", 0.01))
 
 
-@pytest.mark.parametrize(("ungated", "wanted"), [(0.020, USUAL_GATE), (0.001, None)])
+@pytest.mark.parametrize(("ungated", "wanted"), [(0.020, 0.8), (0.001, None)])
 def test_it_is_measured_once(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ungated: float, wanted: float | None
 ) -> None:
@@ -51,14 +51,14 @@ def test_it_is_measured_once(
     found = []
     for _ in range(2):
         with slow({**SECONDS, "rows": ungated}) as engine:
-            found.append(usual_gate(model, engine, "fused", config, said.append))
+            found.append(paying_gate(model, engine, "fused", config, 0.8, said.append))
     assert found == [wanted, wanted]
     assert len(said) == 1
     with slow() as engine:
-        usual_gate(model, engine, "contexts", config, said.append)
+        paying_gate(model, engine, "contexts", config, 0.8, said.append)
     assert len(said) == 2
     with FakeEngine(lambda _tokens, _bucket: 97) as single:
-        assert usual_gate(model, single, "fused", config, said.append) is None
+        assert paying_gate(model, single, "fused", config, 0.8, said.append) is None
 
 
 def test_a_measurement_that_is_skipped_is_made_another_time(
@@ -74,8 +74,8 @@ def test_a_measurement_that_is_skipped_is_made_another_time(
     with slow() as engine:
         with monkeypatch.context() as patch:
             patch.setattr("abcli.engine.gating.measure_gate", interrupted)
-            assert usual_gate(model, engine, "fused", config, said.append) is None
-        assert usual_gate(model, engine, "fused", config, said.append) == USUAL_GATE
+            assert paying_gate(model, engine, "fused", config, 0.8, said.append) is None
+        assert paying_gate(model, engine, "fused", config, 0.8, said.append) == 0.8
     assert len(said) == 2
 
 

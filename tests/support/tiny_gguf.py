@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-Architecture = Literal["llama", "qwen2", "qwen2vl", "gemma3", "stablelm", "gpt2", "bloom"]
+Architecture = Literal["llama", "qwen2", "qwen2vl", "qwen3", "gemma3", "stablelm", "gpt2", "bloom"]
 Tokenizer = Literal["gpt2", "llama"]
 WeightType = Literal["f32", "f16", "q8_0"]
 
@@ -115,7 +115,7 @@ def write_tiny_model(
     """Write a transformer with random weights and return `path`.
 
     `tokenizer` is "gpt2" (byte-level BPE, also for True), "llama" (SentencePiece with byte tokens) or
-    False for none. llama rotates neighbouring pairs (NORM), qwen2, gemma3 and stablelm halves (NEOX),
+    False for none. llama rotates neighbouring pairs (NORM), qwen2, qwen3, gemma3 and stablelm halves (NEOX),
     stablelm only half of each head, qwen2vl by several positions (M-RoPE), gpt2 and bloom not at all.
     All but every sixth layer of gemma3 have a base of their own and see a window. `rope_factors` (one
     per pair, llama only) divide the frequencies. `metadata` and `tensors` replace, add or, where the
@@ -133,7 +133,9 @@ def write_tiny_model(
         biases = architecture in ("qwen2", "qwen2vl")
         weights = _llama_tensors(random, layers, embedding, heads, kv_heads, feed_forward, biases=biases)
         if architecture == "gemma3":
-            weights |= _gemma_norms(layers, embedding, embedding // heads)
+            weights |= _norms(layers, {"post_attention_norm": embedding, "post_ffw_norm": embedding})
+        if architecture in ("gemma3", "qwen3"):
+            weights |= _norms(layers, dict.fromkeys(("attn_q_norm", "attn_k_norm"), embedding // heads))
     if rope_factors is not None:
         weights["rope_freqs.weight"] = np.asarray(rope_factors, np.float32)
     _add_embeddings(random, weights, vocabulary_size, embedding)
@@ -232,6 +234,55 @@ def write_tiny_mamba(
     return _write(path, "mamba", values | dict(metadata or {}), weights | dict(tensors or {}), dtype)
 
 
+def write_tiny_bert(path: Path, *, context_length: int = 64, seed: int = 0, **metadata: Any) -> Path:
+    """Write an encoder for embeddings (BERT) with random weights and return `path`; `metadata` is its architecture's.
+
+    Its tokenizer knows letters, at the beginning of words and within.
+    """
+    random = np.random.default_rng(seed)
+    layers, embedding, feed_forward = 2, 32, 64
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*special, *("\u2581" + letter for letter in letters), *letters]
+    kinds = gguf.TokenType
+    weights: dict[str, Array] = {
+        "token_embd.weight": random.standard_normal((len(tokens), embedding)).astype(np.float32),
+        "position_embd.weight": _normal(random, context_length, embedding),
+        "token_types.weight": _normal(random, 2, embedding),
+    }
+    shapes = {"ffn_up": (feed_forward, embedding), "ffn_down": (embedding, feed_forward)}
+    shapes |= {f"attn_{part}": (embedding, embedding) for part in ("q", "k", "v", "output")}
+    norms = [f"blk.{layer}.{part}_output_norm" for layer in range(layers) for part in ("attn", "layer")]
+    for norm in ["token_embd_norm", *norms]:
+        weights |= {norm + ".weight": np.ones(embedding, np.float32), norm + ".bias": np.zeros(embedding, np.float32)}
+    for layer in range(layers):
+        for part, shape in shapes.items():
+            weights[f"blk.{layer}.{part}.weight"] = 2 * _normal(random, *shape)
+            weights[f"blk.{layer}.{part}.bias"] = np.zeros(shape[0], np.float32)
+    keys = {
+        "context_length": context_length,
+        "embedding_length": embedding,
+        "block_count": layers,
+        "feed_forward_length": feed_forward,
+        "attention.head_count": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+        "attention.causal": False,
+        "pooling_type": 1,
+        **metadata,
+    }
+    ids = {"bos": 2, "cls": 2, "eos": 3, "seperator": 3, "unknown": 1, "padding": 0, "mask": 4}
+    values: dict[str, Any] = {f"bert.{key}": value for key, value in keys.items()}
+    values |= {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [token.encode() for token in tokens],
+        "tokenizer.ggml.token_type": [kinds.CONTROL] * len(special) + [kinds.NORMAL] * (2 * len(letters)),
+        "tokenizer.ggml.token_type_count": 2,
+    }
+    values |= {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
+    return _write(path, "bert", values, weights, "f32")
+
+
 def _normal(random: np.random.Generator, *shape: int) -> Array:
     """A matrix (outputs, inputs) that keeps the size of what it is multiplied with."""
     return (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
@@ -277,9 +328,7 @@ def _llama_tensors(
     return weights
 
 
-def _gemma_norms(layers: int, embedding: int, head_width: int) -> dict[str, Array]:
-    widths = {"attn_q_norm": head_width, "attn_k_norm": head_width}
-    widths |= {"post_attention_norm": embedding, "post_ffw_norm": embedding}
+def _norms(layers: int, widths: Mapping[str, int]) -> dict[str, Array]:
     return {
         f"blk.{layer}.{name}.weight": np.ones(width, np.float32)
         for layer in range(layers)
