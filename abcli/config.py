@@ -15,6 +15,8 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"
 FlashAttention = Literal["auto", "on", "off"]
 PrefillMode = Literal["auto", "shared", "exact"]
 EngineChoice = Literal["auto", "fused", "contexts"]
+# How the states of a text's tokens become one embedding: their mean, the first one's, or the last one's.
+Pooling = Literal["mean", "cls", "last"]
 
 # A factor on the output of each attention head, layer by layer.
 Gains: TypeAlias = tuple[tuple[float, ...], ...]

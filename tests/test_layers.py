@@ -43,6 +43,7 @@ LAYERS: dict[str, int] = {
     "prepare": 7,
     "trace": 7,
     "llm": 9,
+    "embedder": 9,
     "machine": 9,
     "tools": 9,
     "diagnosis": 10,
@@ -79,6 +80,8 @@ EXITS = {
     "click.exceptions.Exit",
     "click.Abort",
 }
+# What runs programs of others has their flags.
+FOREIGN_FLAGS = {"abcli.hub.packaged"}
 IMPORTERS = {"importlib.import_module", "__import__"}
 
 
@@ -262,7 +265,7 @@ def test_below_the_command_line_nobody_speaks_of_flags(abcli: list[Module]) -> N
     """Errors name settings as in `top_k=40`; the terminal shows them as flags."""
     found = []
     for module in abcli:
-        if part_of(module.name) in ("cli", "ui", "sampling"):
+        if part_of(module.name) in ("cli", "ui", "sampling") or module.name in FOREIGN_FLAGS:
             continue
         documentation = {id(node.body[0].value) for node in ast.walk(module.tree) if has_docstring(node)}  # type: ignore[attr-defined]
         for node in ast.walk(module.tree):

@@ -78,7 +78,7 @@ COMMANDS = {
     "lm-eval": CommandPlace(
         "abcli.cli.lm_eval",
         "app",
-        "Run EleutherAI's lm-evaluation-harness with a model of abcli's (its own arguments).",
+        "Run EleutherAI's lm-evaluation-harness with a model of abcli's: see `abcli lm-eval run --help`.",
     ),
     "bench": CommandPlace(
         "abcli.cli.bench",

@@ -26,7 +26,7 @@ from abcli.config import (
     prompt_cache_directory,
 )
 from abcli.errors import PromptError, UsageError
-from abcli.hub.locate import locate_model
+from abcli.hub.locate import BundledName, locate_model
 from abcli.hub.names import HubName
 from abcli.prepare import check_context, check_gpu_layers
 from abcli.profiles.profile import NO_PROFILE, check_name
@@ -51,8 +51,10 @@ _ANSWER = GenerationConfig()
 
 
 @dataclass(frozen=True)
-class ModelOptions(ModelNameOptions):
-    """Which model, and how llama.cpp runs it."""
+class RunningOptions:
+    """How llama.cpp runs a model."""
+
+    panel: ClassVar[str] = "Model"
 
     lora: LoraFlag = None
     ctx_size: Annotated[int, flag("Tokens the context holds; 0: the trained length.", "--ctx-size", "-c")] = (
@@ -105,13 +107,11 @@ class ModelOptions(ModelNameOptions):
     ] = None
     verbose: Annotated[bool, flag("Show llama.cpp's log and what is decided.", "--verbose", "-v")] = False
 
-    def model_config(self, positional: str | None) -> ModelConfig:
-        """The model; `positional` is the one given without a flag.
+    def config_of(self, name: str | None) -> ModelConfig:
+        """The model of a name, None: the default one; what is not here is fetched.
 
-        A model of the hub that is not here is fetched. Raises UsageError for impossible numbers or two models,
-        ModelFileError if the model is nowhere, DownloadError if it cannot be fetched.
+        Raises UsageError for impossible numbers, ModelFileError if it is nowhere, DownloadError if fetching fails.
         """
-        name = self.name(positional)
         # What is wrong with the flags is said before a model is fetched.
         self.context_config()
         check_gpu_layers(self.gpu_layers)
@@ -135,6 +135,15 @@ class ModelOptions(ModelNameOptions):
         )
         check_context(context)
         return context
+
+
+@dataclass(frozen=True)
+class ModelOptions(RunningOptions, ModelNameOptions):
+    """Which model, and how llama.cpp runs it."""
+
+    def model_config(self, positional: str | None) -> ModelConfig:
+        """The model; `positional` is the one given without a flag. Raises as `config_of`, and UsageError for two."""
+        return self.config_of(self.name(positional))
 
 
 @dataclass(frozen=True)
@@ -333,7 +342,7 @@ class AnswerOptions:
         return read_escapes(check_argument(text, what), what) if self.escape else check_argument(text, what)
 
 
-def _fetch(name: HubName) -> Path:
+def _fetch(name: HubName | BundledName) -> Path:
     # What fetches is imported where something is to be fetched.
     from abcli.ui.download import fetch_shown
 

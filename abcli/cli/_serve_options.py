@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from abcli.chat.files import read_text_file
 from abcli.chat.options import ChatOptions, ReasoningFormat, Thinking, chat_options
@@ -12,6 +12,11 @@ from abcli.cli._flags import flag
 from abcli.cli._options import check_argument
 from abcli.errors import UsageError
 from abcli.sampling import GateSetting, GenerationConfig, SamplingConfig, SamplingNumbers
+
+if TYPE_CHECKING:
+    # An extra may be missing.
+    from abcli.serve.guard import Access
+    from abcli.serve.service import Settings
 
 _CHAT = ChatOptions()
 _ANSWER = GenerationConfig()
@@ -27,9 +32,6 @@ class AddressOptions:
 
     host: Annotated[str, flag("Address to listen at.", "--host")] = _LOOPBACK
     port: Annotated[int, flag("Port to listen at; 0: any that is free.", "--port", min=0, max=65535)] = 8080
-    alias: Annotated[
-        str | None, flag("Name of the model for clients.", "--alias", "-a", show_default="the file's name")
-    ] = None
     api_key: Annotated[
         list[str] | None,
         flag("Key that requests must have; repeatable.", "--api-key", envvar="ABCLI_API_KEY"),
@@ -48,8 +50,16 @@ class AddressOptions:
         flag("Origin of web pages that may ask, beside localhost's; repeatable; *: any.", "--cors-origin"),
     ] = None
 
+    def access(self) -> Access:
+        """Which hosts and origins are let in."""
+        from abcli.serve.guard import Access
+
+        return Access((*(self.allowed_host or ()), self.host), tuple(self.cors_origin or ()))
+
     def keys(self) -> tuple[str, ...]:
         """The keys, none if everybody may ask. Raises UsageError and PromptError."""
+        from abcli.serve.guard import is_loopback
+
         found = [check_argument(key, "--api-key") for key in self.api_key or ()]
         if self.api_key_file is not None:
             found += [line.strip() for line in read_text_file(self.api_key_file).splitlines() if line.strip()]
@@ -61,6 +71,11 @@ class AddressOptions:
                     "an API key is not possible",
                     f"use at least {_SHORTEST_KEY} letters, digits and signs, without spaces around them",
                 )
+        if not (is_loopback(self.host) or found or self.allow_anyone):
+            raise UsageError(
+                f"--host {self.host} lets other machines ask",
+                "give --api-key or --api-key-file, or --allow-anyone if that is meant",
+            )
         return tuple(found)
 
 
@@ -83,6 +98,21 @@ class ServingOptions:
     log_requests: Annotated[
         bool, flag("A line on standard error for each request, without its text.", "--log-requests/--no-log-requests")
     ] = True
+
+    def settings(self, generation: GenerationConfig, options: ChatOptions) -> Settings:
+        """How to serve; requests that leave them open get `generation` and `options`."""
+        from abcli.serve.service import Settings
+
+        return Settings(
+            alias="",
+            generation=generation,
+            options=options,
+            queue=self.queue,
+            seconds=self.timeout,
+            ping_seconds=self.sse_ping,
+            show_slots=self.slots,
+            show_metrics=self.metrics,
+        )
 
     def wanted_slots(self) -> int | None:
         """The number of slots, None for auto. Raises UsageError."""

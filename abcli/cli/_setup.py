@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from abcli.cli._options import ModelOptions, ProfiledBucketOptions
+from abcli.cli._options import ModelOptions, ProfiledBucketOptions, RunningOptions
+from abcli.config import ModelConfig
 from abcli.llm import LLM
 from abcli.machine import log_to
 from abcli.prepare import AUTO_PROFILE, Prepared, prepare
@@ -19,14 +20,21 @@ from abcli.ui.terminal import Terminal, one_line
 def prepared(
     terminal: Terminal, positional: str | None, model_options: ModelOptions, bucket_options: ProfiledBucketOptions
 ) -> Prepared:
-    """The model, checked, with the settings of the flags, and of its profile if one is to be used; a note says so.
+    """As `prepared_model`, for the model of the flags; `positional` is the one given without a flag."""
+    bucket_options.config()
+    return prepared_model(terminal, model_options.model_config(positional), model_options, bucket_options)
 
-    `positional` is the model given without a flag. Raises UsageError for flags that contradict each other, and what
-    `prepare` raises.
+
+def prepared_model(
+    terminal: Terminal, model: ModelConfig, model_options: RunningOptions, bucket_options: ProfiledBucketOptions
+) -> Prepared:
+    """A model, checked, with the settings of the flags, and of its profile if one is to be used; a note says so.
+
+    Raises UsageError for flags that contradict each other, and what `prepare` raises.
     """
     asked = bucket_options.config()
     found = prepare(
-        model_options.model_config(positional),
+        model,
         replace(
             model_options.context_config(),
             gated="auto" if (gate := bucket_options.threshold()) == "auto" else gate is not None,
@@ -51,7 +59,7 @@ def prepared(
 
 
 @contextmanager
-def opened(terminal: Terminal, found: Prepared, options: ModelOptions) -> Iterator[LLM]:
+def opened(terminal: Terminal, found: Prepared, options: RunningOptions) -> Iterator[LLM]:
     """Load the model with a spinner, say what --verbose asks for, and free everything after the block."""
     if options.verbose:
         log_to(sys.stderr.write)

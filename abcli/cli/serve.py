@@ -5,41 +5,38 @@ from __future__ import annotations
 import logging
 import sys
 from contextlib import closing
-from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import typer
 
-from abcli.batch.slots import plan_slots
-from abcli.cli._options import ModelOptions, ProfiledBucketOptions
+from abcli.cli._options import ProfiledBucketOptions, RunningOptions
 from abcli.cli._serve_options import AddressOptions, ServingOptions, UsualSampling, UsualThoughts
-from abcli.cli._setup import opened, prepared
+from abcli.cli._served_models import Loading, ServedModelOptions
 from abcli.errors import UsageError
-from abcli.sampling import check_sampling
 from abcli.ui.terminal import Terminal
-
-_MOST_AUTOMATIC = 4
 
 
 def serve(
-    model_name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Model file or name (default: the default model).")
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Files or names of models (default: the default model)."),
     ] = None,
     *,
     address_options: AddressOptions,
     serving_options: ServingOptions,
-    model_options: ModelOptions,
+    served_models: ServedModelOptions,
+    running_options: RunningOptions,
     bucket_options: ProfiledBucketOptions,
     sampling: UsualSampling,
     thoughts: UsualThoughts,
 ) -> None:
-    """Serve a model: parse, load, listen, answer until told to end."""
+    """Serve models: parse, load, listen, answer until told to end."""
     try:
         from abcli.serve.app import make_app
-        from abcli.serve.guard import Access, is_loopback
-        from abcli.serve.run import listen
+        from abcli.serve.models import Models
+        from abcli.serve.run import address_of, listen
         from abcli.serve.run import serve as serve_on
-        from abcli.serve.service import Service, Settings
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
@@ -49,42 +46,21 @@ def serve(
 
     terminal = Terminal()
     keys = address_options.keys()
-    if not (is_loopback(address_options.host) or keys or address_options.allow_anyone):
-        raise UsageError(
-            f"--host {address_options.host} lets other machines ask",
-            "give --api-key or --api-key-file, or --allow-anyone if that is meant",
-        )
-    generation = sampling.config(bucket_options.threshold())
-    options = thoughts.options()
-    wanted = serving_options.wanted_slots()
+    settings = serving_options.settings(sampling.config(bucket_options.threshold()), thoughts.options())
+    slots = serving_options.wanted_slots()
+    names = served_models.names(models or ())
     listening = listen(address_options.host, address_options.port)
     with closing(listening):
-        found = prepared(terminal, model_name, model_options, bucket_options)
-        plan = plan_slots(wanted, found, _MOST_AUTOMATIC if wanted is None else None)
-        terminal.note(plan.text(found.context.context_size, len(found.buckets.bases)))
-        own = replace(found, context=replace(found.context, slots=plan.slots))
-        with opened(terminal, own, model_options) as llm:
-            check_sampling(generation.sampling, llm.vocabulary_size)
-            settings = Settings(
-                alias=address_options.alias or found.model.path.stem,
-                generation=generation,
-                options=options,
-                queue=serving_options.queue,
-                seconds=serving_options.timeout,
-                ping_seconds=serving_options.sse_ping,
-                show_slots=serving_options.slots,
-                show_metrics=serving_options.metrics,
-            )
-            _log(requests=serving_options.log_requests)
-            with closing(Service(llm, settings)) as service:
-                names = (*(address_options.allowed_host or ()), address_options.host)
-                access = Access(names, tuple(address_options.cors_origin or ()))
-                app = make_app(service, keys=keys, access=access)
-                host, port = listening.getsockname()[:2]
-                place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-                serve_on(
-                    app, service.worker, listening, lambda: terminal.note(f"{settings.alias} is served at {place}")
-                )
+        found = served_models.found(names, running_options)
+        loading = Loading(terminal, running_options, bucket_options, slots, served_models.pooling, settings)
+        openers = {name: partial(loading.loaded, name, config) for name, config in found.items()}
+        _log(requests=serving_options.log_requests)
+        with closing(Models(settings, openers, served_models.models_max)) as held:
+            if names or served_models.models_max is None:
+                held.load()
+            app = make_app(held, keys=keys, access=address_options.access())
+            place = f"{', '.join(found)} is served at {address_of(listening)}"
+            serve_on(app, held, listening, lambda: terminal.note(place))
 
 
 def _log(*, requests: bool) -> None:

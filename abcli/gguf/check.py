@@ -17,6 +17,7 @@ from abcli.gguf.header import MAGIC, Header, TensorInfo, read_header
 from abcli.gguf.header_checks import check_embeddings, check_hyperparameters, check_tensor_types, check_tokenizer
 
 CHAT_MODEL_HINT = "use a GGUF file of a model that writes text"
+EMBEDDING_HINT = "use a GGUF file of an embedding model"
 ADAPTER_HINT = "name the model that it changes, and this file with `lora`"
 
 # What a file that is no model starts with -> what to call it.
@@ -57,16 +58,6 @@ FOREIGN_ARCHITECTURES = {
     "clip": "a projector for images or audio (mmproj)",
     "controlvector": "a control vector",
     "imatrix": "an importance matrix",
-    "bert": "an encoder for embeddings",
-    "modern-bert": "an encoder for embeddings",
-    "neo-bert": "an encoder for embeddings",
-    "nomic-bert": "an encoder for embeddings",
-    "nomic-bert-moe": "an encoder for embeddings",
-    "jina-bert-v2": "an encoder for embeddings",
-    "jina-bert-v3": "an encoder for embeddings",
-    "eurobert": "an encoder for embeddings",
-    "gemma-embedding": "an encoder for embeddings",
-    "llama-embed": "an encoder for embeddings",
     "t5encoder": "an encoder",
     "eagle3": "a draft model for speculative decoding",
     "dflash": "a draft model for speculative decoding",
@@ -75,6 +66,23 @@ FOREIGN_ARCHITECTURES = {
     "qwen3tts": "a speech model",
     "pockettts": "a speech model",
 }
+# Architectures of models that turn a text into numbers.
+ENCODERS = frozenset(
+    [
+        "bert",
+        "modern-bert",
+        "neo-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "eurobert",
+        "gemma-embedding",
+        "llama-embed",
+    ]
+)
+# llama.h, llama_pooling_type: ways to one embedding of all tokens' states, and to how well two texts match.
+_MEAN, _RANK = 1, 4
 # Architectures whose models write text, but in another way than abcli can: what they are, and why not.
 OTHER_WRITERS = {
     "t5": "an encoder-decoder model, whose encoder has to read the prompt first",
@@ -89,18 +97,19 @@ SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 MAX_SPLITS = 1024
 
 
-def check_file(path: Path) -> tuple[Header, ...]:
+def check_file(path: Path, *, embeds: bool = False) -> tuple[Header, ...]:
     """Check the model file `path`, with all its parts if it is split; the header of each file.
 
     Raises ModelFileError for a file that is missing, unreadable, foreign, truncated or damaged, and
-    UnsupportedModelError for a sound file that is no model which writes text.
+    UnsupportedModelError for a sound file that is no model which writes text, or with `embeds` none that can make
+    embeddings.
     """
     check_kind_of_file(path)
     header = read_header(path)
     check_integrity(header)
     files = (header, *(check_part(part, header) for part in split_paths(header)[1:]))
     tensors = [tensor for file in files for tensor in file.tensors]
-    check_kind_of_model(header)
+    check_kind_of_model(header, embeds=embeds)
     check_tokenizer(header)
     check_hyperparameters(header)
     check_weights(header, tensors)
@@ -225,8 +234,20 @@ def check_part(part: Path, first: Header) -> Header:
     return header
 
 
-def check_kind_of_model(header: Header) -> None:
-    """Check that the model writes text. Raises UnsupportedModelError, or ModelFileError without an architecture."""
+def is_embedding_model(header: Header) -> bool:
+    """Whether a model turns texts into numbers instead of writing on."""
+    return (
+        header.architecture in ENCODERS
+        or header.get("attention.causal") is False
+        or header.integer("pooling_type") in range(_MEAN, _RANK + 1)
+    )
+
+
+def check_kind_of_model(header: Header, *, embeds: bool = False) -> None:
+    """Check that the model writes text, or with `embeds` that it can make embeddings, if need be of what it would say.
+
+    Raises UnsupportedModelError, or ModelFileError without an architecture.
+    """
     general_type = header.metadata.get("general.type")
     architecture = header.metadata.get("general.architecture")
     kind = FOREIGN_TYPES.get(general_type) if isinstance(general_type, str) else None
@@ -240,9 +261,11 @@ def check_kind_of_model(header: Header) -> None:
             "llama.cpp's own programs run it; take a model of another architecture here",
         )
     kind = kind or FOREIGN_ARCHITECTURES.get(header.architecture)
-    # 1..4 are ways to pool the states of all tokens into one embedding (llama.h, llama_pooling_type).
-    if kind is None and (header.get("attention.causal") is False or header.integer("pooling_type") in range(1, 5)):
-        kind = "an embedding model"
+    if kind is None and header.integer("pooling_type") == _RANK:
+        kind = "a reranker"
+    if kind is None and not embeds and is_embedding_model(header):
+        kind = "an encoder for embeddings" if header.architecture in ENCODERS else "an embedding model"
     if kind is not None:
-        hint = ADAPTER_HINT if kind == FOREIGN_TYPES["adapter"] else CHAT_MODEL_HINT
-        raise UnsupportedModelError(f"{header.path} is {kind}, not a model that writes text", hint)
+        hint = ADAPTER_HINT if kind == FOREIGN_TYPES["adapter"] else EMBEDDING_HINT if embeds else CHAT_MODEL_HINT
+        wanted = "makes embeddings" if embeds else "writes text"
+        raise UnsupportedModelError(f"{header.path} is {kind}, not a model that {wanted}", hint)

@@ -63,11 +63,12 @@ class CheckedModel:
         return replace(self, gains=gains if any(gain != 1 for layer in gains for gain in layer) else ())
 
 
-def check_model(config: ModelConfig) -> CheckedModel:
+def check_model(config: ModelConfig, *, embeds: bool = False) -> CheckedModel:
     """Check the model of `config` with all its files and adapters.
 
     Raises ModelFileError for files that are missing, unreadable, foreign, truncated or damaged, UnsupportedModelError
-    for a sound file that is no model which writes text, or an adapter that does not fit.
+    for a sound file that is no model which writes text, or with `embeds` makes embeddings, or an adapter that does not
+    fit.
     """
-    header, *parts = check_file(config.path)
+    header, *parts = check_file(config.path, embeds=embeds)
     return CheckedModel(config, header, tuple(parts), check_adapters([header, *parts], config.lora))

@@ -1,8 +1,9 @@
 """The first use of a model file happens in a child process, so that a crash of llama.cpp is an error here.
 
 `abcli.gguf.check` refuses what is known to run into an assertion of llama.cpp. This is for the rest: the
-child (`python -m abcli.native.crash_probe PATH [ADAPTER SCALE]...`) loads the model, tokenises a text and decodes two
-tokens. A file that has passed is remembered, so that it costs the half second only once.
+child (`python -m abcli.native.crash_probe [embed] PATH [ADAPTER SCALE]...`) loads the model, tokenises a text and
+decodes two tokens, or makes an embedding of them. A file that has passed is remembered, so that it costs the half
+second only once.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ POLL_SECONDS = 0.05
 SPARE_BYTES = 2 * 2**30
 OUTPUT_BYTES = 64 * 1024
 REASON_LENGTH = 300
+# In place of a path, which is absolute.
+_EMBED = "embed"
 
 # Every byte that occurs in valid UTF-8: ASCII, all leading and all continuation bytes.
 TRIAL_TEXT = (
@@ -55,29 +58,30 @@ TRIAL_TEXT = (
 )
 
 
-def ensure_loadable(model: CheckedModel) -> None:
+def ensure_loadable(model: CheckedModel, *, embeds: bool = False) -> None:
     """Let a child process load the model unless this very file has passed before; then with its adapters.
 
-    Raises ModelFileError if llama.cpp refuses a file or crashes, UnsupportedModelError if the model cannot
-    write text token by token, OutOfMemoryError if the system ended the child.
+    With `embeds` the model is to make embeddings. Raises ModelFileError if llama.cpp refuses a file or crashes,
+    UnsupportedModelError if the model cannot write text token by token, OutOfMemoryError if the system ended the child.
     """
     files = tuple(header.path for header in model.files)
     # Alone first, so that it is clear which file is to blame.
-    _ensure(model.path, files, ())
+    _ensure(model.path, files, (), embeds=embeds)
     if model.adapters:
-        _ensure(model.path, files, model.adapters)
+        _ensure(model.path, files, model.adapters, embeds=embeds)
 
 
-def _ensure(path: Path, parts: tuple[Path, ...], adapters: tuple[Adapter, ...]) -> None:
+def _ensure(path: Path, parts: tuple[Path, ...], adapters: tuple[Adapter, ...], *, embeds: bool) -> None:
     files = (*parts, *(adapter.path for adapter in adapters))
-    memory = trial_directory() / f"{_fingerprint(files, [adapter.scale for adapter in adapters])}.json"
+    name = _fingerprint(files, [adapter.scale for adapter in adapters]) + (".embeds" if embeds else "")
+    memory = trial_directory() / f"{name}.json"
     if memory.is_file():
         return
     for adapter in adapters:
         check_finite([adapter.header])
     size = sum(file.stat().st_size for file in files)
     with tempfile.TemporaryFile() as output:
-        status = _run_child(path, adapters, size, output)
+        status = _run_child(path, adapters, size, output, embeds=embeds)
         output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_BYTES))
         text = output.read().decode("utf-8", errors="replace")
     if status:
@@ -110,7 +114,7 @@ def _remember(memory: Path, path: Path) -> None:
             raise
 
 
-def _run_child(path: Path, adapters: Sequence[Adapter], size: int, output: IO[bytes]) -> int:
+def _run_child(path: Path, adapters: Sequence[Adapter], size: int, output: IO[bytes], *, embeds: bool) -> int:
     """Run the child and return its status as `subprocess` counts it: negative if a signal ended it."""
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
     pairs = [(str(adapter.path.absolute()), repr(adapter.scale)) for adapter in adapters]
@@ -119,6 +123,7 @@ def _run_child(path: Path, adapters: Sequence[Adapter], size: int, output: IO[by
             sys.executable,
             "-m",
             "abcli.native.crash_probe",
+            *([_EMBED] if embeds else []),
             str(path.absolute()),
             *(word for pair in pairs for word in pair),
         ],
@@ -159,7 +164,7 @@ def _failure(path: Path, adapters: Sequence[Adapter], status: int, output: str) 
     """The error for a child that ended with `status` and wrote `output`."""
     if status == STATUS_UNSUPPORTED:
         kind = output.strip().splitlines()[-1]
-        return UnsupportedModelError(f"{path} is {kind}", "use a GGUF file of a model that writes text")
+        return UnsupportedModelError(f"{path} is {kind}", "use a GGUF file of another model")
     if status == -getattr(signal, "SIGKILL", 9):
         return OutOfMemoryError(
             f"the system ended llama.cpp while it loaded {path}, probably for lack of memory",
@@ -206,11 +211,10 @@ def _reason(output: str) -> str:
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """The child: load, tokenise and decode the model at `arguments[0]`; the exit status is the answer.
-
-    Adapters follow, each with its scale.
-    """
+    """The child: load, tokenise and decode a model; the exit status is the answer. The module says what it is given."""
     _limit_resources()
+    embeds = arguments[0] == _EMBED
+    path, *given = arguments[embeds:]
     # Only the child pays for this import.
     import llama_cpp.llama_cpp as llama
 
@@ -221,8 +225,8 @@ def main(arguments: list[str]) -> NoReturn:
     callback = llama.llama_log_callback(log)
     llama.llama_log_set(callback, None)
     llama.llama_backend_init()
-    adapters = [(Path(path), float(scale)) for path, scale in zip(arguments[1::2], arguments[2::2], strict=True)]
-    status, message = _try_model(llama, Path(arguments[0]), adapters)
+    adapters = [(Path(path), float(scale)) for path, scale in zip(given[::2], given[1::2], strict=True)]
+    status, message = _try_model(llama, Path(path), adapters, embeds=embeds)
     if message:
         os.write(2, message.encode() + b"\n")
     # Without unwinding: nothing is left to save, and freeing large models takes time.
@@ -239,7 +243,7 @@ def _limit_resources() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**24, 2**24))
 
 
-def _try_model(llama: Any, path: Path, adapters: Sequence[tuple[Path, float]]) -> tuple[int, str]:
+def _try_model(llama: Any, path: Path, adapters: Sequence[tuple[Path, float]], *, embeds: bool) -> tuple[int, str]:
     parameters = llama.llama_model_default_params()
     parameters.n_gpu_layers = 0
     # Weights stay as the file has them, mapped: repacking would copy all of them.
@@ -259,6 +263,9 @@ def _try_model(llama: Any, path: Path, adapters: Sequence[tuple[Path, float]]) -
     options.n_batch = options.n_ubatch = 8
     options.n_threads = options.n_threads_batch = min(4, os.cpu_count() or 1)
     options.op_offload = options.offload_kqv = False
+    options.embeddings = embeds
+    if embeds:
+        options.pooling_type = llama.LLAMA_POOLING_TYPE_MEAN
     context = llama.llama_init_from_model(model, options)
     if not context:
         return STATUS_REFUSED, ""
@@ -270,7 +277,7 @@ def _try_model(llama: Any, path: Path, adapters: Sequence[tuple[Path, float]]) -
     tokens = _tokenise(llama, llama.llama_model_get_vocab(model))
     if len(tokens) < 2:
         return STATUS_REFUSED, "its tokenizer makes no tokens of a text"
-    return _decode(llama, model, context, tokens[:2])
+    return (_embed if embeds else _decode)(llama, model, context, tokens[:2])
 
 
 def _tokenise(llama: Any, vocabulary: Any) -> list[int]:
@@ -296,6 +303,21 @@ def _decode(llama: Any, model: Any, context: Any, tokens: list[int]) -> tuple[in
         logits = np.ctypeslib.as_array(llama.llama_get_logits_ith(context, -1), (size,))
         if np.isnan(logits).any():
             return STATUS_REFUSED, "its weights give results that are not numbers (NaN)"
+    return 0, ""
+
+
+def _embed(llama: Any, model: Any, context: Any, tokens: list[int]) -> tuple[int, str]:
+    import numpy as np
+
+    both = (llama.llama_token * 2)(*tokens)
+    status = llama.llama_decode(context, llama.llama_batch_get_one(both, 2))
+    if status:
+        return STATUS_REFUSED, f"computing an embedding failed with status {status}"
+    found = llama.llama_get_embeddings_seq(context, 0)
+    if not found:
+        return STATUS_UNSUPPORTED, "not a model that makes embeddings"
+    if np.isnan(np.ctypeslib.as_array(found, (llama.llama_model_n_embd_out(model),))).any():
+        return STATUS_REFUSED, "its weights give results that are not numbers (NaN)"
     return 0, ""
 
 

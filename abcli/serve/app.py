@@ -11,23 +11,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from abcli.serve import anthropic, chat, completions, counting, infos, page, responses
+from abcli.serve import anthropic, chat, completions, counting, embeddings, infos, page, responses
 from abcli.serve.guard import Access, Guard
+from abcli.serve.models import Models
 from abcli.serve.problems import Problem
 from abcli.serve.routing import problem_response
-from abcli.serve.service import Service
+from abcli.serve.service import Served
 
-PARTS: tuple[ModuleType, ...] = (infos, chat, completions, counting, responses, anthropic, page)
+PARTS: tuple[ModuleType, ...] = (infos, chat, completions, embeddings, counting, responses, anthropic, page)
 """The modules that have routes."""
 
 
-def make_app(service: Service, *, keys: Sequence[str] = (), access: Access | None = None) -> ASGIApp:
-    """The application; with `keys` every request but those of open routes has to have one of them."""
+def make_app(models: Models | Served, *, keys: Sequence[str] = (), access: Access | None = None) -> ASGIApp:
+    """The application for some models, or just one; with `keys` all but open routes need one of them."""
     app = Starlette(
         routes=[route for part in PARTS for route in part.routes()],
         exception_handlers={HTTPException: _http_problem},
     )
-    app.state.service = service
+    app.state.models = models if isinstance(models, Models) else Models.of(models)
     app.state.keys = [key.encode() for key in keys]
     return Guard(app, access or Access())
 

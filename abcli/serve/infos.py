@@ -13,8 +13,9 @@ from abcli.errors import TemplateError, UsageError
 from abcli.serve.chat import read_conversation, read_options
 from abcli.serve.fields import Fields
 from abcli.serve.metrics import metrics_text
+from abcli.serve.models import Models
 from abcli.serve.problems import blaming, refused
-from abcli.serve.routing import Body, JsonResponse, get, post
+from abcli.serve.routing import Body, JsonResponse, about, get, post
 from abcli.serve.service import Service
 from abcli.version import __version__
 
@@ -22,12 +23,12 @@ from abcli.version import __version__
 def routes() -> list[Route]:
     """The routes of this module."""
     return [
-        *(get(path, health, is_open=True) for path in ("/health", "/v1/health")),
-        *(get(path, models) for path in ("/v1/models", "/models")),
-        get("/v1/models/{model:path}", model),
+        *(about(path, health, is_open=True) for path in ("/health", "/v1/health")),
+        *(about(path, list_models) for path in ("/v1/models", "/models")),
+        about("/v1/models/{model:path}", one_model),
+        about("/metrics", metrics),
         get("/props", props),
         get("/slots", slots),
-        get("/metrics", metrics),
         get("/tokenizer_info", tokenizer_info),
         post("/tokenize", tokenize),
         post("/detokenize", detokenize),
@@ -35,53 +36,35 @@ def routes() -> list[Route]:
     ]
 
 
-async def health(service: Service, _request: Request) -> Response:
+async def health(models: Models, _request: Request) -> Response:
     """Whether the server takes requests."""
-    if service.worker.accepts:
+    if models.accepts:
         return JsonResponse({"status": "ok"})
     raise refused(503, "unavailable_error", "the server is stopping")
 
 
-async def models(service: Service, _request: Request) -> Response:
+async def list_models(models: Models, _request: Request) -> Response:
     """The models that can be asked."""
-    return JsonResponse({"object": "list", "data": [_model(service)]})
+    return JsonResponse({"object": "list", "data": [_model(models, name) for name in models.names]})
 
 
-async def model(service: Service, request: Request) -> Response:
+async def one_model(models: Models, request: Request) -> Response:
     """One model."""
     name = request.path_params["model"]
-    if name != service.settings.alias:
+    if name not in models.names:
         raise refused(404, "not_found_error", f"there is no model {name!r:.200}", code="model_not_found")
-    return JsonResponse(_model(service))
+    return JsonResponse(_model(models, name))
 
 
-def _model(service: Service) -> dict[str, Any]:
-    llm = service.llm
-    header = llm.model.header
+def _model(models: Models, name: str) -> dict[str, Any]:
+    served = models.loaded.get(name)
     return {
-        "id": service.settings.alias,
+        "id": name,
         "object": "model",
-        "created": service.started,
+        "created": models.started,
         "owned_by": "abcli",
-        "context_length": llm.context_size,
-        "max_model_len": llm.context_size,
-        "meta": {
-            "n_ctx": llm.context_size,
-            "n_ctx_train": header.trained_context,
-            "n_vocab": llm.vocabulary_size,
-            "size": header.file_size,
-            "description": llm.description,
-        },
-        "abcli": _buckets(service),
-    }
-
-
-def _buckets(service: Service) -> dict[str, Any]:
-    llm = service.llm
-    return {
-        "bases": list(llm.bases),
-        "merge": llm.buckets.merge,
-        "profile": llm.profile.name if llm.profile is not None else None,
+        "status": {"value": models.status(name)},
+        **(served.description if served is not None else {}),
     }
 
 
@@ -103,7 +86,7 @@ async def props(service: Service, _request: Request) -> Response:
             "model_alias": settings.alias,
             "chat_template": await service.prepare(partial(_template_source, service)),
             "build_info": f"abcli {__version__}",
-            "abcli": _buckets(service),
+            "abcli": service.buckets,
         }
     )
 
@@ -136,11 +119,13 @@ async def slots(service: Service, _request: Request) -> Response:
     return JsonResponse(found)
 
 
-async def metrics(service: Service, _request: Request) -> Response:
-    """Counters in the text form of Prometheus."""
-    if not service.settings.show_metrics:
+async def metrics(models: Models, _request: Request) -> Response:
+    """Counters of the models that write and are loaded, in the text form of Prometheus."""
+    if not models.settings.show_metrics:
         raise refused(501, "not_supported_error", "this server tells no metrics")
-    return PlainTextResponse(metrics_text(service.worker), media_type="text/plain; version=0.0.4")
+    workers = {name: served.worker for name, served in models.loaded.items() if isinstance(served, Service)}
+    text = metrics_text(workers, named=len(models.names) > 1)
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
 async def tokenizer_info(service: Service, _request: Request) -> Response:

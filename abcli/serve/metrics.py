@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from abcli.serve.events import to_json
 from abcli.serve.worker import Worker
 
 _PREFIX = "abcli"
 
 
-def metrics_text(worker: Worker) -> str:
-    """All counters and gauges."""
+def metrics_text(workers: Mapping[str, Worker], *, named: bool = False) -> str:
+    """All counters and gauges of the workers of some models, with the models' names if there can be several."""
+    labels = ["{model=" + to_json(model) + "}" if named else "" for model in workers]
+    lines = []
+    for each in zip(*map(_found, workers.values()), strict=True):
+        name, kind, text, _value = each[0]
+        full = f"{_PREFIX}:{name}"
+        lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
+        lines += [f"{full}{label} {item[3]:.10g}" for label, item in zip(labels, each, strict=True)]
+    return "\n".join(lines) + "\n"
+
+
+def _found(worker: Worker) -> tuple[tuple[str, str, str, float], ...]:
+    """(name, kind, what it is, value) of each."""
     counts = worker.counts
     computed = counts.prompt_tokens - counts.cached_tokens
-    found = (
+    return (
         ("prompt_tokens_total", "counter", "Prompt tokens computed.", computed),
         ("prompt_tokens_cached_total", "counter", "Prompt tokens that were there already.", counts.cached_tokens),
         ("prompt_seconds_total", "counter", "Time that prompts took.", counts.prefill_seconds),
@@ -43,11 +58,6 @@ def metrics_text(worker: Worker) -> str:
             _ratio(counts.agreement_sum, counts.asked_steps),
         ),
     )
-    lines = []
-    for name, kind, text, value in found:
-        full = f"{_PREFIX}:{name}"
-        lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}", f"{full} {value:.10g}"]
-    return "\n".join(lines) + "\n"
 
 
 def _ratio(part: float, whole: float) -> float:

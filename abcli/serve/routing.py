@@ -7,17 +7,20 @@ import hmac
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from abcli.serve.events import gone, to_json
+from abcli.serve.models import Models
 from abcli.serve.problems import Problem, RefusedError, Shape, openai_error, problem_of, refused
-from abcli.serve.service import Service
+from abcli.serve.service import Served, Service
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 # What a body is made of takes time by the piece, and nothing else of the process runs meanwhile.
@@ -27,8 +30,11 @@ _MAX_VALUES = 500_000
 log = logging.getLogger("abcli.serve")
 
 Body: TypeAlias = dict[str, Any]
-Post: TypeAlias = Callable[[Service, Body], Awaitable[Response]]
+ServedT = TypeVar("ServedT", bound=Served)
+Post: TypeAlias = Callable[[ServedT, Body], Awaitable[Response]]
 Get: TypeAlias = Callable[[Service, Request], Awaitable[Response]]
+About: TypeAlias = Callable[[Models, Request], Awaitable[Response]]
+Held: TypeAlias = Callable[[Models, Request, ExitStack], Awaitable[Response]]
 
 
 class JsonResponse(Response):
@@ -41,38 +47,81 @@ class JsonResponse(Response):
         return to_json(content).encode("utf-8", "backslashreplace")
 
 
-def post(path: str, endpoint: Post, *, shape: Shape = openai_error) -> Route:
-    """A route of requests with a JSON object as their body; errors are written by `shape`."""
+def post(
+    path: str, endpoint: Post[ServedT], *, shape: Shape = openai_error, kind: type[ServedT] | type[Service] = Service
+) -> Route:
+    """A route of requests with a JSON object as their body, whose `model` says whom they ask; it has to be of a kind.
 
-    async def answer(service: Service, request: Request) -> Response:
-        body = await _read_body(request, service.settings.body_seconds)
-        return await _unless_gone(request, endpoint(service, body))
+    Errors are written by `shape`.
+    """
 
-    return _route(path, answer, ["POST"], shape=shape, is_open=False)
+    async def answer(models: Models, request: Request, held: ExitStack) -> Response:
+        body = await _read_body(request, models.settings.body_seconds)
+
+        async def asked() -> Response:
+            served = await _held(models, models.resolve(body.get("model")), kind, held)
+            return await endpoint(cast(ServedT, served), body)
+
+        return await _unless_gone(request, asked())
+
+    return Route(path, _Endpoint(path, answer, shape=shape), methods=["POST"])
 
 
-def get(path: str, endpoint: Get, *, shape: Shape = openai_error, is_open: bool = False) -> Route:
-    """A route of requests without a body; an open one needs no key."""
-    return _route(path, endpoint, ["GET"], shape=shape, is_open=is_open)
+def get(path: str, endpoint: Get) -> Route:
+    """A route of requests without a body, about the model that the query's `model` names; without, a loaded one."""
+
+    async def answer(models: Models, request: Request, held: ExitStack) -> Response:
+        loaded = (name for name, served in models.loaded.items() if isinstance(served, Service))
+        asked = request.query_params.get("model") or next(loaded, models.names[0])
+        return await endpoint(await _held(models, models.resolve(asked), Service, held), request)
+
+    return Route(path, _Endpoint(path, answer), methods=["GET"])
 
 
-def _route(path: str, endpoint: Get, methods: Sequence[str], *, shape: Shape, is_open: bool) -> Route:
-    async def call(request: Request) -> Response:
+def about(path: str, endpoint: About, *, is_open: bool = False) -> Route:
+    """A route of requests without a body that are about no certain model; an open one needs no key."""
+
+    async def answer(models: Models, request: Request, _held: ExitStack) -> Response:
+        return await endpoint(models, request)
+
+    return Route(path, _Endpoint(path, answer, is_open=is_open), methods=["GET"])
+
+
+async def _held(models: Models, name: str, kind: type[ServedT], held: ExitStack) -> ServedT:
+    """A model, loaded, until `held` is closed. Raises RefusedError for one that is not of this kind."""
+    served = await models.take(name)
+    held.callback(models.give_back, name)
+    if not isinstance(served, kind):
+        raise refused(501, "not_supported_error", f"{name} {served.lacks}")
+    return served
+
+
+class _Endpoint:
+    """The application behind a route. The model that a request asks is held until the whole response is sent."""
+
+    def __init__(self, path: str, answer: Held, *, shape: Shape = openai_error, is_open: bool = False) -> None:
+        self._path = path
+        self._answer = answer
+        self._shape = shape
+        self._is_open = is_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         begin = perf_counter()
-        try:
-            if not is_open:
-                _check_key(request)
-            response = await endpoint(request.app.state.service, request)
-        except ClientDisconnect:
-            # Nobody reads it.
-            response = Response(status_code=499)
-        except Exception as error:
-            response = problem_response(problem_of(error), shape)
-        # What was asked and answered is private.
-        log.info("%s %s %d %.0f ms", request.method, path, response.status_code, (perf_counter() - begin) * 1e3)
-        return response
-
-    return Route(path, call, methods=list(methods))
+        with ExitStack() as held:
+            try:
+                if not self._is_open:
+                    _check_key(request)
+                response = await self._answer(request.app.state.models, request, held)
+            except ClientDisconnect:
+                # Nobody reads it.
+                response = Response(status_code=499)
+            except Exception as error:
+                response = problem_response(problem_of(error), self._shape)
+            seconds = perf_counter() - begin
+            # What was asked and answered is private.
+            log.info("%s %s %d %.0f ms", request.method, self._path, response.status_code, seconds * 1e3)
+            await response(scope, receive, send)
 
 
 def problem_response(problem: Problem, shape: Shape = openai_error) -> Response:

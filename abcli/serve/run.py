@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from abcli.errors import UsageError
-from abcli.serve.worker import Worker
 
 # A connection that has not sent the head of a request after so many seconds is closed.
 HEAD_SECONDS = 20.0
@@ -49,7 +48,20 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve(app: ASGIApp, worker: Worker, listening: socket.socket, on_ready: Callable[[], None]) -> None:
+def address_of(listening: socket.socket) -> str:
+    """Where a socket listens, as a link."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Stops(Protocol):
+    """What computes for an application."""
+
+    def stop_soon(self) -> None:
+        """End what is computed; from a signal handler."""
+
+
+def serve(app: ASGIApp, computing: Stops, listening: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, then finish what was begun; a second signal ends that, too.
 
     `on_ready` is called when requests are taken. Call it in the process's main thread.
@@ -65,16 +77,16 @@ def serve(app: ASGIApp, worker: Worker, listening: socket.socket, on_ready: Call
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
     )
-    server = _Server(config, worker, on_ready)
+    server = _Server(config, computing, on_ready)
     asyncio.run(server.serve(sockets=[listening]))
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server with signals as `serve` describes them, which end in a normal exit."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, computing: Stops, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._computing = computing
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -92,7 +104,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
-            self._worker.stop_soon()
+            self._computing.stop_soon()
             # Clients have that long to read why.
             last = threading.Timer(_LAST_SECONDS, setattr, (self, "force_exit", True))
             last.daemon = True

@@ -1,16 +1,16 @@
-"""What endpoints ask: a model with its worker, and how the server was started."""
+"""What endpoints ask: a model that is served, and how the server was started; one that writes, with its worker."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from time import monotonic, time
-from typing import TypeVar
+from time import monotonic
+from typing import Any, TypeVar
 
 from abcli.chat.answer import Piece
 from abcli.chat.asking import Asked
@@ -64,35 +64,40 @@ class Wanted:
 USUAL = Wanted()
 
 
-class Service:
-    """A model that is served. Its coroutines belong to one event loop."""
+class Served:
+    """A loaded model that requests are about. Its coroutines belong to one event loop."""
 
-    def __init__(self, llm: LLM, settings: Settings) -> None:
-        """The model is the caller's to close, after `close`."""
-        self.llm = llm
+    lacks = ""
+    """What to say to requests of another kind, after the model's name."""
+
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.started = int(time())
-        self.worker = Worker(llm.engine, llm.generator)
-        self.worker.start()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="abcli-read")
         self._reading = 0
         self._open = 0
 
     def close(self) -> None:
         """End what is computed, and wait for that."""
-        self.worker.stop()
-        self.worker.join()
         self._readers.shutdown(cancel_futures=True)
+
+    def stop_soon(self) -> None:
+        """End what is computed; for signal handlers, which must not wait for a lock."""
+        raise NotImplementedError
+
+    @property
+    def accepts(self) -> bool:
+        """Whether requests are taken."""
+        raise NotImplementedError
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What `/v1/models` tells of the model beside its name."""
+        raise NotImplementedError
 
     @property
     def capacity(self) -> int:
         """How many answers may run and wait at once."""
-        return self.worker.slots + self.settings.queue
-
-    @cached_property
-    def pieces(self) -> Sequence[bytes]:
-        """The bytes that each token stands for; the first use takes its time."""
-        return [self.llm.piece(token) for token in range(self.llm.vocabulary_size)]
+        return self.settings.queue + 1
 
     async def prepare(self, read: Callable[[], Result]) -> Result:
         """The result of `read`, which may take its time, from another thread.
@@ -106,17 +111,81 @@ class Service:
         finally:
             self._reading -= 1
 
-    async def compute(self, work: Callable[[], Result]) -> Result:
-        """The result of `work`, run on the thread that computes, between two steps. Raises as `prepare`."""
-        self.check_room(1)
-        return await asyncio.wrap_future(self.worker.call(work))
-
     def check_room(self, count: int) -> None:
         """Raise RefusedError where so many further answers cannot even wait."""
         if self._reading + self._open + count > self.capacity:
             raise refused(
                 429, "rate_limit_error", "too many requests are waiting", code="rate_limit_exceeded", Retry_After="5"
             )
+
+    def opened(self, change: int) -> None:
+        """Count answers that begin (1) and end (-1)."""
+        self._open += change
+
+
+class Service(Served):
+    """A model that writes."""
+
+    lacks = "is a model that writes text; for embeddings serve an embedding model, beside it if need be"
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        """The model is the caller's to close, after `close`."""
+        super().__init__(settings)
+        self.llm = llm
+        self.worker = Worker(llm.engine, llm.generator)
+        self.worker.start()
+
+    def close(self) -> None:
+        """End what is computed, and wait for that."""
+        self.worker.stop()
+        self.worker.join()
+        super().close()
+
+    def stop_soon(self) -> None:
+        """As `close` without waiting; for signal handlers."""
+        self.worker.stop_soon()
+
+    @property
+    def accepts(self) -> bool:
+        """Whether requests are taken."""
+        return self.worker.accepts
+
+    @property
+    def capacity(self) -> int:
+        """How many answers may run and wait at once."""
+        return self.worker.slots + self.settings.queue
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What `/v1/models` tells of the model beside its name."""
+        llm, header = self.llm, self.llm.model.header
+        return {
+            "context_length": llm.context_size,
+            "max_model_len": llm.context_size,
+            "meta": {
+                "n_ctx": llm.context_size,
+                "n_ctx_train": header.trained_context,
+                "n_vocab": llm.vocabulary_size,
+                "size": header.file_size,
+                "description": llm.description,
+            },
+            "abcli": self.buckets,
+        }
+
+    @property
+    def buckets(self) -> Mapping[str, Any]:
+        """The model's buckets, as clients are told of them."""
+        llm = self.llm
+        return {
+            "bases": list(llm.bases),
+            "merge": llm.buckets.merge,
+            "profile": llm.profile.name if llm.profile is not None else None,
+        }
+
+    @cached_property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes that each token stands for; the first use takes its time."""
+        return [self.llm.piece(token) for token in range(self.llm.vocabulary_size)]
 
     def answers(
         self,
@@ -137,10 +206,6 @@ class Service:
                 answering.close()
             raise
         return found
-
-    def opened(self, change: int) -> None:
-        """Count answers that begin (1) and end (-1)."""
-        self._open += change
 
 
 class Answering(AsyncIterator[Piece]):

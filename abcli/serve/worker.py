@@ -6,10 +6,9 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +28,6 @@ log = logging.getLogger("abcli.serve")
 _WORTH_SHARING = 64
 # So many of those that wait may be overtaken by one whose beginning need not be waited for.
 _LOOK_AHEAD = 64
-
-Result = TypeVar("Result")
 
 
 class Slots(Protocol):
@@ -112,12 +109,6 @@ class Counts:
     asked_steps: int = 0
 
 
-@dataclass
-class _Job:
-    work: Callable[[], Any]
-    future: Future[Any] = field(default_factory=Future)
-
-
 class Worker:
     """Answers tickets in the slots of an engine, all of them together, on a thread of its own.
 
@@ -132,7 +123,6 @@ class Worker:
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}
-        self._jobs: deque[_Job] = deque()
         # When each slot was last used; an empty one never was.
         self._used = [0.0] * engine.slots
         self._draining = False
@@ -176,15 +166,6 @@ class Worker:
         with self._changed:
             self._changed.notify()
 
-    def call(self, work: Callable[[], Result]) -> Future[Result]:
-        """Run `work` on the thread between two steps; everything else waits for it. Raises as `submit`."""
-        job = _Job(work)
-        with self._changed:
-            self._check_open()
-            self._jobs.append(job)
-            self._changed.notify()
-        return job.future
-
     def drain(self) -> None:
         """Take no new tickets; the thread ends when those it has are answered."""
         with self._changed:
@@ -223,7 +204,6 @@ class Worker:
 
     def _turn(self) -> None:
         """One round: what each answer gains in it."""
-        self._run_jobs()
         self._drop_the_lost()
         self._begin_waiting()
         self._score()
@@ -233,21 +213,11 @@ class Worker:
     def _await_work(self) -> bool:
         """Wait until there is something to do; False when the thread is to end."""
         with self._changed:
-            while not (self._stopping or self._jobs or self._waiting or self._running):
+            while not (self._stopping or self._waiting or self._running):
                 if self._draining:
                     return False
                 self._changed.wait()
             return not self._stopping
-
-    def _run_jobs(self) -> None:
-        while self._jobs:
-            job = self._jobs.popleft()
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            try:
-                job.future.set_result(job.work())
-            except Exception as error:  # it is the caller's, whatever it is
-                job.future.set_exception(error)
 
     def _drop_the_lost(self) -> None:
         """Free the slots of those that nobody waits for, or that took too long."""
@@ -390,14 +360,10 @@ class Worker:
             self._end_with_error(ticket, error)
         if self._stopping:
             with self._changed:
-                waiting, jobs = list(self._waiting), list(self._jobs)
+                waiting = list(self._waiting)
                 self._waiting.clear()
-                self._jobs.clear()
             for ticket in waiting:
                 self._end_with_error(ticket, error)
-            for job in jobs:
-                if job.future.set_running_or_notify_cancel():
-                    job.future.set_exception(error)
 
     def _leave(self, slot: int) -> None:
         del self._running[slot]

@@ -45,3 +45,19 @@ def test_a_file_of_keys(abcli: Command, tiny_model: Path, tmp_path: Path) -> Non
     empty.write_text("\n \n")
     outcome = abcli("serve", tiny_model, "--api-key-file", empty)
     assert "has no key" in outcome.problem()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--alias", "a", "--alias", "b"), "--alias is given 2 times for 1 model"),
+        (("--alias", ""), "--alias"),
+        (("--model", "{model}"), "two models are called tiny"),
+        (("--models-max", "0"), "--models-max"),
+    ],
+)
+def test_names_of_models(abcli: Command, tiny_model: Path, arguments: tuple[str, ...], problem: str) -> None:
+    given = [word.format(model=tiny_model) for word in arguments]
+    outcome = abcli("serve", tiny_model, "--port", 0, *given)
+    assert outcome.code == 2
+    assert problem in outcome.problem()[0]

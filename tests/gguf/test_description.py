@@ -22,7 +22,7 @@ from abcli.engine.memory import Room, predict
 from abcli.errors import AbcliError, ModelFileError
 from abcli.gguf import architectures, weights
 from abcli.gguf.architectures import ROTATIONS, window_layers, window_tokens
-from abcli.gguf.check import FOREIGN_ARCHITECTURES, OTHER_WRITERS, check_file
+from abcli.gguf.check import ENCODERS, FOREIGN_ARCHITECTURES, OTHER_WRITERS, check_file
 from abcli.gguf.cursor import ArrayValue
 from abcli.gguf.description import inspect
 from abcli.gguf.header import TENSOR_TYPES, Header
@@ -210,7 +210,7 @@ def test_every_architecture_of_llama_cpp_is_known_here() -> None:
     found = re.findall(rb"(\d+)(llama_model_(\w+))\0", libraries[0].read_bytes())
     classes = {name.decode() for length, whole, name in found if int(length) == len(whole)} - NO_MODELS
     assert len(classes) > 100
-    ours = {*ROTATIONS, *FOREIGN_ARCHITECTURES, *OTHER_WRITERS} - WITHOUT_CLASS
+    ours = {*ROTATIONS, *ENCODERS, *FOREIGN_ARCHITECTURES, *OTHER_WRITERS} - WITHOUT_CLASS
     assert {CLASSES.get(name, name.replace("-", "_").replace(".", "_")) for name in ours} == classes
     assert set(architectures._WINDOWS) <= set(ROTATIONS)
 

@@ -45,8 +45,10 @@ class Valve:
     def pass_on(self, times: int = 1) -> None:
         """Let it compute so often, and wait until it is about to compute once more."""
         for _ in range(times):
-            self._permits.release()
             assert self.waits.acquire(timeout=PATIENCE)
+            self._permits.release()
+        assert self.waits.acquire(timeout=PATIENCE)
+        self.waits.release()
 
     def open(self) -> None:
         """Let it compute as it likes."""
@@ -173,7 +175,8 @@ def test_a_request_has_a_time_limit(make: Callable[..., Rig], running: bool) -> 
     rig = make()
     rig.worker.start()
     blocker = None if running else rig.ask(b"blocker", 50)
-    rig.valve.pass_on(0 if running else 2)
+    if not running:
+        rig.valve.pass_on(2)
     late = rig.ask(b"late", 50, seconds=0.05)
     assert not late.ended.wait(0.1)
     rig.valve.open()
@@ -265,24 +268,10 @@ def test_a_worker_drains_or_stops(make: Callable[..., Rig]) -> None:
     rig = make()
     rig.worker.start()
     begun, waiting = rig.ask(b"abc", 20), rig.ask(b"def", 20)
-    job = None
     rig.valve.pass_on(2)
-    job = rig.worker.call(lambda: 1)
     rig.worker.stop()
     rig.valve.open()
     for heard in (begun, waiting):
         with pytest.raises(CancelledError):
             _ = heard.answer
-    with pytest.raises(CancelledError):
-        job.result(PATIENCE)
     assert rig.worker.join(PATIENCE)
-
-
-def test_work_is_done_between_steps(make: Callable[..., Rig]) -> None:
-    rig = make()
-    rig.valve.open()
-    rig.worker.start()
-    assert rig.worker.call(lambda: threading.current_thread().name).result(PATIENCE) == "abcli-serve"
-    with pytest.raises(KeyError):
-        rig.worker.call(lambda: {}["x"]).result(PATIENCE)
-    assert rig.ask(b"abc").answer.text == "aaaa"

@@ -234,6 +234,55 @@ def write_tiny_mamba(
     return _write(path, "mamba", values | dict(metadata or {}), weights | dict(tensors or {}), dtype)
 
 
+def write_tiny_bert(path: Path, *, context_length: int = 64, seed: int = 0, **metadata: Any) -> Path:
+    """Write an encoder for embeddings (BERT) with random weights and return `path`; `metadata` is its architecture's.
+
+    Its tokenizer knows letters, at the beginning of words and within.
+    """
+    random = np.random.default_rng(seed)
+    layers, embedding, feed_forward = 2, 32, 64
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*special, *("\u2581" + letter for letter in letters), *letters]
+    kinds = gguf.TokenType
+    weights: dict[str, Array] = {
+        "token_embd.weight": random.standard_normal((len(tokens), embedding)).astype(np.float32),
+        "position_embd.weight": _normal(random, context_length, embedding),
+        "token_types.weight": _normal(random, 2, embedding),
+    }
+    shapes = {"ffn_up": (feed_forward, embedding), "ffn_down": (embedding, feed_forward)}
+    shapes |= {f"attn_{part}": (embedding, embedding) for part in ("q", "k", "v", "output")}
+    norms = [f"blk.{layer}.{part}_output_norm" for layer in range(layers) for part in ("attn", "layer")]
+    for norm in ["token_embd_norm", *norms]:
+        weights |= {norm + ".weight": np.ones(embedding, np.float32), norm + ".bias": np.zeros(embedding, np.float32)}
+    for layer in range(layers):
+        for part, shape in shapes.items():
+            weights[f"blk.{layer}.{part}.weight"] = 2 * _normal(random, *shape)
+            weights[f"blk.{layer}.{part}.bias"] = np.zeros(shape[0], np.float32)
+    keys = {
+        "context_length": context_length,
+        "embedding_length": embedding,
+        "block_count": layers,
+        "feed_forward_length": feed_forward,
+        "attention.head_count": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+        "attention.causal": False,
+        "pooling_type": 1,
+        **metadata,
+    }
+    ids = {"bos": 2, "cls": 2, "eos": 3, "seperator": 3, "unknown": 1, "padding": 0, "mask": 4}
+    values: dict[str, Any] = {f"bert.{key}": value for key, value in keys.items()}
+    values |= {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [token.encode() for token in tokens],
+        "tokenizer.ggml.token_type": [kinds.CONTROL] * len(special) + [kinds.NORMAL] * (2 * len(letters)),
+        "tokenizer.ggml.token_type_count": 2,
+    }
+    values |= {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
+    return _write(path, "bert", values, weights, "f32")
+
+
 def _normal(random: np.random.Generator, *shape: int) -> Array:
     """A matrix (outputs, inputs) that keeps the size of what it is multiplied with."""
     return (random.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)

@@ -11,18 +11,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from abcli.serve.routing import get
-from abcli.serve.service import Service
+from abcli.serve.models import Models
+from abcli.serve.routing import about
 
 _SCRIPTS = ("events.js", "store.js", "words.js", "page.js")
 
 
 def routes() -> list[Route]:
     """The route of the page, which needs no key: it asks its reader for one."""
-    return [get("/", page, is_open=True)]
+    return [about("/", page, is_open=True)]
 
 
-async def page(_service: Service, _request: Request) -> Response:
+async def page(_models: Models, _request: Request) -> Response:
     """The page, which may run only its own script and speak only to this server."""
     text, policy = whole_page()
     headers = {

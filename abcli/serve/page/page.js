@@ -3,7 +3,7 @@
 const MOST_FILE_BYTES = 512 * 1024;
 const by = (id) => document.getElementById(id);
 const fields = Object.fromEntries([...SETTINGS, "key"].map((name) => [name, by(name)]));
-const state = { chat: null, model: null, running: null, files: [], chosen: null };
+const state = { chat: null, models: [], model: null, running: null, files: [], chosen: null };
 
 const newChat = () => ({ id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, title: "New chat", changed: Date.now(), messages: [] });
 
@@ -31,15 +31,25 @@ function applyTheme() {
   else delete document.documentElement.dataset.theme;
 }
 
-async function readModel() {
+async function readModels() {
   try {
-    state.model = (await (await ask("/v1/models", { key: fields.key.value })).json()).data[0];
-    const count = state.model.abcli.bases.length;
-    by("model").textContent = `${state.model.id} · ${count === 1 ? "one bucket" : `${count} buckets`}`;
-    complain(null);
+    const { data } = await (await ask("/v1/models", { key: fields.key.value })).json();
+    // One that is loaded and has no buckets writes nothing.
+    state.models = data.filter((model) => model.abcli || model.status.value !== "loaded");
+    const before = by("which").value;
+    by("which").replaceChildren(...state.models.map((model) => make("option", { value: model.id, selected: model.id === before }, model.id)));
+    by("which").parentElement.hidden = state.models.length < 2;
+    showModel();
   } catch (error) {
     complain(error);
   }
+}
+
+function showModel() {
+  state.model = state.models.find((model) => model.id === by("which").value) ?? null;
+  const count = state.model?.abcli?.bases.length;
+  const buckets = count ? ` · ${count === 1 ? "one bucket" : `${count} buckets`}` : "";
+  by("model").textContent = `${state.model?.id ?? "no model that writes"}${buckets}`;
 }
 
 // --- what is shown
@@ -146,7 +156,7 @@ function chooseWord(message, body, number, shown) {
   body.children[number].classList.add("chosen");
   state.chosen = { body, number };
   if (!shown) return;
-  const bases = message.bases ?? state.model?.abcli.bases ?? [];
+  const bases = message.bases ?? state.model?.abcli?.bases ?? [];
   const tables = word.tokens.map((token) => tokenTable(token, bases));
   by("view-body").replaceChildren(...(tables.length ? tables : ["Nothing was kept of this word."]));
   by("view").hidden = false;
@@ -176,6 +186,7 @@ function closeView() {
 
 function request(messages) {
   const asked = {
+    model: state.model?.id ?? "",
     messages,
     stream: true,
     stream_options: { include_usage: true },
@@ -256,6 +267,8 @@ async function answer() {
   state.running = null;
   if (!message.words.length && !message.calls.length && !message.thought) chat.messages.pop();
   busy(false);
+  // It may have been loaded just now.
+  if (!state.model?.abcli) await readModels();
   await keep(chat);
   if (state.chat === chat) showMessages();
 }
@@ -362,7 +375,10 @@ by("settings").addEventListener("submit", (event) => event.preventDefault());
 by("settings").addEventListener("change", (event) => {
   keepSettings(fields);
   applyTheme();
-  if (event.target === fields.key) readModel();
+  if (event.target === by("which")) showModel();
+  if (event.target !== fields.key) return;
+  complain(null);
+  readModels();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
@@ -384,4 +400,4 @@ applyTheme();
 showFiles();
 by("messages").classList.add("shaded");
 startChat();
-readModel();
+readModels();
