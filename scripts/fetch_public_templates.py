@@ -11,31 +11,46 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 PACKAGE = "llama-cpp-python"
-INSIDE = "/vendor/llama.cpp/models/templates/"
+TEMPLATES = "models/templates"
+_SOURCE = "/vendor/llama.cpp/"
 
 
-def directory() -> Path:
-    """Where the templates of the installed version are kept."""
-    return Path.home() / ".cache" / "abcli" / "templates" / importlib.metadata.version(PACKAGE)
+def directory(kind: str = "templates") -> Path:
+    """Where the templates, or what else comes from the source, are kept for the installed version."""
+    return Path.home() / ".cache" / "abcli" / kind / importlib.metadata.version(PACKAGE)
+
+
+def source_files(version: str, *folders: str) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """The files (path within llama.cpp, content) below these folders of llama.cpp in the package's source archive.
+
+    Raises OSError, CalledProcessError and StopIteration where it cannot be had.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+        command += ["--no-binary", PACKAGE, "--dest", scratch, f"{PACKAGE}=={version}"]
+        subprocess.run(command, check=True)
+        with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
+            for member in archive:
+                path = PurePosixPath(member.name.partition(_SOURCE)[2])
+                if member.isfile() and any(path.is_relative_to(folder) for folder in folders):
+                    data = archive.extractfile(member)
+                    assert data is not None
+                    yield path, data.read()
 
 
 def fetch(target: Path) -> None:
     """Put the templates into the directory `target`, which appears only when all are there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", PACKAGE, "--dest", scratch, f"{PACKAGE}=={target.name}"]
-        subprocess.run(command, check=True)
         found = Path(scratch, "templates")
         found.mkdir()
-        with tarfile.open(next(Path(scratch).glob("*.tar.gz"))) as archive:
-            for member in archive:
-                data = archive.extractfile(member) if INSIDE in member.name and member.isfile() else None
-                if data is not None and member.name.endswith(".jinja"):
-                    (found / Path(member.name).name).write_bytes(data.read())
+        for path, data in source_files(target.name, TEMPLATES):
+            if path.suffix == ".jinja":
+                (found / path.name).write_bytes(data)
         found.rename(target)
 
 

@@ -54,6 +54,7 @@ LAYERS: dict[str, int] = {
     "bench": 10,
     # It chooses by the scores that evaluations make.
     "calibrate": 11,
+    "tune": 11,
     "ui": 12,
     "cli": 13,
     # Doors for other programs.

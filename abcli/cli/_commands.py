@@ -72,6 +72,9 @@ COMMANDS = {
     "calibrate": CommandPlace(
         "abcli.cli.calibrate", "calibration", "Find the bases and the merge rule that are best for a model and a task."
     ),
+    "tune": CommandPlace(
+        "abcli.cli.tune", "tune", "Learn a gain for every attention head, and prove it on other questions."
+    ),
     "lm-eval": CommandPlace(
         "abcli.cli.lm_eval",
         "app",

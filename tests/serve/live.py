@@ -46,12 +46,13 @@ def _main(model: str, buckets: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=end_with_input, daemon=True).start()
+    # One thread: those of a busy machine wait for each other.
     sampling = SamplingConfig(temperature=0, logit_bias=((_END_OF_TURN, _BIAS),))
-    settings = Settings(NAME, GenerationConfig(sampling, max_tokens=120))
+    settings = Settings(NAME, GenerationConfig(sampling, max_tokens=80))
     listening = listen("127.0.0.1", 0)
     with (
         closing(listening),
-        abcli.load(model, buckets=int(buckets), slots=3, ctx_size=2048) as llm,
+        abcli.load(model, buckets=int(buckets), slots=3, ctx_size=2048, threads=1) as llm,
         closing(Service(llm, settings)) as service,
     ):
         port = listening.getsockname()[1]

@@ -16,7 +16,7 @@ from llm_comply.schema import SSE_EVENT_TO_SCHEMA
 def validator(vendor: str, name: str) -> jsonschema.Draft202012Validator:
     """What checks values against a schema of "openai_chat", "anthropic" or "openresponses"."""
     text = (Path(llm_comply.__file__).parent / "specs" / f"{vendor}.json").read_text(encoding="utf-8")
-    document = json.loads(text, object_hook=_nullable)
+    document = json.loads(text, object_hook=nullable)
     schemas = document["components"]["schemas"]
     assert name in schemas
     if vendor == "openresponses":
@@ -60,7 +60,7 @@ def _event_schemas() -> dict[str, str]:
     return {schemas[name]["properties"]["type"]["enum"][0]: name for name in names}
 
 
-def _nullable(value: dict[str, Any]) -> dict[str, Any]:
+def nullable(value: dict[str, Any]) -> dict[str, Any]:
     """OpenAPI 3.0's way to say that a value may be null, as JSON Schema's."""
     if value.pop("nullable", None) is True:
         return {"anyOf": [value, {"type": "null"}]}

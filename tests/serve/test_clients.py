@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,6 +169,45 @@ def test_langchain_asks_with_a_tool(address: str) -> None:
     answer = model.bind_tools([TOOL], tool_choice="required", parallel_tool_calls=False).invoke("Weather in Rome?")
     assert answer.tool_calls[0]["name"] == "weather"
     assert "".join(chunk.text for chunk in model.stream("Say hello.")).strip()
+
+
+@pytest.mark.parametrize("interface", [(), ("--responses",)])
+def test_llm_asks_an_endpoint(address: str, interface: tuple[str, ...], tmp_path: Path) -> None:
+    pytest.importorskip("llm")
+    command = [sys.executable, "-m", "llm", "openai", "endpoint", f"{address}/v1", "-m", NAME, *interface]
+    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run(
+            [*command, *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    streamed = said("Say hello.")
+    assert streamed == said("Say hello.", "--no-stream") != ""
+    assert json.loads(said("Where is it warm?", "--schema", json.dumps(PARAMETERS)))["city"] in ("Bonn", "Rome")
+
+
+def test_canitoolcall_finds_no_fault_of_the_servers(address: str, tmp_path: Path) -> None:
+    pytest.importorskip("canitoolcall")
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "canitoolcall", "probe", "--base-url", f"{address}/v1", "--model", NAME]
+    # One after the other: what is computed beside others may differ in the last bits, and streams are compared.
+    command += ["--concurrency", "1", "--timeout", "200", "--json", str(report)]
+    subprocess.run(command, capture_output=True, timeout=500)
+    outcomes = json.loads(report.read_text(encoding="utf-8"))["outcomes"]
+    assert len(outcomes) == 27
+    problems = [(item["scenario_id"], item["detail"]) for item in outcomes if item["status"] != "pass"]
+    # So small a model calls nothing that it need not call.
+    model_only = re.compile(r"expected at least \d tool call\(s\) .*, got \[\]")
+    assert [problem for problem in problems if not model_only.fullmatch(problem[1])] == []
+    assert "forced-tool-choice" not in dict(problems)
 
 
 # What the suites ask that is not about text, or that a server of one model need not refuse.

@@ -1,8 +1,8 @@
 """What users of other servers complain of most, and what this one does.
 
-The numbers are those of the complaints as they are told in the issues of other servers. A client that goes (1, 2) and
-short requests beside long ones (16) are tested in test_worker.py and test_process.py, thoughts (17) in tests/chat, and
-the likelihood of prompts (19) in test_completions.py.
+The numbers are those of the complaints as they are told in the issues of other servers. A client that goes (1) and
+short requests beside long ones (16) are tested in test_process.py, one that goes while its prompt is computed (2) in
+test_worker.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,34 @@ CALLING = {
     "max_tokens": 300,
     "ignore_eos": False,
 }
+
+
+# Opens the thought itself, and takes a system message at the beginning only, as templates of Qwen's do.
+STRICT = """
+{%- for message in messages -%}
+{%- if message.role == 'system' and not loop.first -%}
+{{ raise_exception('System message must be at the beginning.') }}
+{%- endif -%}
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n<think>\\n' }}
+{%- if enable_thinking is defined and not enable_thinking -%}{{ '\\n</think>\\n\\n' }}{%- endif -%}
+{%- endif -%}
+"""
+
+
+@pytest.fixture(scope="module")
+def strict(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A client of a server whose chat template is strict, and opens thoughts."""
+    template = tmp_path_factory.mktemp("templates") / "strict.jinja"
+    template.write_text(STRICT, encoding="utf-8")
+    with (
+        abcli.load(tiny_model, buckets=1, ctx_size=512, threads=1, chat_template=str(template)) as llm,
+        closing(Service(llm, USUAL)) as service,
+        TestClient(make_app(service), base_url="http://localhost") as client,
+    ):
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +196,15 @@ def test_13_keys_are_asked_for_as_clients_expect(serving: Callable[..., TestClie
     assert serving().get("/v1/models", headers={"Authorization": "Bearer whatever"}).status_code == 200
 
 
-def test_14_roles_in_any_order_are_understood(client: TestClient) -> None:
+def test_14_roles_in_any_order_are_understood(strict: TestClient) -> None:
     late = [*MESSAGES, {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Now?"}]
-    assert client.post(PATH, json={"messages": late}).status_code == 200
-    told = client.post("/apply-template", json={"messages": [{"role": "developer", "content": "Be brief."}, *MESSAGES]})
-    assert "system" in told.json()["prompt"]
-    wrong = client.post(PATH, json={"messages": [*MESSAGES, {"role": "critic", "content": "x"}]})
+    told = strict.post("/apply-template", json={"messages": late})
+    assert told.status_code == 200
+    assert all(message["content"] in told.json()["prompt"] for message in late)
+    assert strict.post(PATH, json={"messages": late}).status_code == 200
+    told = strict.post("/apply-template", json={"messages": [{"role": "developer", "content": "Be brief."}, *MESSAGES]})
+    assert told.json()["prompt"].startswith("<|im_start|>system\nBe brief.")
+    wrong = strict.post(PATH, json={"messages": [*MESSAGES, {"role": "critic", "content": "x"}]})
     assert wrong.status_code == 400
     assert "message 2" in wrong.json()["error"]["message"]
 
@@ -182,6 +214,46 @@ def test_15_both_names_of_the_limit_count(client: TestClient, name: str) -> None
     answer = client.post(PATH, json={"messages": MESSAGES, name: 3}).json()
     assert answer["usage"]["completion_tokens"] == 3
     assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_15_without_a_limit_an_answer_may_fill_the_context(serving: Callable[..., TestClient]) -> None:
+    endless = replace(USUAL.generation, max_tokens=-1)
+    answer = serving(generation=endless).post(PATH, json={"messages": MESSAGES}).json()
+    assert answer["usage"]["total_tokens"] >= 512
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("thinks", "written", "reasoning", "content"),
+    [
+        (True, "I wonder.\n</think>\n\nSo be it.", "I wonder.", "So be it."),
+        (True, "I wonder.</think>So be it.<think>Or not.</think>", "I wonder.Or not.", "So be it."),
+        (False, "So be it.", None, "So be it."),
+    ],
+)
+def test_17_thoughts_are_told_apart(
+    strict: TestClient, thinks: bool, written: str, reasoning: str | None, content: str
+) -> None:
+    request = {
+        "grammar": f"root ::= {json.dumps(written)}",
+        "enable_thinking": thinks,
+        "max_tokens": 200,
+        "ignore_eos": False,
+    }
+    message = strict.post(PATH, json={"messages": MESSAGES, **request}).json()["choices"][0]["message"]
+    assert (message.get("reasoning_content"), message["content"]) == (reasoning, content)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks_of(strict, **request)]
+    for name, whole in (("reasoning_content", reasoning), ("content", content)):
+        assert "".join(delta.get(name) or "" for delta in deltas) == (whole or "")
+
+
+def test_19_a_prompts_tokens_are_told_with_how_likely_they_are(client: TestClient) -> None:
+    request = {"prompt": "Hello", "echo": True, "logprobs": 1, "max_tokens": 1}
+    answer = client.post("/v1/completions", json=request).json()
+    logprobs = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert len(logprobs) == answer["usage"]["prompt_tokens"] + 1
+    assert logprobs[0] is None
+    assert all(logprob < 0 for logprob in logprobs[1:])
 
 
 def test_20_what_was_said_is_not_computed_again(client: TestClient) -> None:
