@@ -331,8 +331,8 @@ class LLM(Owner):
         for piece in asked.reader().read(self.decode(asked.tokens, generation, on_progress)):
             if piece.answer is None:
                 yield piece
-        if piece.answer is not None:
-            found = self._finished(recorder, asked.tokens, on_trace)
+        if piece.answer is not None and piece.running is not None:
+            found = self._finished(recorder, asked.tokens, piece.running.slot, on_trace)
             yield replace(piece, answer=replace(piece.answer, trace=found))
 
     def trace(
@@ -344,12 +344,12 @@ class LLM(Owner):
         """
         with self._turn.take():
             recorder = self._tracer.replay(prompt, answer, slot)
-        return self._finished(recorder, prompt, on_trace)
+        return self._finished(recorder, prompt, slot, on_trace)
 
-    def _finished(self, recorder: Recorder, prompt: Sequence[int], on_trace: Progress | None) -> Trace:
+    def _finished(self, recorder: Recorder, prompt: Sequence[int], slot: int, on_trace: Progress | None) -> Trace:
         with self._turn.take():
             self._tracing.clear()
-            return self._tracer.finish(recorder, prompt, self._tracing, on_trace or (lambda _done, _total: None))
+            return self._tracer.finish(recorder, prompt, slot, self._tracing, on_trace or (lambda _done, _total: None))
 
     def generate_many(
         self,

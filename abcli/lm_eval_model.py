@@ -35,15 +35,16 @@ class AbcliLM(TemplateLM):  # type: ignore[misc]
         device: str | None = None,
         **settings: Any,
     ) -> None:
-        """`model` is a path or a name, None for the default model. As many requests as there are `slots`, or else
-        `batch_size`, are computed together.
+        """`model` is a path or a name, None for the default model. As many requests as there are `slots` are computed
+        together, else as many as `batch_size` says: a number above 1, which lm-eval gives where nobody said any.
 
         Every bucket computes whole contexts, as the method is published, unless `prefill` says otherwise. The last two
         are lm-eval's and mean nothing here. Raises what `load` raises.
         """
         super().__init__()
-        size = int(batch_size) if batch_size is not None and str(batch_size).isdigit() else _SLOTS
-        self.llm = load(model, slots=slots or size, prefill=prefill, warn=lambda line: tqdm.write(line), **settings)
+        said = str(batch_size)
+        slots = slots or (int(said) if said.isdigit() and said not in ("0", "1") else _SLOTS)
+        self.llm = load(model, slots=slots, prefill=prefill, warn=lambda line: tqdm.write(line), **settings)
         self._reads_control_tokens = False
 
     @property

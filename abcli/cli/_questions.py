@@ -9,20 +9,30 @@ from typing import Annotated, Any
 
 from rich.console import Console
 
+from abcli.bench.costs import Costed, measure_costs
 from abcli.chat.known_templates import KNOWN_TEMPLATES
 from abcli.cli._figures import FigureOptions, check_destination
 from abcli.cli._flags import flag
 from abcli.cli._options import ModelOptions
-from abcli.config import DEFAULT_CONTEXT, ContextConfig
-from abcli.errors import UsageError
+from abcli.config import DEFAULT_CONTEXT, Buckets, ContextConfig
+from abcli.errors import OutOfMemoryError, UsageError
 from abcli.evals.model_under_test import Subject
-from abcli.evals.report import DataFile, EvaluationReport, RecordedModel, data_file, encode_report, write_report
+from abcli.evals.report import (
+    DataFile,
+    EvaluationReport,
+    RecordedCost,
+    RecordedModel,
+    data_file,
+    encode_report,
+    write_report,
+)
 from abcli.evals.runner import CALLS, NEEDS_DATA, EvaluationSettings
 from abcli.evals.statistics import LengthSummary
 from abcli.evals.tools import FORMER_PROMPT, FORMER_TASK
 from abcli.gguf.checked import CheckedModel, check_model
 from abcli.ui.evaluation import depth_figure, show_evaluation
 from abcli.ui.plots import depth_image
+from abcli.ui.progress import stage_progress
 from abcli.ui.report_pages import evaluation_page
 from abcli.ui.terminal import Terminal
 
@@ -42,6 +52,16 @@ class ResultOptions(FigureOptions):
         bool | None,
         flag("Bars by depth in the terminal.", "--plot/--no-plot", show_default="on a terminal"),
     ] = None
+
+    cost: Annotated[
+        bool | None,
+        flag("Measure tokens/s and memory of each configuration, too.", "--cost/--no-cost", show_default="with --html"),
+    ] = None
+
+    @property
+    def costs(self) -> bool:
+        """Whether costs are to be measured."""
+        return self.html is not None if self.cost is None else self.cost
 
     def check(self) -> None:
         """Raise UsageError for what would only be noticed after the work is done."""
@@ -112,6 +132,34 @@ def data_files(settings: EvaluationSettings, chat_template: str | None) -> list[
         known = chat_template in KNOWN_TEMPLATES or not path.is_file()
         data.append(DataFile(name, path.name, "") if known else data_file(name, path))
     return data
+
+
+def with_costs(
+    terminal: Terminal, report: EvaluationReport, model: CheckedModel, config: ContextConfig
+) -> EvaluationReport:
+    """The report with what its configurations cost on this machine; as it is, with a warning, where memory is short."""
+    sets = {
+        one.name: Costed(
+            Buckets(one.bases, one.prefill_base or model.header.native_base, one.merge, one.weights),
+            one.prefill,
+            one.gains,
+        )
+        for one in report.configurations
+    }
+    usual = replace(config, engine="auto")
+    try:
+        with stage_progress(terminal) as progress:
+            costs = measure_costs(model, usual, sets, max(report.lengths), progress)
+    except OutOfMemoryError as error:
+        terminal.warn(f"{error.message}; costs are left out")
+        return report
+    return replace(
+        report,
+        costs={
+            name: RecordedCost(cost.speed.median, cost.speed.low, cost.speed.high, cost.memory)
+            for name, cost in costs.items()
+        },
+    )
 
 
 def deliver(terminal: Terminal, report: EvaluationReport, options: ResultOptions) -> None:

@@ -48,9 +48,12 @@ def prepared_model(
     if profile is not None:
         bases = " ".join(f"{base:g}" for base in profile.bases)
         count = counted(len(profile.bases), "bucket")
+        how = f"merge {profile.merge} (calibrated on"
+        if profile.gains:
+            how = f"with gains of {sum(map(len, profile.gains)):,} heads (tuned on"
         terminal.note(
-            f"profile {profile.name}: {count} {bases} merge {profile.merge} "
-            f"(calibrated on {one_line(profile.task)}; --profile {NO_PROFILE} to do without)"
+            f"profile {profile.name}: {count} {bases} {how} {one_line(profile.task)}; "
+            f"--profile {NO_PROFILE} to do without)"
         )
     return found
 

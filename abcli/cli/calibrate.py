@@ -22,6 +22,7 @@ from abcli.cli._questions import (
     data_files,
     deliver,
     recorded_model,
+    with_costs,
 )
 from abcli.config import DEFAULT_BUCKETS, MAX_BUCKETS, MERGE_RULES, MergeRule, evaluations_directory, profiles_directory
 from abcli.errors import CancelledError, ProfileError, UsageError
@@ -202,6 +203,8 @@ def calibration(
         terminal.note(line)
     evaluation = replace(found.held_out, about={**found.held_out.about, "calibration": about(found, judgement)})
     report = make_report(settings.asked(), evaluation, recorded, data, contexts=result_options.examples)
+    if result_options.costs:
+        report = with_costs(terminal, report, model, config)
     deliver(terminal, report, result_options)
     _conclude(terminal, found, judgement, outcome)
 

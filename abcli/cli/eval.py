@@ -22,8 +22,9 @@ from abcli.cli._questions import (
     data_files,
     deliver,
     recorded_model,
+    with_costs,
 )
-from abcli.config import evaluations_directory, profiles_directory
+from abcli.config import ContextConfig, evaluations_directory, profiles_directory
 from abcli.errors import CancelledError, ProfileError, UsageError
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
@@ -115,7 +116,9 @@ def evaluation(
     *,
     source: Annotated[
         Path | None,
-        typer.Option("--from", metavar="REPORT", help="Show a stored report again, without a task and a model."),
+        typer.Option(
+            "--from", metavar="REPORT", help="Show a stored report again, without a task; a model only for --cost."
+        ),
     ] = None,
     question_options: QuestionOptions,
     result_options: ResultOptions,
@@ -125,8 +128,13 @@ def evaluation(
     result_options.check()
     terminal = Terminal()
     if source is not None:
+        if result_options.cost and model_word is None:
+            # The only word that has a say then is a model.
+            task, model_word = None, task
         _check_alone(task, model_word, question_options, result_options, model_options)
         report = read_report(source)
+        if result_options.cost:
+            report = _costed(terminal, report, model_word, model_options)
     else:
         if task is None or task not in TASKS:
             wrong = "no task is given" if task is None else f"unknown task {task!r:.80}"
@@ -140,12 +148,13 @@ def evaluation(
 def _check_alone(
     task: str | None, model: str | None, questions: QuestionOptions, results: ResultOptions, model_options: ModelOptions
 ) -> None:
-    """Raise UsageError for anything that contradicts --from."""
-    others: list[tuple[str, object]] = [("TASK", task), ("MODEL", model)]
-    for group in (questions, model_options):
+    """Raise UsageError for anything that contradicts --from, which needs a model for --cost alone."""
+    others: list[tuple[str, object]] = [("TASK", task), ("--examples", results.examples or None)]
+    if not results.cost:
+        others += [("MODEL", model), ("--output", results.output)]
+    for group in (questions,) if results.cost else (questions, model_options):
         changed = [item for item in fields(group) if getattr(group, item.name) != item.default]
         others += [(f"--{item.name.replace('_', '-')}", getattr(group, item.name)) for item in changed]
-    others += [("--examples", results.examples or None), ("--output", results.output)]
     for name, value in others:
         if value is not None:
             raise UsageError(f"{name} contradicts --from, which shows what a report holds", "drop one of them")
@@ -159,13 +168,7 @@ def _evaluate(
     results: ResultOptions,
     options: ModelOptions,
 ) -> EvaluationReport:
-    model, config = checked_model(
-        model_word,
-        options,
-        "an evaluation",
-        prefill='say it for a configuration: --compare "spread6;prefill=exact"',
-        prefill_base='say it for a configuration: --compare "spread6;prefill-base=50000"',
-    )
+    model, config = _checked(model_word, options)
     configurations = _configurations(terminal, questions.compare, model)
     # Before the questions are made of it, so that a file that changes meanwhile is not mistaken for what was asked.
     data = data_files(settings, options.chat_template)
@@ -182,7 +185,28 @@ def _evaluate(
             hint = "" if questions.fresh else "the same command goes on where it stopped"
             raise CancelledError(hint=hint) from None
         recorded = recorded_model(subject)
-    return make_report(settings, found, recorded, data, contexts=results.examples)
+    report = make_report(settings, found, recorded, data, contexts=results.examples)
+    return with_costs(terminal, report, model, config) if results.costs else report
+
+
+def _costed(
+    terminal: Terminal, report: EvaluationReport, model_word: str | None, options: ModelOptions
+) -> EvaluationReport:
+    """A stored report with what its configurations cost here."""
+    model, config = _checked(model_word, options)
+    if model.fingerprint != report.model.fingerprint:
+        raise UsageError(f"the report is of {report.model.name}, not of {model.name}", "name that model")
+    return with_costs(terminal, report, model, config)
+
+
+def _checked(model_word: str | None, options: ModelOptions) -> tuple[CheckedModel, ContextConfig]:
+    return checked_model(
+        model_word,
+        options,
+        "an evaluation",
+        prefill='say it for a configuration: --compare "spread6;prefill=exact"',
+        prefill_base='say it for a configuration: --compare "spread6;prefill-base=50000"',
+    )
 
 
 def _configurations(terminal: Terminal, texts: Sequence[str] | None, model: CheckedModel) -> list[Configuration]:

@@ -14,13 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from abcli.cli._lora import LoraFlag, parse_loras
-from abcli.config import ModelConfig, profiles_directory
+from abcli.config import Gains, ModelConfig, profiles_directory
 from abcli.errors import ProfileError, UsageError
 from abcli.evals.tools import FORMER_PROMPT, FORMER_TASK
 from abcli.gguf.checked import check_model
 from abcli.hub.locate import locate_model
 from abcli.profiles import catalogue, store
 from abcli.profiles.profile import MAX_BYTES, Difference, Profile, Score, check_name, decode, moment
+from abcli.ui.everyday import everyday_lines
 from abcli.ui.terminal import Terminal, one_line
 
 _TITLES = ("NAME", "MODEL", "BUCKETS", "TASK", "GAIN", "CREATED", "NOTE")
@@ -230,12 +231,15 @@ def _description(entry: Entry) -> str:
         ("multiples", " ".join(f"{base / profile.native_base:.4g}" for base in profile.bases)),
         ("merge", profile.merge),
         ("prefill", f"{profile.prefill}, base {prefill_base}"),
+        *([("gains", _gains(profile.gains))] if profile.gains else []),
         *([] if profile.gate is None else [("gate", _gate(profile.gate))]),
-        ("calibrated on", f"{_task(profile)}, contexts of {profile.length:,} tokens"),
+        ("tuned on" if profile.gains else "calibrated on", f"{_task(profile)}, contexts of {profile.length:,} tokens"),
         ("created", f"{_local_time(profile.created)} by abcli {one_line(profile.abcli_version)}"),
         ("note", _note(entry) or "-"),
         ("held-out", f"{profile.evidence.questions:,} questions; NLL in nats per token"),
     ]
+    if profile.everyday is not None:
+        lines += everyday_lines(profile.everyday)
     rows = [_SCORE_TITLES, *(_score_row(score, score == profile.evidence.own) for score in profile.evidence.scores)]
     width = max(len(label) for label, _ in lines)
     head = "".join(f"{label.ljust(width)}  {text}\n" for label, text in lines)
@@ -262,6 +266,11 @@ def _gain(difference: Difference | None) -> str:
 def _signed(number: float) -> str:
     # Adding 0.0 turns -0.0, which would be shown with its sign, into 0.0.
     return f"{round(number, 4) + 0.0:+.4f}"
+
+
+def _gains(gains: Gains) -> str:
+    all_gains = [gain for layer in gains for gain in layer]
+    return f"of {len(all_gains):,} heads, {min(all_gains):.4g} to {max(all_gains):.4g}"
 
 
 def _local_time(text: str) -> str:

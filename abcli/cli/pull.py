@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -29,8 +30,7 @@ def pull(
     terminal = Terminal()
     found = resolve_name(name)
     if isinstance(found, BundledName):
-        # It comes another way; if it is here there is nothing to do.
-        terminal.write(f"{locate_model(name)}\n")
+        terminal.write(f"{locate_model(name, partial(fetch_shown, terminal, quiet=quiet))}\n")
         return
     if isinstance(found, LocalName):
         if found.path.is_file():

@@ -25,11 +25,10 @@ from abcli.hub.locate import locate_model
 from abcli.rope.bases import parse_numbers
 from abcli.rope.waveform import EXTREMA_RADIUS, WaveSummary, summarise, value_at_zero
 from abcli.rope.waves import MAX_VALUES, Objective, Search, Waves, compute_waves
-from abcli.text import counted
 from abcli.trace.measuring import Measurement, common_text, measurer
 from abcli.ui.plots import AttentionPlot, ImageFormat, WavePlot, attention_image, require_matplotlib, wave_image
 from abcli.ui.terminal import Terminal, on_interrupt, printable
-from abcli.ui.terminal_plot import floor_plot
+from abcli.ui.waves import show_measurement, wave_names, wave_plot
 
 _DEFAULT_OBJECTIVE: Objective = "paper"
 _DEFAULT_RANGE = "0.5,2.5"
@@ -141,6 +140,7 @@ def waves(
         require_matplotlib("--svg")
         images.append((svg, "svg"))
     terminal = Terminal()
+    shows_plot = terminal.output_is_terminal if plot is None else plot
     path = locate_model(model)
     header, *_parts = check_file(path)
     if measure_options.measure:
@@ -152,7 +152,7 @@ def waves(
         if as_json:
             terminal.write(json.dumps(_measurement_report(result, found), ensure_ascii=False) + "\n")
         else:
-            _show_measurement(terminal, result, found)
+            show_measurement(_console(terminal), result, found, plot=shows_plot, unicode=_unicode(terminal))
         return
     with terminal.working("computing waves"):
         result = compute_waves(header, _context_size(ctx_size, header), buckets, search)
@@ -161,7 +161,7 @@ def waves(
     if as_json:
         terminal.write(json.dumps(_report(result), ensure_ascii=False) + "\n")
     else:
-        _show(terminal, result, plot=terminal.output_is_terminal if plot is None else plot)
+        _show(terminal, result, plot=shows_plot)
 
 
 def _measured(terminal: Terminal, path: Path, result: Waves, options: MeasureOptions) -> Measurement:
@@ -180,34 +180,6 @@ def _measured(terminal: Terminal, path: Path, result: Waves, options: MeasureOpt
         )
 
 
-def _show_measurement(terminal: Terminal, result: Waves, found: Measurement) -> None:
-    """What a token gets at a few distances under each base, and how its ripples go with those of the wave."""
-    console = Console(file=terminal.output, highlight=False, emoji=False)
-    length = len(found.bases[0].mean)
-    distances = [distance for distance in (1, 10, 30, 100, 300, 1000, 3000, 10000) if distance <= length]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("multiple", "", *(f"{distance:,}" for distance in distances), "ripples", "by chance"):
-        table.add_column(column, justify="left" if column in ("multiple", "") else "right")
-    for name, base in zip(_names(result), found.bases, strict=True):
-        quartiles = (("lower quartile", base.lower), ("median", base.median), ("upper quartile", base.upper))
-        for index, (what, values) in enumerate((("mean", base.mean), *quartiles)):
-            relation = (f"{base.ripple:+.2f}", f"{base.chance:.2f}") if index == 0 else ("", "")
-            cells = (f"{values[distance - 1]:.2g}" for distance in distances)
-            table.add_row(name if index == 0 else "", what, *cells, *relation)
-    name = printable(result.header.path.name)
-    heads = counted(len(found.heads), "head")
-    head = (
-        f"{name}: attention that a token gets at each distance, under the {heads} that look back furthest;\n"
-        f"{counted(found.rows, 'row')} of each of {counted(found.texts, 'text')} of {result.context:,} tokens"
-    )
-    console.print(Text(head), soft_wrap=True)
-    console.print(table)
-    console.print(
-        Text("ripples: how those of attention and wave correlate; by chance: share of shifted waves that do as much"),
-        soft_wrap=True,
-    )
-
-
 def _measurement_report(result: Waves, found: Measurement) -> dict[str, Any]:
     """The object that --measure --json prints; lists begin at distance 1."""
     return {
@@ -220,8 +192,10 @@ def _measurement_report(result: Waves, found: Measurement) -> dict[str, Any]:
         "bases": [
             {
                 "base": one.base,
-                "ripple": one.ripple,
-                "chance": one.chance,
+                "ripples": [
+                    {"wave": base, **asdict(ripple)} for base, ripple in zip(result.bases, one.ripples, strict=True)
+                ],
+                "troughs": asdict(one.troughs),
                 "wave": wave[1 : 1 + len(one.mean)].tolist(),
                 **{name: getattr(one, name).tolist() for name in ("mean", "lower", "median", "upper")},
             }
@@ -233,7 +207,7 @@ def _measurement_report(result: Waves, found: Measurement) -> dict[str, Any]:
 def _attention_figure(result: Waves, found: Measurement) -> AttentionPlot:
     return AttentionPlot(
         f"Waves and attention of {printable(result.header.path.name)}",
-        tuple(_names(result)),
+        tuple(wave_names(result)),
         result.waves[:, 1 : 1 + len(found.bases[0].mean)],
         np.stack([one.median for one in found.bases]),
         np.stack([one.lower for one in found.bases]),
@@ -265,18 +239,17 @@ def _context_size(wanted: int, header: Header) -> int:
     return wanted or max(2, header.trained_context)
 
 
-def _names(result: Waves) -> list[str]:
-    """Each base as a multiple of the native one, as in "0.5" or "1 (native)"."""
-    multiples = [f"{base / result.native_base:.4g}" for base in result.bases]
-    return [
-        f"{multiple} (native)" if base == result.native_base else multiple
-        for base, multiple in zip(result.bases, multiples, strict=True)
-    ]
+def _console(terminal: Terminal) -> Console:
+    return Console(file=terminal.output, highlight=False, emoji=False)
+
+
+def _unicode(terminal: Terminal) -> bool:
+    return (terminal.output.encoding or "").lower().startswith("utf")
 
 
 def _figure(result: Waves) -> WavePlot:
     others = [index for index, base in enumerate(result.bases) if base != result.native_base]
-    names = _names(result)
+    names = wave_names(result)
     return WavePlot(
         f"Attention waveform of {printable(result.header.path.name)}, native base {result.native_base:,g}",
         tuple(names[index] for index in others),
@@ -288,14 +261,14 @@ def _figure(result: Waves) -> WavePlot:
 
 def _show(terminal: Terminal, result: Waves, *, plot: bool) -> None:
     """The table, the comparison, how to use what a search found, and the plot."""
-    console = Console(file=terminal.output, highlight=False, emoji=False)
+    console = _console(terminal)
     native, whole = summarise(result.native), summarise(result.envelope)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("multiple", "base", "peaks", "troughs", "deepest trough", "at distance", "mean"):
         table.add_column(column, justify="left" if column == "multiple" else "right")
     if result.native_base not in result.bases:
         table.add_row(*_cells("native, unused", result.native_base, native), style="dim")
-    for name, base, wave in zip(_names(result), result.bases, result.waves, strict=True):
+    for name, base, wave in zip(wave_names(result), result.bases, result.waves, strict=True):
         table.add_row(*_cells(name, base, summarise(wave)))
     table.add_row(*_cells("envelope", None, whole), style="bold")
     name = printable(result.header.path.name)
@@ -312,11 +285,7 @@ def _show(terminal: Terminal, result: Waves, *, plot: bool) -> None:
         listed = ",".join(f"{base / result.native_base:.9g}" for base in result.bases)
         console.print(Text(f"found by {result.search.objective}; use it with: --multipliers {listed}"), soft_wrap=True)
     if plot:
-        unicode = (terminal.output.encoding or "").lower().startswith("utf")
-        solid, shaded = ("█", "░") if unicode else ("#", ".")
-        legend = f"\nlowest value in each column: {solid} native base alone, {shaded} added by the buckets"
-        lower = np.minimum(result.native, result.envelope)
-        lines = [legend, *floor_plot(lower, result.envelope, console.width, unicode=unicode)]
+        lines = ["", *wave_plot(result, console.width, unicode=_unicode(terminal))]
         console.print(Text("\n".join(lines)), soft_wrap=True)
 
 

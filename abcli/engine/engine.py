@@ -234,6 +234,18 @@ class Engine(Owner):
             )
         return found
 
+    def cells(self, slot: int, length: int) -> Iterator[Piece]:
+        """What the leader of shared prompts holds of the slot's first `length` tokens; nothing if it has fewer.
+
+        Raises NativeError.
+        """
+        if self._backend.length(slot, self._backend.leader) < length:
+            return
+        size = self._backend.piece(1)
+        for start in range(0, length, size):
+            end = min(start + size, length)
+            yield Piece(start, end, self._backend.read_cells(slot, start, end))
+
     def drop(self, slot: int) -> None:
         """Compute no more of the slot's prompt; what it holds stays."""
         self._waiting.pop(slot, None)
@@ -405,10 +417,8 @@ class Engine(Owner):
         if self._cache is None or computed <= MIN_GAIN:
             return
         # The leader of a shared prompt may not have the last token.
-        tokens = self._tokens[slot][:-1]
-        size = self._backend.piece(1)
-        ranges = [(start, min(start + size, len(tokens))) for start in range(0, len(tokens), size)]
-        self._cache.write(tokens, (Piece(*at, self._backend.read_cells(slot, *at)) for at in ranges))
+        length = len(self._tokens[slot]) - 1
+        self._cache.write(self._tokens[slot][:length], self.cells(slot, length))
 
     def _keep(self, slot: int, length: int) -> None:
         """Let a slot hold its first `length` tokens, or nothing where a part cannot be forgotten."""

@@ -29,7 +29,7 @@ from abcli.native.rotating.keys import (
     as_float32,
     number_bytes,
 )
-from abcli.native.state import CacheKeys, LayerKeys, StateError, parse_state
+from abcli.native.state import CacheState, LayerKeys, StateError, parse_state
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 
 # Runs job(0) ... job(count - 1) on the engine's workers and waits for all.
@@ -129,7 +129,7 @@ class SharedPrefill:
     def _rotate(
         self,
         data: NDArray[np.uint8],
-        caches: Sequence[CacheKeys],
+        caches: Sequence[CacheState],
         layers: frozenset[tuple[int, int]],
         deltas: NDArray[np.float64],
     ) -> None:
@@ -183,10 +183,10 @@ class SharedPrefill:
         return held[:size]
 
 
-def _paired(caches: Sequence[CacheKeys], others: Sequence[CacheKeys]) -> list[_Pair]:
+def _paired(caches: Sequence[CacheState], others: Sequence[CacheState]) -> list[_Pair]:
     """The layers of both states side by side. Raises NotShareableError if the states differ in form."""
 
-    def form(state: Sequence[CacheKeys]) -> list[list[tuple[int, int]]]:
+    def form(state: Sequence[CacheState]) -> list[list[tuple[int, int]]]:
         return [[(keys.type_id, keys.row_bytes) for keys in cache.layers] for cache in state]
 
     if form(caches) != form(others) or any(len(cache.positions) != 1 for cache in caches):

@@ -53,6 +53,7 @@ class Subject(Owner):
         ensure_loadable(checked)
         warn_of_ignored(checked.adapters, warn)
         self.checked = checked
+        self.chat_template = chat_template
         self.config: ContextConfig = replace(config, slots=1, prompt_cache=None)
         self._scores = scores
         self._warn = warn

@@ -31,6 +31,11 @@ class PromptMaker:
         self._model = model
         self._template = template
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return self._template is not None
+
     def count(self, text: str) -> int:
         """The number of tokens of `text` inside a prompt."""
         return len(self._model.tokenize(text, add_special=False, parse_special=False))
@@ -50,6 +55,14 @@ class PromptMaker:
             (*prompt, *start),
             tuple(self._continuation(question.answer_start, start, text) for text in (question.answer, *others)),
         )
+
+    def exchange(self, messages: Sequence[Message], answer: str) -> TokenizedQuestion:
+        """The tokens of a conversation, and of the answer that is wanted. Raises PromptError and TemplateError."""
+        if self._template is None and [message.role for message in messages] == ["user"]:
+            prompt = self._model.tokenize(f"{messages[0].content}\n", add_special=True, parse_special=False)
+        else:
+            prompt = self._templated("to tell messages apart").tokens(messages)
+        return TokenizedQuestion(tuple(prompt), (tuple(self._plain(answer)),))
 
     def call_format(self, tools: Sequence[Tool]) -> CallFormat:
         """How the model writes calls of `tools`. Raises TemplateError for a model without a chat template."""
@@ -83,10 +96,10 @@ class PromptMaker:
                 return place + 1
         return len(tokens)
 
-    def _templated(self) -> ChatTemplate:
+    def _templated(self, what: str = "to be told of tools") -> ChatTemplate:
         if self._template is None:
             raise TemplateError(
-                f"{self._model.path.name} has no chat template, and so no way to be told of tools",
+                f"{self._model.path.name} has no chat template, and so no way {what}",
                 f"give `chat_template` with a file or one of: {', '.join(KNOWN_TEMPLATES)}",
             )
         return self._template

@@ -66,6 +66,16 @@ class RecordedQuestion:
 
 
 @dataclass(frozen=True)
+class RecordedCost:
+    """What a configuration costs: tokens per second (median and middle half of some rounds), and predicted bytes."""
+
+    tokens_per_second: float
+    low: float
+    high: float
+    memory: int
+
+
+@dataclass(frozen=True)
 class EvaluationReport:
     """What was asked, of whom, and the score of every configuration on every question."""
 
@@ -84,6 +94,8 @@ class EvaluationReport:
     """By the configuration's name, in the order of `questions`."""
     contexts: Mapping[str, str] = field(default_factory=dict)
     """By group; empty unless they were asked for: seed and data give them again."""
+    costs: Mapping[str, RecordedCost] = field(default_factory=dict)
+    """By the configuration's name; empty unless they were measured."""
 
     def summaries(self) -> tuple[LengthSummary, ...]:
         """The statistics, by length. Raises EvaluationDataError for scores that are no finite numbers."""
@@ -185,6 +197,7 @@ def encode_report(report: EvaluationReport, summaries: Sequence[LengthSummary]) 
         "summaries": [asdict(summary) for summary in summaries],
         "questions": questions,
         "contexts": report.contexts,
+        "costs": {name: asdict(cost) for name, cost in report.costs.items()},
     }
     # Half a character, which a file name or an argument may hold, has no place in UTF-8.
     return (json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="replace")
@@ -252,6 +265,7 @@ def _decode(data: bytes) -> EvaluationReport:
         questions=tuple(map(_question, items)),
         scores=_scores(names, items),
         contexts={group: _text(contexts, group) for group in contexts},
+        costs=_costs(names, values),
     )
 
 
@@ -318,6 +332,21 @@ def _scores(names: Sequence[str], questions: Sequence[Mapping[str, Any]]) -> dic
                 raise _DamageError(f"is damaged: a negative log-likelihood is {nll:g}")
             found[name].append(Score(nll, exact, None if rank is None else _whole(values, "rank", 0)))
     return {name: tuple(scores) for name, scores in found.items()}
+
+
+def _costs(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, RecordedCost]:
+    """Those of all configurations, or none: reports of older versions have none."""
+    found = _object(values, "costs") if "costs" in values else {}
+    if found and set(found) != set(names):
+        raise _DamageError("is damaged: its costs are not those of all configurations")
+    costs = {}
+    for name in found:
+        item = _object(found, name)
+        speed, low, high = (_number(item, key) for key in ("tokens_per_second", "low", "high"))
+        if min(speed, low, high) <= 0:
+            raise _DamageError(f"is damaged: {name!r:.60} decodes {min(speed, low, high):g} tokens per second")
+        costs[name] = RecordedCost(speed, low, high, _whole(item, "memory", 1))
+    return costs
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -14,8 +14,18 @@ _NAME = "catalogue.json"
 
 
 @dataclass(frozen=True)
+class Wheel:
+    """A Python package that brings a file, `member`; `sha256` is the package's own."""
+
+    package: str
+    version: str
+    sha256: str
+    member: str
+
+
+@dataclass(frozen=True)
 class KnownModel:
-    """One entry; `hub` is where on the hub it is, None for a model that comes another way.
+    """One entry; `hub` is where on the hub it is, None for a model that comes in a `wheel`.
 
     `size` is in bytes, `sha256` in lower-case hexadecimal, `context` in tokens. `file` is the file's name, `licence` an
     SPDX identifier.
@@ -28,6 +38,7 @@ class KnownModel:
     sha256: str
     context: int
     hub: HubName | None
+    wheel: Wheel | None
 
 
 def catalogue_path() -> Path:
@@ -55,7 +66,7 @@ def known_models() -> dict[str, KnownModel]:
 def _known(entry: dict[str, Any]) -> KnownModel:
     """One entry. Raises KeyError, TypeError and ValueError."""
     source = entry["source"]
-    hub = HubName(source["repository"], file=entry["file"]) if source["kind"] == "hub" else None
+    on_hub = source["kind"] == "hub"
     return KnownModel(
         name=str(entry["name"]),
         file=str(entry["file"]),
@@ -63,5 +74,6 @@ def _known(entry: dict[str, Any]) -> KnownModel:
         licence=str(entry["licence"]),
         sha256=str(entry["sha256"]),
         context=int(entry["context"]),
-        hub=hub,
+        hub=HubName(source["repository"], file=entry["file"]) if on_hub else None,
+        wheel=None if on_hub else Wheel(source["package"], source["version"], source["sha256"], source["member"]),
     )

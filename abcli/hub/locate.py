@@ -14,8 +14,6 @@ from abcli.hub.names import SCHEME, HubName, is_quant, names_hub, normal_quant, 
 
 DEFAULT_NAME = "default"
 
-Fetch = Callable[[HubName], Path]
-
 
 @dataclass(frozen=True)
 class LocalName:
@@ -29,6 +27,10 @@ class BundledName:
     """A model of the catalogue that is not on the hub: the default model."""
 
     file: str
+
+
+# Brings a model that is not here.
+Fetch = Callable[[HubName | BundledName], Path]
 
 
 def model_folders() -> tuple[Path, ...]:
@@ -76,8 +78,8 @@ def locate_model(name: str | None, fetch: Fetch | None = None) -> Path:
     """The path of the model called `name`; see `resolve_name`. A path is returned as it is, unchecked.
 
     A model of the hub is taken from the hub's cache, without a request, if anything there fits; else `fetch` is to
-    bring it. Raises ModelFileError if the model is not here and there is no `fetch`, or if the default model was never
-    fetched; UsageError for an impossible name; and what `fetch` raises.
+    bring it, as it is the default model if no folder has it. Raises ModelFileError if the model is not here and there
+    is no `fetch`; UsageError for an impossible name; and what `fetch` raises.
     """
     found = resolve_name(name)
     if isinstance(found, LocalName):
@@ -87,10 +89,11 @@ def locate_model(name: str | None, fetch: Fetch | None = None) -> Path:
     for folder in model_folders():
         if (folder / found.file).is_file():
             return folder / found.file
-    raise ModelFileError(
-        f"the default model {found.file} is not here",
-        "name a GGUF file, or run `make chat` in abcli's repository, which fetches the default model",
-    )
+    if fetch is None:
+        raise ModelFileError(
+            f"the default model {found.file} is not here", f"fetch it with `abcli pull {DEFAULT_NAME}`, or name another"
+        )
+    return fetch(found)
 
 
 def portable_name(name: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from abcli.config import ContextConfig
 from abcli.errors import NativeError
+from abcli.gguf.architectures import window_layers
 from abcli.native import ggml_api as api
 from abcli.native.compute_thread import run_on_compute_thread
 from abcli.native.context import BatchPart, Context
 from abcli.native.ggml_api import TensorStruct, check_tensor_layout
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
+from abcli.native.state import StateError, without_flash_attention
 
 # Gets a layer's number and its weights, float32 [heads, rows, positions], each row with the sum 1; valid only then.
 See = Callable[[int, NDArray[np.float32]], None]
@@ -36,6 +38,17 @@ _TOLERANCE = 1e-2
 _PLAIN = ("f32", "f16", "bf16")
 
 
+def attention_config(config: ContextConfig) -> ContextConfig:
+    """The settings of an `AttentionContext` beside an engine with `config`."""
+    return replace(
+        config,
+        slots=1,
+        ubatch_size=min(config.ubatch_size, _ROWS),
+        flash_attention="off",
+        cache_type_v=config.cache_type_v if config.cache_type_v in _PLAIN else "f16",
+    )
+
+
 class AttentionContext(Context):
     """A context without flash attention for one sequence, which shows what the rows of its heads attend to."""
 
@@ -44,22 +57,16 @@ class AttentionContext(Context):
     ) -> None:
         """As `Context`; a quantised value cache, which needs flash attention, becomes f16."""
         check_tensor_layout()
+        self._header = model.checked.header
         self._see: See | None = None
         self._error: BaseException | None = None
         self._seen = 0
         self._end = 0
         # llama.cpp keeps the address: it must live as long as the context.
         self._function = _CALLBACK(self._call)
-        plain = replace(
-            config,
-            slots=1,
-            ubatch_size=min(config.ubatch_size, _ROWS),
-            flash_attention="off",
-            cache_type_v=config.cache_type_v if config.cache_type_v in _PLAIN else "f16",
-        )
         kind: Any = dict(llama.llama_context_params._fields_)["cb_eval"]
         watch = ctypes.cast(self._function, kind)
-        super().__init__(model, base, plain, cells, threads, cancel, watch)
+        super().__init__(model, base, attention_config(config), cells, threads, cancel, watch)
 
     def append(self, tokens: Sequence[int], see: See | None = None) -> None:
         """Append `tokens` to what the context holds; `see` gets the weights of each layer for as many rows as come at
@@ -71,6 +78,21 @@ class AttentionContext(Context):
         for start in range(0, len(tokens), self.ubatch_size):
             piece = tokens[start : start + self.ubatch_size]
             self._show(BatchPart(0, position + start, piece, output=0), see)
+
+    def take(self, cells: Iterable[NDArray[np.uint8]], length: int) -> bool:
+        """Fill this empty context with `cells`, pieces of an engine's state under this base, of `length` tokens.
+
+        False, and empty again, if they have another form, as with a quantised value cache.
+        """
+        windows = window_layers(self._header) or ()
+        try:
+            for data in cells:
+                self.write_spare(without_flash_attention(data, windows))
+                self.append_spare(0)
+        except (StateError, NativeError):
+            self.drop_spare()
+            self.truncate(0, 0)
+        return self.length(0) == length
 
     def _show(self, part: BatchPart, see: See | None) -> None:
         self._see, self._seen, self._error = see, 0, None

@@ -6,14 +6,25 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 44
+WIDTH, HEIGHT = 640, 312
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 56
 _TICKS = 5
+# Marks that are told apart without colours: a disc, a square, a triangle, a diamond, a triangle on its tip.
+_OUTLINES = (
+    "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
+    "m-3.2 -3.2h6.4v6.4h-6.4z",
+    "m0 -4.4l4.4 7.6h-8.8z",
+    "m0 -4.8l4.8 4.8l-4.8 4.8l-4.8 -4.8z",
+    "m0 4.4l4.4 -7.6h-8.8z",
+)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve, or points that are not joined; `low` and `high`, if given, are its interval."""
+    """One curve, or points that are not joined; `low` and `high`, if given, are its interval.
+
+    Its points are marked if it is `marked` and they are few.
+    """
 
     name: str
     x: Sequence[float]
@@ -21,7 +32,7 @@ class Series:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     joined: bool = True
-    labels: Sequence[str] = ()
+    marked: bool = True
 
 
 @dataclass(frozen=True)
@@ -34,23 +45,28 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point of a curve: where it lies, with its interval, and what it says."""
+    """A point of a curve: where it lies, with its interval, its outline (SVG), and what it says."""
 
     x: float
     y: float
     low: float
     high: float
+    outline: str
     text: str
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A series as it is drawn: a path (SVG), the area of its interval, and its points if there are few."""
+    """A series as it is drawn: a path (SVG), the area of its interval, and its points if there are few.
+
+    `sample` is the outline that stands for these in a legend of 24 x 10.
+    """
 
     name: str
     path: str
     area: str
     marks: tuple[Mark, ...]
+    sample: str
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,10 @@ def chart(
         y_label=y_label,
         x_ticks=tuple(Tick(across(value), x_text(value)) for value in x_ticks if left <= value <= right),
         y_ticks=tuple(Tick(down(10**value if log_y else value), text(value)) for value in y_ticks),
-        curves=tuple(_curve(one, across, down, x_text, y_text, marks) for one in kept),
+        curves=tuple(
+            _curve(one, across, down, x_text, y_text, marks, _OUTLINES[number % len(_OUTLINES)])
+            for number, one in enumerate(kept)
+        ),
     )
 
 
@@ -125,6 +144,7 @@ def _curve(
     x_text: Callable[[float], str],
     y_text: Callable[[float], str],
     marks: int,
+    outline: str,
 ) -> Curve:
     places = [(across(x), down(y)) for x, y in zip(one.x, one.y, strict=True)]
     path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places) if one.joined and places else ""
@@ -134,15 +154,14 @@ def _curve(
         lower = [(across(x), down(y)) for x, y in zip(one.x, one.low, strict=True)]
         area = "M" + "L".join(f"{x:g} {y:g}" for x, y in [*upper, *reversed(lower)]) + "Z"
     found = []
-    if len(places) <= marks or not one.joined:
+    if one.marked and (len(places) <= marks or not one.joined):
         for index, (x, y) in enumerate(places):
             low, high = (down(one.low[index]), down(one.high[index])) if one.low else (y, y)
             said = f"{x_text(one.x[index])}: {y_text(one.y[index])}"
             if one.low:
                 said += f" ({y_text(one.low[index])} to {y_text(one.high[index])})"
-            name = one.labels[index] if one.labels else one.name
-            found.append(Mark(x, y, low, high, f"{name}, {said}"))
-    return Curve(one.name, path, area, tuple(found))
+            found.append(Mark(x, y, low, high, f"M{x:g} {y:g}{outline}", f"{one.name}, {said}"))
+    return Curve(one.name, path, area, tuple(found), f"M12 5{outline}" if found else "")
 
 
 def _positive(one: Series) -> Series:

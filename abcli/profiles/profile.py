@@ -28,7 +28,7 @@ _MAX_SCORES = 100
 _MAX_COUNT = 2**31 - 1
 _HINT = "calibrate the model again, or fetch the profile again"
 # What a profile need not have, as values of JSON.
-_OPTIONAL: Mapping[str, Any] = {"gains": [], "gate": None}
+_OPTIONAL: Mapping[str, Any] = {"gains": [], "gate": None, "everyday": None}
 # Lower case only: some file systems take "A" and "a" for one name.
 _NAME = re.compile(rf"[a-z0-9_][a-z0-9_.-]{{0,{MAX_NAME - 1}}}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -63,6 +63,23 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Everyday:
+    """What a tuned profile leaves as it was, on texts and prompts that were not used to find it.
+
+    The losses are those of `text_tokens` tokens of plain text, in nats per token; of the greedy answers to `prompts`
+    everyday prompts `equal` are the same with the profile, and so many repeat themselves without it and with it.
+    """
+
+    text_tokens: int
+    native_loss: float
+    tuned_loss: float
+    prompts: int
+    equal: int
+    native_repeating: int
+    tuned_repeating: int
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Why a profile should help: scores on `questions` questions that were not used to find it."""
 
@@ -85,7 +102,7 @@ class Profile:
     the contexts it was calibrated on, `created` a time in UTC (ISO 8601). `prefill_base` None is the native base.
     `weights` are those of the merge rule `pool`, empty for equal ones and for other rules. `gains` are factors on the
     outputs of the model's heads, empty where all are 1. `gate` is the lowest that costs nothing that can be measured on
-    its task, 1 if none does; None if that was not found out.
+    its task, 1 if none does; None if that was not found out. `everyday` is there where there are gains.
     `chosen` is the time at which the user made it the model's default, empty if never.
     """
 
@@ -107,6 +124,7 @@ class Profile:
     chosen: str = ""
     gains: Gains = ()
     gate: float | None = None
+    everyday: Everyday | None = None
 
 
 class _DamageError(Exception):
@@ -212,6 +230,7 @@ def _profile(values: object) -> Profile:
         chosen=_time(values, "chosen") if values["chosen"] != "" else "",
         gains=_gains(values),
         gate=_gate(values),
+        everyday=_everyday(values["everyday"]),
     )
 
 
@@ -228,6 +247,23 @@ def _evidence(values: object) -> Evidence:
     if own not in names:
         raise _DamageError(f"is damaged: there is no score for its own configuration {own!r:.40}")
     return Evidence(_count(found, "questions"), own, scores)
+
+
+def _everyday(values: object) -> Everyday | None:
+    if values is None:
+        return None
+    found = _object(values, Everyday, "everyday")
+    text_tokens, prompts = _count(found, "text_tokens"), _count(found, "prompts")
+    counts = []
+    for key in ("equal", "native_repeating", "tuned_repeating"):
+        # Of the prompts; there may be none of them.
+        if found[key] != 0 or isinstance(found[key], bool):
+            _count(found, key)
+        if found[key] > prompts:
+            _refuse(key, found[key])
+        counts.append(int(found[key]))
+    native_loss, tuned_loss = _number(found, "native_loss"), _number(found, "tuned_loss")
+    return Everyday(text_tokens, native_loss, tuned_loss, prompts, *counts)
 
 
 def _score(values: object) -> Score:

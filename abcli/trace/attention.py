@@ -1,33 +1,39 @@
 """How much the tokens of an answer attend to what stands before them, under each bucket's base.
 
-A pass of its own, after the answer, in contexts without flash attention and beside the engine: under the base that
-computes prompts the prompt once, whose keys each bucket gets turned as in a shared prefill; or, where the buckets
-compute it themselves, once in each. Then each bucket computes the rows of the answer, in batches. The row of a token is
-the one that chose it: that of the token before.
+A pass of its own, after the answer, in contexts without flash attention and beside the engine. What stands before the
+answer comes from the engine's cells, or is computed once more, under the base that computes prompts; each bucket gets
+its keys turned as in a shared prefill. Where the buckets compute prompts themselves, each does so here too. Then each
+bucket computes the rows of the answer, in batches. The row of a token is the one that chose it: that of the token
+before.
 
 Looked at are the heads that look back furthest: a head's reach is the mean over the answer's rows of the largest
 weight x distance (tokens), so that heads count that pick something out far back, not those that look at everything a
-little. The first token of the text is left out: on it heads rest that look at nothing. Of all heads the tenth with the
-longest reach under the native base is looked at, under every base alike.
+little. The first token of the text is left out: on it heads rest that look at nothing. A tenth of all heads is looked
+at, those with the longest reach under the native base, under every base alike. Where only some layers have a sliding
+window, their heads do not count: they see no further than it, and in Gemma no bucket's base reaches them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.config import CONTEXT_STEP, ContextConfig
+from abcli.config import CONTEXT_STEP, Buckets, ContextConfig
+from abcli.engine.memory import free_room, predict
 from abcli.engine.shared import NotShareableError, SharedPrefill
 from abcli.engine.workers import available_cores
-from abcli.native.attention import AttentionContext
+from abcli.errors import OutOfMemoryError
+from abcli.gguf.architectures import window_layers
+from abcli.native.attention import AttentionContext, attention_config
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
 from abcli.rope.bases import nearest_base
 from abcli.rope.parameters import follows_context_size, rope_parameters
+from abcli.text import gibibytes
 from abcli.trace.trace import STRONGEST, Attention
 
 # The share of all heads that is looked at.
@@ -59,41 +65,49 @@ def read_attention(
     first: int,
     *,
     prefill_base: float | None = None,
+    cells: Iterable[NDArray[np.uint8]] = (),
     heads: Heads = (),
     cancel: CancelFlag,
     progress: Progress = lambda _done, _total: None,
 ) -> Reading:
     """The weights of the rows from position `first` on, under each of `bases`.
 
-    With a `prefill_base` that base computes what stands before the rows, if its keys can be turned. `heads` are chosen
-    if none are given. `progress` gets (buckets done, buckets). At most as many rows as memory is set aside for.
-    Raises CancelledError and NativeError.
+    With a `prefill_base` that base computes what stands before the rows, if its keys can be turned; `cells`, if any,
+    are what an engine holds of that, in pieces of state bytes. `heads` are chosen if none are given. `progress` gets
+    (buckets done, buckets). At most as many rows as memory is set aside for. Raises OutOfMemoryError before anything is
+    made, CancelledError and NativeError.
     """
     tokens = tokens[: first + max(1, _MAX_WEIGHTS // (len(bases) * len(tokens)))]
     before, rows = tokens[:first], tokens[first:]
     native = nearest_base(bases, model.checked.header.native_base)
+    _check_memory(model, config, bases, len(tokens), len(rows), leads=prefill_base is not None)
     weights = np.zeros((len(bases), len(rows), len(tokens)), np.float32)
     with ExitStack() as stack:
         contexts = _Contexts(model, config, len(tokens), cancel, stack)
-        leader = contexts.lead(prefill_base, bases, before) if prefill_base is not None and before else None
+        leader = contexts.lead(prefill_base, bases, before, cells) if prefill_base is not None and before else None
         # The native bucket comes first: it says which heads are looked at.
         order = sorted(range(len(bases)), key=lambda bucket: bucket != native)
         for done, bucket in enumerate(order):
             progress(done, len(bases))
             with contexts.holding(bases[bucket], before, leader) as context:
                 if not heads:
-                    heads = furthest(_reaches(context, rows))
+                    heads = furthest(_reaches(context, rows), window_layers(model.checked.header) or ())
                     context.truncate(0, first)
                 _collect(context, rows, heads, weights[bucket])
     return Reading(first, heads, weights)
 
 
-def furthest(reaches: dict[int, NDArray[np.float64]]) -> Heads:
-    """The (layer, head) with the longest reaches, of `reaches` [heads] of each layer."""
+def furthest(reaches: Mapping[int, NDArray[np.float64]], windows: Sequence[bool] = ()) -> Heads:
+    """The (layer, head) with the longest reaches, of `reaches` [heads] of each layer: a tenth of all heads.
+
+    They are in layers without a window if `windows`, by layer, says that some have none.
+    """
+    whole = [layer for layer in reaches if layer < len(windows) and not windows[layer]] or list(reaches)
     every = sorted(
-        ((float(reach), layer, head) for layer, row in reaches.items() for head, reach in enumerate(row)), reverse=True
+        ((float(reach), layer, head) for layer in whole for head, reach in enumerate(reaches[layer])), reverse=True
     )
-    return tuple(sorted((layer, head) for _reach, layer, head in every[: max(1, round(HEADS * len(every)))]))
+    count = max(1, round(HEADS * sum(map(len, reaches.values()))))
+    return tuple(sorted((layer, head) for _reach, layer, head in every[:count]))
 
 
 def summarised(
@@ -145,15 +159,19 @@ class _Contexts:
     def __init__(self, model: Model, config: ContextConfig, length: int, cancel: CancelFlag, stack: ExitStack) -> None:
         self._model = model
         self._config = config
-        whole = config.context_size * config.slots
-        self._cells = whole if follows_context_size(model.checked.header) else -(-length // CONTEXT_STEP) * CONTEXT_STEP
+        self._cells = _cells(model, config, length)
         self._threads = config.threads or available_cores()
         self._cancel = cancel
         self._stack = stack
         self._shared: SharedPrefill | None = None
 
-    def lead(self, base: float, bases: Sequence[float], tokens: Sequence[int]) -> AttentionContext | None:
-        """A context under `base` with `tokens`, if its keys can be turned to `bases`; it lives as long as the stack."""
+    def lead(
+        self, base: float, bases: Sequence[float], tokens: Sequence[int], cells: Iterable[NDArray[np.uint8]]
+    ) -> AttentionContext | None:
+        """A context under `base` with `tokens`, from `cells` if they fit, if its keys can be turned to `bases`.
+
+        It lives as long as the stack.
+        """
         if self._model.rotation is None:
             return None
         rope = rope_parameters(
@@ -171,7 +189,8 @@ class _Contexts:
         except NotShareableError:
             return None
         self._shared = shared
-        leader.append(tokens)
+        if not leader.take(cells, len(tokens)):
+            leader.append(tokens)
         return leader
 
     @contextmanager
@@ -192,6 +211,38 @@ class _Contexts:
         return AttentionContext(self._model, base, self._config, self._cells, self._threads, self._cancel)
 
 
+def _cells(model: Model, config: ContextConfig, length: int) -> int:
+    """The cells of a context for `length` tokens: as many as in the engine where the rotation depends on that."""
+    whole = config.context_size * config.slots
+    return whole if follows_context_size(model.checked.header) else -(-length // CONTEXT_STEP) * CONTEXT_STEP
+
+
+def _check_memory(
+    model: Model, config: ContextConfig, bases: Sequence[float], length: int, rows: int, *, leads: bool
+) -> None:
+    """Raise OutOfMemoryError for a text of `length` tokens that is predicted to be too long, unless `config.force`."""
+    cells = _cells(model, config, length)
+    plain = replace(attention_config(config), context_size=cells, engine="contexts", prefill="exact", prompt_cache=None)
+    # One bucket's context at a time, beside the leader's.
+    prediction = predict(model.checked, plain, Buckets((bases[0],) * (1 + leads), bases[0]))
+    there = [prediction.item(name) for name in ("weights", "logits", "tokenizer", "adapters")]
+    # The weights that are kept, those of a layer, and the keys and values that are carried over.
+    heads = max(model.checked.header.heads, default=0)
+    arrays = 4 * length * (len(bases) * rows + heads * min(rows, plain.ubatch_size))
+    arrays += length * prediction.kv_bytes_per_token if leads else 0
+    host = prediction.host - sum(item.host for item in there) + arrays
+    device = prediction.device - sum(item.device for item in there)
+    room = free_room(model.checked.config.gpu_layers)
+    if config.force or (host <= room.host and device <= room.device):
+        return
+    needed, free = (host, room.host) if host > room.host else (device, room.device)
+    raise OutOfMemoryError(
+        f"to read the attention over {length:,} tokens needs {gibibytes(needed)} of memory beside the engine, "
+        f"but {gibibytes(free)} are free",
+        "trace a shorter prompt, or with fewer `buckets`; `force` tries it as it is",
+    )
+
+
 def _one_by_one(job: Callable[[int], None], count: int) -> None:
     for index in range(count):
         job(index)
@@ -205,9 +256,9 @@ def _reaches(context: AttentionContext, rows: Sequence[int]) -> dict[int, NDArra
         _heads, count, length = weights.shape
         places = np.arange(length, dtype=np.float32)
         distances = places[length - count :, None] - places[1:]
-        # What lies ahead has no weight.
-        longest = (weights[:, :, 1:] * distances).max(axis=2, initial=0)
-        found[layer] = found.get(layer, 0) + longest.sum(axis=1, dtype=np.float64)
+        # What lies ahead has no weight. Head by head, as all products together take as much memory as the weights.
+        longest = [(head[:, 1:] * distances).max(axis=1, initial=0).sum(dtype=np.float64) for head in weights]
+        found[layer] = found.get(layer, 0) + np.array(longest)
 
     context.append(rows, see)
     return found

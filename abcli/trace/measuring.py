@@ -17,6 +17,7 @@ from abcli.gguf.checked import check_model
 from abcli.native.crash_probe import ensure_loadable
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
+from abcli.rope.waveform import troughs
 from abcli.trace.attention import Heads, read_attention
 
 # The rows that attend are the last quarter of a text, but no more than this.
@@ -24,16 +25,40 @@ MAX_ROWS = 256
 # A running mean over so many distances is taken off before wave and attention are compared: what is left is the ripple.
 RIPPLE = 101
 _SHIFTS = 199
+# A trough is lower than all within so many distances; two are together that are at most so far apart.
+_TROUGH_RADIUS = 25
+TOGETHER = 3
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ripple:
+    """How the ripples of attention (of the logarithm of its median) correlate with those of a wave, -1..1.
+
+    `error` is the jackknife's standard error over the texts, None for a single one; `chance` the share of shifts of the
+    wave along the distance that correlate as much or more.
+    """
+
+    correlation: float
+    error: float | None
+    chance: float
+
+
+@dataclass(frozen=True)
+class Troughs:
+    """Of `count` troughs of a wave, `together` have one of the attention near; `by_chance` of all distances have."""
+
+    together: int
+    count: int
+    by_chance: float
 
 
 @dataclass(frozen=True)
 class MeasuredBase:
     """The attention that a token gets at each distance 1 .. n under one base, float64 [n] each, over rows and texts.
 
-    `ripple` is the correlation of its ripples (of the logarithm) with those of the base's wave; `chance` the share of
-    shifts of the wave along the distance that correlate as much or more.
+    `ripples` has one for the wave of each base that is measured, `troughs` is about its own wave.
     """
 
     base: float
@@ -41,8 +66,8 @@ class MeasuredBase:
     lower: Floats
     median: Floats
     upper: Floats
-    ripple: float
-    chance: float
+    ripples: tuple[Ripple, ...]
+    troughs: Troughs
 
 
 @dataclass(frozen=True)
@@ -102,12 +127,14 @@ class Measurer:
             )
             heads = reading.heads
             found.append(_by_distance(reading.weights, first))
-        together = np.concatenate(found, axis=1)
         return Measurement(
             heads,
             texts,
             rows,
-            tuple(_measured(base, values, wave) for base, values, wave in zip(bases, together, waves, strict=True)),
+            tuple(
+                measured(base, np.stack([weights[index] for weights in found]), waves[:, 1:first], index)
+                for index, base in enumerate(bases)
+            ),
         )
 
 
@@ -127,20 +154,53 @@ def common_text() -> str:
     return "\n".join(text for _name, text in sorted(topics.items()))
 
 
-def ripple_correlation(wave: Floats, attention: Floats, seed: int = 0) -> tuple[float, float]:
-    """How the ripples of a wave [n] and of the logarithm of attention [n] correlate (-1..1), and by chance.
-
-    The second number is the share of random shifts of the wave's ripples along the distance (around the end) whose
-    correlation is as large or larger in size, itself included. (0, 1) where there is no ripple.
+def measured(base: float, weights: NDArray[np.float32], waves: Floats, own: int) -> MeasuredBase:
+    """What is said of one base, of its `weights` [texts, rows, n] and the `waves` [bases, n] of all at distances
+    1 .. n; its own is number `own`.
     """
-    first, second = _ripples(wave), _ripples(np.log(np.maximum(attention, 1e-12)))
-    if len(first) < 2 or not first.std() or not second.std():
-        return 0.0, 1.0
-    first, second = (values / np.linalg.norm(values) for values in (first - first.mean(), second - second.mean()))
-    found = float(first @ second)
+    rows = weights.reshape(-1, weights.shape[2])
+    lower, median, upper = np.quantile(rows, (0.25, 0.5, 0.75), axis=0)
+    ripples = tuple(_ripple(wave, median, weights) for wave in waves)
+    mean = rows.mean(axis=0, dtype=np.float64)
+    return MeasuredBase(base, mean, lower, median, upper, ripples, trough_meeting(waves[own], median))
+
+
+def ripple_correlation(wave: Floats, attention: Floats) -> float:
+    """How the ripples of a wave [n] and of the logarithm of attention [n] correlate (-1..1); 0 where there are none."""
+    first, second = _unit(_ripples(wave)), _unit(_ripples(_logarithm(attention)))
+    return float(first @ second)
+
+
+def ripple_chance(wave: Floats, attention: Floats, seed: int = 0) -> float:
+    """The share of random shifts of a wave's ripples along the distance (around the end) that correlate with those of
+    attention as much or more in size, itself included; 1 where there are no ripples.
+    """
+    first, second = _unit(_ripples(wave)), _unit(_ripples(_logarithm(attention)))
+    found = abs(first @ second)
+    if not found:
+        return 1.0
     shifts = np.random.default_rng(seed).integers(1, len(first), _SHIFTS)
     others = np.array([np.roll(first, shift) @ second for shift in shifts])
-    return found, float((1 + (np.abs(others) >= abs(found)).sum()) / (1 + _SHIFTS))
+    return float((1 + (np.abs(others) >= found).sum()) / (1 + _SHIFTS))
+
+
+def trough_meeting(wave: Floats, attention: Floats) -> Troughs:
+    """How many troughs of a wave's ripples have one of the ripples of (the logarithm of) attention near, both [n]."""
+    first, second = _ripples(wave), _ripples(_logarithm(attention))
+    places, others = troughs(first, _TROUGH_RADIUS), troughs(second, _TROUGH_RADIUS)
+    near = np.zeros(len(first), bool)
+    for other in others:
+        near[max(0, other - TOGETHER) : other + TOGETHER + 1] = True
+    return Troughs(int(near[places].sum()), len(places), float(near.mean()) if len(near) else 0.0)
+
+
+def _ripple(wave: Floats, median: Floats, weights: NDArray[np.float32]) -> Ripple:
+    texts, error = len(weights), None
+    if texts > 1:
+        others = (np.delete(weights, text, axis=0).reshape(-1, len(median)) for text in range(texts))
+        left = [ripple_correlation(wave, np.median(rows, axis=0).astype(np.float64)) for rows in others]
+        error = float(np.sqrt((texts - 1) * np.var(left)))
+    return Ripple(ripple_correlation(wave, median), error, ripple_chance(wave, median))
 
 
 def _part(progress: Callable[[int, int], None], number: int, parts: int, done: int, total: int) -> None:
@@ -153,11 +213,15 @@ def _by_distance(weights: NDArray[np.float32], first: int) -> NDArray[np.float32
     return np.stack(rows, axis=1)
 
 
-def _measured(base: float, values: NDArray[np.float32], wave: Floats) -> MeasuredBase:
-    mean = values.mean(axis=0, dtype=np.float64)
-    lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75), axis=0)
-    ripple, chance = ripple_correlation(wave[1 : 1 + len(mean)], median)
-    return MeasuredBase(base, mean, lower, median, upper, ripple, chance)
+def _logarithm(attention: Floats) -> Floats:
+    return np.asarray(np.log(np.maximum(attention, 1e-12)), np.float64)
+
+
+def _unit(ripples: Floats) -> Floats:
+    """`ripples` [n] without their mean, of length 1; zeros where they are all the same."""
+    centred = ripples - ripples.mean() if len(ripples) else ripples
+    length = np.linalg.norm(centred)
+    return np.asarray(centred / length if length else centred * 0, np.float64)
 
 
 def _ripples(values: Floats) -> Floats:

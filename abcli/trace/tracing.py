@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from abcli.config import Buckets, ContextConfig
 from abcli.engine.engine import Engine
-from abcli.errors import CancelledError, NativeError
+from abcli.errors import NativeError, OutOfMemoryError
 from abcli.generate import common_prefix
 from abcli.merge import Merger
 from abcli.native.llama import CancelFlag
@@ -65,10 +65,11 @@ class Tracer:
         self,
         recorder: Recorder,
         prompt: Sequence[int],
+        slot: int,
         cancel: CancelFlag,
         progress: Progress = lambda _done, _total: None,
     ) -> Trace:
-        """The trace of the answer that `recorder` has observed. Raises CancelledError."""
+        """The trace of the answer that `recorder` has observed in `slot`. Raises CancelledError."""
         steps = recorder.steps
         told = self._told([*prompt, *(step.token for step in steps)])
         texts = told[: len(prompt)]
@@ -76,10 +77,8 @@ class Tracer:
         attention, reason = None, ""
         if steps:
             try:
-                attention = self._attention(steps, prompt, passages, cancel, progress)
-            except CancelledError:
-                raise
-            except NativeError as error:
+                attention = self._attention(steps, prompt, slot, passages, cancel, progress)
+            except (NativeError, OutOfMemoryError) as error:
                 reason = error.message
         return Trace(
             model=self.model.checked.name,
@@ -100,12 +99,15 @@ class Tracer:
         self,
         steps: Sequence[Step],
         prompt: Sequence[int],
+        slot: int,
         passages: Sequence[tuple[int, int]],
         cancel: CancelFlag,
         progress: Progress,
     ) -> Attention:
         engine = self.engine
         shared = engine.sharing.shared and len(prompt) >= engine.least_shared
+        before = len(prompt) - 1
+        held = shared and list(engine.tokens(slot)[:before]) == list(prompt[:before])
         weights = np.zeros((len(steps), len(engine.bases)))
         for row, step in zip(weights, steps, strict=True):
             for view in step.views:
@@ -115,8 +117,9 @@ class Tracer:
             self.context,
             engine.bases,
             [*prompt, *(step.token for step in steps[:-1])],
-            len(prompt) - 1,
+            before,
             prefill_base=self.buckets.prefill_base if shared else None,
+            cells=(piece.data for piece in engine.cells(slot, before)) if held else (),
             cancel=cancel,
             progress=progress,
         )

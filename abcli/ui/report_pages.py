@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -21,16 +21,15 @@ from abcli.ui.plots import DepthCurve
 def evaluation_page(report: EvaluationReport, lengths: Sequence[LengthSummary]) -> str:
     """What an evaluation, or a calibration's, found: tables, quality by depth, and quality against cost."""
     panels = depth_figure(report.task, lengths).panels
-    buckets = {configuration.name: len(configuration.bases) for configuration in report.configurations}
     sections = []
     for found, panel in zip(lengths, panels, strict=True):
         title, explanation = heading(report.task, found).split("\n")
         charts = [
             _by_depth("NLL of the answer by depth", panel.depths, panel.likelihoods, "nats per token"),
             _by_depth("Accuracy by depth", panel.depths, panel.accuracies, "exact answers", share=True),
-            _pareto(found, buckets),
         ]
         sections.append(_section(title, [explanation], value_table(found), charts))
+        sections.append(_cost_section(report, found))
         if len(found.summaries) > 1:
             words = [f"Paired differences to {found.baseline}, with 95 % intervals.", *sentences(found)]
             sections.append(
@@ -105,22 +104,60 @@ def _by_depth(
     return chart(title, series, "depth in the context", label, y_text=text)
 
 
-def _pareto(found: LengthSummary, buckets: dict[str, int]) -> Chart:
-    """Quality against what it costs: every bucket is a row to decode for each token, with a cache of its own."""
-    points = [(buckets[one.configuration], one.measures.nll) for one in found.summaries]
-    front = pareto_front([(float(cost), nll.value) for cost, nll in points])
-    series = [Series("best for their cost", [cost for cost, _ in front], [loss for _, loss in front])]
-    series += [
-        Series(one.configuration, [float(cost)], [nll.value], [nll.low], [nll.high], joined=False)
-        for one, (cost, nll) in zip(found.summaries, points, strict=True)
+def _cost_section(report: EvaluationReport, found: LengthSummary) -> dict[str, Any]:
+    """Quality against what it costs: tokens/s and memory where they were measured, else buckets to decode."""
+    title, costs = f"Quality against cost, {found.length:,} tokens", report.costs
+    buckets = {one.name: len(one.bases) for one in report.configurations}
+    if not costs:
+        label = "buckets to decode for each token"
+        return _section(title, [], None, [_pareto("Quality against buckets", found, buckets, label)])
+    charts = [
+        _pareto(
+            "Quality against speed",
+            found,
+            {name: cost.tokens_per_second for name, cost in costs.items()},
+            "tokens/s",
+            more_is_better=True,
+        ),
+        _pareto(
+            "Quality against memory",
+            found,
+            {name: cost.memory for name, cost in costs.items()},
+            "memory",
+            x_text=lambda size: gibibytes(round(size)),
+        ),
     ]
-    return chart(
-        "Quality against cost",
-        series,
-        "buckets to decode for each token",
-        "NLL, nats per token",
-        y_text="{:.3g}".format,
-    )
+    table = Table()
+    for column in ("configuration", "buckets", "tokens/s", "middle half of the rounds", "memory"):
+        table.add_column(column)
+    for name, cost in costs.items():
+        between = f"{cost.low:.3g} to {cost.high:.3g}"
+        table.add_row(name, str(buckets[name]), f"{cost.tokens_per_second:.3g}", between, gibibytes(cost.memory))
+    said = "Tokens/s of an answer after such a prompt, measured in turns; memory of model and buckets, as predicted."
+    return _section(title, [said], table, charts)
+
+
+def _pareto(
+    title: str,
+    found: LengthSummary,
+    costs: Mapping[str, float],
+    label: str,
+    *,
+    more_is_better: bool = False,
+    x_text: Callable[[float], str] = "{:.3g}".format,
+) -> Chart:
+    """A point for each configuration, and a line through those that no other beats in both."""
+    # In the order of the curves by depth, so that each has the colour that it has there.
+    summaries = sorted(found.summaries, key=lambda one: one.configuration != found.baseline)
+    points = [(float(costs[one.configuration]), one.measures.nll) for one in summaries]
+    sign = -1 if more_is_better else 1
+    front = pareto_front([(sign * cost, nll.value) for cost, nll in points])
+    series = [
+        Series(one.configuration, [cost], [nll.value], [nll.low], [nll.high], joined=False)
+        for one, (cost, nll) in zip(summaries, points, strict=True)
+    ]
+    best = Series("not beaten in both", [sign * cost for cost, _ in front], [loss for _, loss in front], marked=False)
+    return chart(title, [*series, best], label, "NLL, nats per token", x_text=x_text, y_text="{:.3g}".format)
 
 
 def _memory_chart(report: BenchReport) -> Chart | None:

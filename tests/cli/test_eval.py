@@ -22,6 +22,7 @@ from abcli.profiles.store import save
 from tests.cli.conftest import Command
 from tests.cli.pseudo_terminal import PseudoTerminal
 from tests.profiles.samples import profile
+from tests.support.tiny_gguf import write_tiny_model
 
 # One thread: several would wait for each other on a busy machine.
 SIZE = ("--length", 400, "--limit", 10, "--depths", 3, "--threads", 1)
@@ -112,6 +113,29 @@ def test_a_stored_report_is_shown_again(stored: Path, abcli: Command, tiny_model
     assert "Quality against cost" in page.read_text()
     assert png.read_bytes().startswith(b"\x89PNG\r\n")
     assert b"<svg" in svg.read_bytes()
+
+
+def test_costs_are_measured_for_a_stored_report(stored: Path, abcli: Command, tiny_model: Path, tmp_path: Path) -> None:
+    costed, page = tmp_path / "costed.json", tmp_path / "costed.html"
+    outcome = abcli("eval", "--from", stored, tiny_model, "--cost", "-t", 1, "-o", costed)
+    assert (outcome.code, outcome.errors) == (0, b"")
+    found = json.loads(costed.read_text())
+    assert set(found["costs"]) == {item["name"] for item in found["configurations"]}
+    for cost in found["costs"].values():
+        assert 0 < cost["low"] <= cost["tokens_per_second"] <= cost["high"]
+        assert cost["memory"] > 0
+    assert {**found, "costs": {}} == json.loads(stored.read_text())
+    assert abcli("eval", "--from", costed, "--html", page).code == 0
+    assert "Quality against speed" in page.read_text()
+    assert "Quality against memory" in page.read_text()
+
+
+def test_costs_are_those_of_the_reports_model(stored: Path, abcli: Command, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other.gguf", layers=3)
+    outcome = abcli("eval", "--from", stored, other, "--cost")
+    assert outcome.code == 2
+    assert "not of other.gguf" in outcome.problem()[0]
+    assert abcli("eval", "--from", stored, other).code == 2
 
 
 def test_the_table_names_what_was_compared(stored: Path, abcli: Command) -> None:

@@ -19,7 +19,7 @@ from abcli.profiles.profile import Profile, encode
 from abcli.profiles.store import choose, find, load, profiles, save
 from abcli.rope.bases import resolve_buckets
 from tests.cli.conftest import Command
-from tests.profiles.samples import FINGERPRINT, OTHER_FINGERPRINT, SAMPLE, profile
+from tests.profiles.samples import EVERYDAY, FINGERPRINT, OTHER_FINGERPRINT, SAMPLE, profile
 from tests.support.tiny_gguf import write_tiny_model
 
 NOTE = (
@@ -156,6 +156,27 @@ def test_show(abcli: Command) -> None:
     assert own.endswith("+0.1250  +0.1000 to +0.1500")
     assert json.loads(abcli("profiles", "show", "needle-1024", "--json").text)["name"] == "needle-1024"
     assert abcli("profiles", "--json", "show", "needle-1024").code == 2
+
+
+def test_show_a_tuned_profile(abcli: Command) -> None:
+    tuned = replace(SAMPLE, gains=((0.5, 1.0), (1.25, 2.0)), everyday=EVERYDAY)
+    save(tuned, profiles_directory())
+    lines = abcli("profiles", "show", "needle-1024").text.split("\n\n")[0].splitlines()
+    values = {line.split("  ", 1)[0]: line.split("  ", 1)[1].strip() for line in lines}
+    assert values["gains"] == "of 4 heads, 0.5 to 2"
+    assert values["tuned on"] == "needle, contexts of 1,024 tokens"
+    assert values["plain text"] == "NLL 3.000 to 3.010, 1,234 tokens"
+    assert values["everyday"] == "20 of 50 answers are the same; 2 repeated themselves, 0 do now"
+
+
+def test_what_runs_says_that_a_profile_is_tuned(abcli: Command, tiny_model: Path, fitting: Profile) -> None:
+    native = fitting.native_base
+    tuned = replace(fitting, name="tuned", bases=(native,), gains=((0.5,) * 4, (1.25,) * 4), prefill_base=None)
+    save(tuned, profiles_directory())
+    outcome = abcli("run", tiny_model, "hello", "-n", 1, "--threads", 1)
+    assert outcome.code == 0
+    wanted = f"profile tuned: 1 bucket {native:g} with gains of 8 heads (tuned on needle; --profile none to do without)"
+    assert wanted in outcome.errors.decode().splitlines()
 
 
 def test_one_name_for_two_models(abcli: Command, tiny_model: Path, fitting: Profile) -> None:

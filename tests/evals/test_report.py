@@ -17,6 +17,7 @@ from abcli.evals.configurations import Configuration
 from abcli.evals.questions import Question
 from abcli.evals.report import (
     EvaluationReport,
+    RecordedCost,
     RecordedModel,
     data_file,
     decode_report,
@@ -76,7 +77,8 @@ def written(report: EvaluationReport, path: Path) -> Path:
 
 
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
-    report = made_up(contexts={"kv/1024/0": "context 0 of é"})
+    costs = {item.name: RecordedCost(10.5, 9.25, 11.0, 2**30) for item in CONFIGURATIONS}
+    report = made_up(contexts={"kv/1024/0": "context 0 of é"}, costs=costs)
     # Numbers lose what is behind the sixth decimal, and nothing else.
     rounded = {name: tuple(replace(s, nll=round(s.nll, 6)) for s in of) for name, of in report.scores.items()}
     path = written(report, tmp_path / "report.json")
@@ -105,7 +107,7 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     values = json.loads(text)
     assert set(values) == {
         *("format", "version", "task", "lengths", "depths", "limit", "seed", "data", "model", "about"),
-        *("configurations", "summaries", "questions", "contexts"),
+        *("configurations", "summaries", "questions", "contexts", "costs"),
     }
     assert values["contexts"] == {}
     assert "context 0" not in text
@@ -194,6 +196,7 @@ def broken(values: dict[str, object], *path: object, value: object = None) -> by
     return json.dumps(copy).encode()
 
 
+NO_SPEED = {"tokens_per_second": 0, "low": 0, "high": 1, "memory": 1}
 DAMAGE = {
     "no format": (("format",), None, "is not a report of `abcli eval`"),
     "another format": (("format",), "abcli-session", "is not a report of `abcli eval`"),
@@ -226,6 +229,10 @@ DAMAGE = {
     "an enormous seed": (("seed",), 10**30, "seed is"),
     "contexts that are no object": (("contexts",), [], "'contexts'"),
     "a context that is no text": (("contexts", "a"), 1, "'a'"),
+    "costs that are no object": (("costs",), [], "'costs'"),
+    "costs of some": (("costs", "native"), {}, "costs are not those of all"),
+    "a cost that is no object": (("costs",), dict.fromkeys((one.name for one in CONFIGURATIONS), 1), "'native'"),
+    "a speed of 0": (("costs",), {one.name: NO_SPEED for one in CONFIGURATIONS}, "decodes 0 tokens per second"),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from abcli.config import DEFAULT_MODEL_FILE, aliases_file
 from abcli.errors import AbcliError, ModelFileError, UsageError
+from abcli.hub import locate
 from abcli.hub.aliases import aliases, remove_alias, set_alias
 from abcli.hub.locate import (
     BundledName,
@@ -170,6 +171,18 @@ def test_what_is_cached_needs_no_request(hub: HubStandIn, cache: Path) -> None:
     # Another quant than the one that is asked for is not taken.
     assert locate_model("user/model-GGUF:Q4_0", bring) == Path("brought")
     assert hub.requests == []
+
+
+def test_the_default_model_is_fetched_where_no_folder_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "model_folders", lambda: (tmp_path,))
+    with pytest.raises(ModelFileError) as caught:
+        locate_model(None)
+    assert "abcli pull default" in caught.value.hint
+    asked = []
+    assert locate_model(None, lambda name: asked.append(name) or Path("brought")) == Path("brought")
+    assert asked == [BundledName(DEFAULT_MODEL_FILE)]
+    (tmp_path / DEFAULT_MODEL_FILE).touch()
+    assert locate_model("default") == tmp_path / DEFAULT_MODEL_FILE
 
 
 def test_naming_a_file_does_not_load_the_hub_library(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -117,8 +118,43 @@ def test_chat_templates_are_the_models_own(model: Any) -> None:
     model._reads_control_tokens = False
 
 
-def test_the_command_line_has_the_model_registered() -> None:
-    program = "from abcli.cli.main import call; import sys; code = call(['lm-eval'])\n"
-    program += "from lm_eval.api.registry import get_model; print(get_model('abcli').__module__)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert "abcli.lm_eval_model" in done.stdout or "usage" in done.stdout.lower(), done.stderr
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "abcli", "lm-eval", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+
+
+def test_the_command_line_evaluates_as_llama_cpp_would(tasks: Path, tmp_path: Path, real_model: Path) -> None:
+    model_args = f"model={real_model},buckets=1,ctx_size=64"
+    evaluated = ["-t", "abcli_choice", "abcli_until", "--include_path", str(tasks), "--limit", "2", "-a", model_args]
+    done = run(*evaluated, "--output_path", str(tmp_path), "--log_samples")
+    assert done.returncode == 0, done.stderr
+    assert "|abcli_choice|" in done.stdout
+    (results,) = tmp_path.rglob("results_*.json")
+    assert json.loads(results.read_text())["config"]["model"] == "abcli"
+    (choices,) = tmp_path.rglob("samples_abcli_choice_*.jsonl")
+    samples = [json.loads(line) for line in choices.read_text().splitlines()]
+    assert len(samples) == 2
+    # abcli attends as llama.cpp's own programs do where they may choose.
+    llama = llama_cpp.Llama(str(real_model), n_ctx=64, logits_all=True, flash_attn=True, verbose=False)
+    for sample in samples:
+        before = llama.tokenize(sample["doc"]["q"].encode())
+        found = [float(response[0][0]) for response in sample["resps"]]
+        texts = [sample["doc"]["q"] + choice for choice in sample["doc"]["choices"]]
+        assert found == pytest.approx([llamas_own(llama, text, len(before)) for text in texts], abs=1e-4)
+    llama.close()
+
+
+def llamas_own(llama: llama_cpp.Llama, text: str, begin: int) -> float:
+    """The log-probability of a text's tokens from the one at `begin` on, from llama.cpp's logits."""
+    tokens = llama.tokenize(text.encode())
+    llama.reset()
+    llama.eval(tokens)
+    rows = llama.scores[begin - 1 : len(tokens) - 1].astype(np.float64)
+    logs = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    return float(logs[np.arange(len(rows)), tokens[begin:]].sum())
+
+
+def test_the_command_lines_help_is_lm_evals() -> None:
+    done = run("run", "--help")
+    assert done.returncode == 0
+    assert "--model_args" in done.stdout

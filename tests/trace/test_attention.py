@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from abcli.config import ContextConfig
-from abcli.errors import CancelledError, NativeError
+from abcli.config import Buckets, ContextConfig
+from abcli.engine.make import make_engine
+from abcli.engine.memory import Room
+from abcli.errors import CancelledError, NativeError, OutOfMemoryError
 from abcli.native import ggml_api as api
 from abcli.native.attention import AttentionContext
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.llama import CancelFlag
 from abcli.native.rotating.keys import aligned_bytes, as_float32
-from abcli.native.state import parse_state
+from abcli.native.state import StateError, parse_state, without_flash_attention
+from abcli.trace import attention
 from abcli.trace.attention import Reading, furthest, mean_by_distance, read_attention, summarised
 from tests.support.models import open_model
 from tests.support.tiny_gguf import write_tiny_mamba, write_tiny_model
@@ -87,6 +92,69 @@ def test_turned_keys_give_nearly_the_weights_of_a_prompt_of_ones_own(tmp_path, a
         assert not own.weights[:, row, 31 + row :].any()
 
 
+@pytest.mark.parametrize("kind", ["fused", "contexts"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_what_an_engine_holds_of_a_prompt_is_not_computed_again(tmp_path, architecture, kind, monkeypatch):
+    path = write_tiny_model(tmp_path / "tiny.gguf", architecture=architecture, layers=7)
+    appended = []
+    append = AttentionContext.append
+
+    def counted(self, tokens, see=None):
+        appended.append(len(tokens))
+        append(self, tokens, see)
+
+    monkeypatch.setattr(AttentionContext, "append", counted)
+    config = replace(CONFIG, prefill="shared", ubatch_size=16)
+    with open_model(path) as model, make_engine(kind, model, config, Buckets(BASES, 10000.0)) as engine:
+        assert engine.sharing.shared
+        engine.prefill(0, TOKENS)
+        cells = [piece.data for piece in engine.cells(0, 30)]
+        assert len(cells) == 2
+        assert not list(engine.cells(0, 41))
+        taken = read_attention(model, CONFIG, BASES, TOKENS, 30, prefill_base=10000.0, cells=cells, cancel=CancelFlag())
+        assert appended == [10] * 4
+        own = read_attention(model, CONFIG, BASES, TOKENS, 30, prefill_base=10000.0, cancel=CancelFlag())
+        assert 30 in appended
+        np.testing.assert_allclose(taken.weights, own.weights, atol=2e-3)
+        # What is no state is computed.
+        other = read_attention(
+            model, CONFIG, BASES, TOKENS, 30, prefill_base=10000.0, cells=[cells[0][:-8]], cancel=CancelFlag()
+        )
+    np.testing.assert_array_equal(other.weights, own.weights)
+
+
+def test_values_are_transposed_and_nothing_else_changes(tmp_path):
+    # Keys and values of a first layer are the same with flash attention and without.
+    path = write_tiny_model(tmp_path / "tiny.gguf", layers=1)
+    states = []
+    with open_model(path) as model:
+        for flash in ("on", "off"):
+            config = replace(CONFIG, flash_attention=flash)
+            with make_engine("contexts", model, config, Buckets(BASES[:1], BASES[0])) as engine:
+                engine.prefill(0, TOKENS[:5])
+                states += [piece.data for piece in engine.cells(0, 5)]
+    with_flash, without = states
+    found, wanted = without_flash_attention(with_flash, ()), without_flash_attention(without, ())
+    np.testing.assert_array_equal(found, wanted)
+    # All but whose cells they are is llama.cpp's own form.
+    (cache,) = parse_state(without)
+    start = cache.layers[0].offset - 12
+    np.testing.assert_array_equal(found[start:], without[start:])
+    assert not np.array_equal(with_flash[start:], without[start:])
+    with pytest.raises(StateError):
+        without_flash_attention(with_flash[:-1], ())
+
+
+def test_a_text_too_long_for_memory_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    path = write_tiny_model(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(attention, "free_room", lambda _layers: Room(1 << 20))
+    with open_model(path) as model:
+        with pytest.raises(OutOfMemoryError, match="attention over 40 tokens needs"):
+            read_attention(model, CONFIG, BASES, TOKENS, 30, cancel=CancelFlag())
+        forced = replace(CONFIG, force=True)
+        assert read_attention(model, forced, BASES, TOKENS, 30, cancel=CancelFlag()).heads
+
+
 def test_long_answers_are_read_in_pieces(tmp_path):
     path = write_tiny_model(tmp_path / "tiny.gguf")
     long = np.random.default_rng(6).integers(0, 300, 200).tolist()
@@ -123,6 +191,9 @@ def test_heads_are_chosen_by_how_far_they_look():
     reaches = {layer: np.arange(10.0) + 10 * layer for layer in range(2)}
     assert furthest(reaches) == ((1, 8), (1, 9))
     assert furthest({0: np.array([1.0, 3.0, 2.0])}) == ((0, 1),)
+    # Those that see no further than a window do not count beside others, but where there are no others.
+    assert furthest(reaches, (False, True)) == ((0, 8), (0, 9))
+    assert furthest(reaches, (True, True)) == ((1, 8), (1, 9))
 
 
 def test_a_reading_is_summed_as_numpy_would_sum_it():

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from abcli import load
+from abcli.engine.memory import Room
 from abcli.errors import UsageError
 from abcli.merge import Merger
-from abcli.trace.page import save_trace
+from abcli.trace import attention
+from abcli.trace.page import save_trace, trace_page
 from abcli.trace.recorder import CANDIDATES
 
 PROMPT = "tell me about the house on the hill and the road that leads to it, " * 2
@@ -90,6 +92,15 @@ def test_where_one_bucket_decides_alone_only_it_is_shown(llm):
         assert step.agreement is None
         assert not step.differs(trace.native)
     np.testing.assert_allclose(trace.attention.whole[3], trace.attention.whole[1], atol=1e-6)
+
+
+def test_an_answer_too_long_to_look_back_from_is_not_lost(llm, monkeypatch):
+    monkeypatch.setattr(attention, "free_room", lambda _layers: Room(0))
+    answer = llm.generate(PROMPT, max_tokens=3, temperature=0, trace=True)
+    assert answer.trace.attention is None
+    assert "of memory beside the engine" in answer.trace.without_attention
+    assert len(answer.trace.steps) == 3
+    assert "could not be read: to read the attention" in trace_page(answer.trace)
 
 
 def test_a_chat_traces_its_last_answer(llm):

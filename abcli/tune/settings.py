@@ -1,0 +1,63 @@
+"""What a tuning is asked for, and what learning comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from abcli.config import Gains
+from abcli.tune.material import Item, Sources
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long, at most, and how: `contexts` go into a step, beside one guard of each kind."""
+
+    steps: int = 60
+    seconds: float = 3600.0
+    contexts: int = 8
+    rate: float = 0.03
+    """Of Adam, on logarithms of gains; it falls to 0 along a cosine."""
+    guard_weight: float = 1.0
+    seed: int = 0
+    single: bool = False
+    """Learn one gain for all heads."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step found, in nats per token: the loss on the questions, and the divergences of the guards."""
+
+    number: int
+    share: float
+    """Of the way, 0 to 1."""
+    loss: float
+    divergences: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """What is learned from, and for how long. A task is one of `eval`'s, or else the path of a file of examples."""
+
+    tasks: tuple[str, ...] = ("needle", "kv")
+    length: int = 1024
+    sources: Sources = field(default_factory=Sources)
+    text: Path | None = None
+    """Prose of the user's to stay as good at, instead of what comes with abcli."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    controls: bool = True
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Gains, and how they came about."""
+
+    gains: Gains
+    steps: tuple[Step, ...]
+    twin_divergence: float
+    """Mean nats per token between the twin and llama.cpp."""
+    items: Mapping[str, Sequence[Item]]
+    """What was learned from, by task."""
+    controls: Mapping[str, Gains]
+    """What tells seeing better from answering in another form: gains that were learned so that they cannot see more."""

@@ -1,0 +1,198 @@
+"""The model of a GGUF file in torch, in float32: what gradients of the heads' gains are taken through.
+
+It computes what llama.cpp computes (src/models/{llama,qwen2,qwen3,gemma3}.cpp) with all weights frozen. Several answers
+may follow one context in a row: `segments` says who sees whom.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from abcli.errors import UnsupportedModelError
+from abcli.gguf.architectures import WINDOW_BASES, rotation, window_layers, window_tokens
+from abcli.rope.frequencies import angular_frequencies
+from abcli.rope.parameters import rope_parameters
+from abcli.tune.architecture import check_architecture
+
+if TYPE_CHECKING:
+    from abcli.gguf.checked import CheckedModel
+
+# The only Gemma 3 of so many layers divides its scores by another root (27B; llama.cpp's gemma3.cpp).
+_GEMMA_27B_LAYERS = 62
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch: int64 [rows, length] tokens, positions and segments.
+
+    A token sees those before it of its own segment and of segment 0; what has segment -1 is filled up.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        """The same on another device."""
+        return Rows(self.tokens.to(device), self.positions.to(device), self.segments.to(device))
+
+
+class Twin:
+    """A model in torch, without its adapters and gains. Its weights take four bytes for each of its parameters."""
+
+    def __init__(self, model: CheckedModel, device: torch.device) -> None:
+        """Read the weights of a model's files. Raises UnsupportedModelError for a model it does not know."""
+        header = model.header
+        check_architecture(model)
+        self.device = device
+        self.layers = header.layers
+        self.heads = header.heads[0]
+        self._key_heads = header.kv_heads[0]
+        self._gemma = header.architecture == "gemma3"
+        self._epsilon = float(header.get("attention.layer_norm_rms_epsilon", 1e-6))
+        self._score_divisor = sqrt(header.key_length)
+        if self._gemma and self.layers == _GEMMA_27B_LAYERS:
+            self._score_divisor = sqrt(header.embedding_length / self.heads)
+        self._weights = _read(model, device)
+        self._neox = rotation(header) == "halves"
+        rope = rope_parameters(header, neox=self._neox, context_size=header.trained_context)
+        self._frequencies = torch.tensor(angular_frequencies(rope, header.native_base))
+        self._window = window_tokens(header)
+        self._windowed = window_layers(header) or ()
+        # Layers with a window have a base of their own, and no scaling.
+        base = float(header.get("rope.freq_base_swa", WINDOW_BASES["gemma3"]))
+        plain = replace(rope, frequency_scale=1.0)
+        self._window_frequencies = torch.tensor(angular_frequencies(plain, base))
+
+    def logits(self, rows: Rows, gains: Tensor | None, wanted: Tensor, *, frugal: bool = False) -> Tensor:
+        """Float32 [n, vocabulary] after the tokens that `wanted`, int64 [n, 2] of row and place, names.
+
+        `gains` [layers, heads] multiply the heads' outputs. `frugal` computes each layer twice where gradients are
+        asked for, instead of keeping all that is in between.
+        """
+        return self.spoken(self.hidden(rows, gains, wanted, frugal=frugal))
+
+    def hidden(self, rows: Rows, gains: Tensor | None, wanted: Tensor, *, frugal: bool = False) -> Tensor:
+        """What `spoken` makes logits of, float32 [n, embedding]; arguments as those of `logits`."""
+        numbers = self._embedded(rows.tokens)
+        masks = self._masks(rows)
+        angles = [self._angles(rows.positions, self._frequencies)]
+        if self._window:
+            angles.append(self._angles(rows.positions, self._window_frequencies))
+        for layer in range(self.layers):
+            local = int(bool(self._window) and self._windowed[layer])
+            gain = None if gains is None else gains[layer]
+            arguments = (layer, numbers, angles[local], masks[local], gain)
+            if frugal and torch.is_grad_enabled():
+                numbers = checkpoint(self._layer, *arguments, use_reentrant=False)
+            else:
+                numbers = self._layer(*arguments)
+        return self._norm(numbers[wanted[:, 0], wanted[:, 1]], "output_norm")
+
+    def spoken(self, hidden: Tensor) -> Tensor:
+        """The logits, float32 [n, vocabulary], of what `hidden` gives."""
+        return hidden @ self._weights.get("output.weight", self._weights["token_embd.weight"]).T
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        numbers = self._weights["token_embd.weight"][tokens]
+        return numbers * sqrt(numbers.shape[-1]) if self._gemma else numbers
+
+    def _masks(self, rows: Rows) -> list[Tensor]:
+        """Bool [rows, 1, length, length]: who sees whom, and the same within the window."""
+        index = torch.arange(rows.tokens.shape[1], device=self.device)
+        before = index[None, :] <= index[:, None]
+        seen, own = rows.segments[:, None, :], rows.segments[:, :, None]
+        mask = before[None] & ((seen == 0) | (seen == own))
+        # What is filled up sees itself, or its softmax would have nothing to divide by.
+        mask = (mask | torch.eye(len(index), dtype=torch.bool, device=self.device)[None])[:, None]
+        if not self._window:
+            return [mask]
+        distance = rows.positions[:, None, :, None] - rows.positions[:, None, None, :]
+        return [mask, mask & (distance < self._window)]
+
+    def _angles(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, float32 [rows, length, 1, pairs]."""
+        # On the CPU: Apple's GPUs have no float64.
+        angles = positions.cpu().double()[:, :, None, None] * frequencies
+        return angles.cos().float().to(self.device), angles.sin().float().to(self.device)
+
+    def _layer(
+        self, layer: int, numbers: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, gain: Tensor | None
+    ) -> Tensor:
+        name = f"blk.{layer}."
+        attended = self._attention(name, self._norm(numbers, f"{name}attn_norm"), angles, mask, gain)
+        if self._gemma:
+            attended = self._norm(attended, f"{name}post_attention_norm")
+        numbers = numbers + attended
+        hidden = self._norm(numbers, f"{name}ffn_norm")
+        gate = self._project(hidden, f"{name}ffn_gate")
+        gate = functional.gelu(gate, approximate="tanh") if self._gemma else functional.silu(gate)
+        forward = self._project(gate * self._project(hidden, f"{name}ffn_up"), f"{name}ffn_down")
+        if self._gemma:
+            forward = self._norm(forward, f"{name}post_ffw_norm")
+        return numbers + forward
+
+    def _attention(
+        self, name: str, hidden: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor, gain: Tensor | None
+    ) -> Tensor:
+        rows, length, _ = hidden.shape
+        queries, keys, values = (
+            self._project(hidden, f"{name}attn_{part}").view(rows, length, heads, -1)
+            for part, heads in (("q", self.heads), ("k", self._key_heads), ("v", self._key_heads))
+        )
+        if f"{name}attn_q_norm.weight" in self._weights:
+            queries, keys = self._norm(queries, f"{name}attn_q_norm"), self._norm(keys, f"{name}attn_k_norm")
+        queries, keys = (self._rotated(part, angles) for part in (queries, keys))
+        each = self.heads // self._key_heads
+        keys, values = (part.repeat_interleave(each, 2).transpose(1, 2) for part in (keys, values))
+        outputs = functional.scaled_dot_product_attention(
+            queries.transpose(1, 2), keys, values, attn_mask=mask, scale=1 / self._score_divisor
+        ).transpose(1, 2)
+        if gain is not None:
+            outputs = outputs * gain[:, None]
+        return self._project(outputs.reshape(rows, length, -1), f"{name}attn_output")
+
+    def _rotated(self, heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        cosines, sines = angles
+        turned = 2 * cosines.shape[-1]
+        part, rest = heads[..., :turned], heads[..., turned:]
+        if self._neox:
+            first, second = part.chunk(2, -1)
+            part = torch.cat([first * cosines - second * sines, first * sines + second * cosines], -1)
+        else:
+            first, second = part[..., 0::2], part[..., 1::2]
+            part = torch.stack([first * cosines - second * sines, first * sines + second * cosines], -1).flatten(-2)
+        return torch.cat([part, rest], -1) if rest.shape[-1] else part
+
+    def _norm(self, numbers: Tensor, name: str) -> Tensor:
+        scale = torch.rsqrt(numbers.pow(2).mean(-1, keepdim=True) + self._epsilon)
+        return numbers * scale * self._weights[f"{name}.weight"]
+
+    def _project(self, numbers: Tensor, name: str) -> Tensor:
+        return functional.linear(numbers, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+
+
+def _read(model: CheckedModel, device: torch.device) -> dict[str, Tensor]:
+    """All weights as float32. Raises UnsupportedModelError for a quantisation that the package gguf does not know."""
+    import gguf
+
+    weights: dict[str, Tensor] = {}
+    for part in model.files:
+        for item in gguf.GGUFReader(part.path).tensors:
+            try:
+                numbers: Any = gguf.quants.dequantize(item.data, item.tensor_type)
+            except NotImplementedError:
+                raise UnsupportedModelError(
+                    f"{part.path.name} has weights of type {item.tensor_type.name}, which torch cannot be given",
+                    "tune another quantisation of the model; each has its own profile",
+                ) from None
+            weights[item.name] = torch.from_numpy(np.array(numbers, np.float32)).to(device)
+    return weights

@@ -1,0 +1,156 @@
+"""Gains are learned: better where they are asked to be, near the untuned model elsewhere, however interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from abcli.errors import UnsupportedModelError
+from abcli.evals.prompts import TokenizedQuestion
+from abcli.tune.settings import Step, TrainingSettings
+from tests.support.models import checked_model
+from tests.support.tiny_gguf import write_tiny_model
+
+torch = pytest.importorskip("torch", reason="abcli[tune] is not installed")
+from abcli.tune.batches import asked_rows  # noqa: E402
+from abcli.tune.guard import Guard  # noqa: E402
+from abcli.tune.training import Learner  # noqa: E402
+from abcli.tune.twin import Twin  # noqa: E402
+
+SETTINGS = TrainingSettings(steps=6, contexts=2, rate=0.1)
+random = np.random.default_rng(11)
+
+
+def tokens(count: int) -> tuple[int, ...]:
+    return tuple(int(token) for token in random.integers(40, 300, count))
+
+
+def group() -> list[TokenizedQuestion]:
+    """Two questions on one context."""
+    context = tokens(20)
+    return [TokenizedQuestion((*context, *tokens(4)), (tokens(3),)) for _ in range(2)]
+
+
+GROUPS = [group() for _ in range(3)]
+TEXTS = [tokens(30) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Twin:
+    path = write_tiny_model(tmp_path_factory.mktemp("twin") / "model.gguf")
+    return Twin(checked_model(path), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def guards(twin: Twin) -> list[list[Guard]]:
+    return [[Guard(twin, TEXTS[0]), Guard(twin, TEXTS[1], 10)]]
+
+
+def mean_loss(twin: Twin, gains: tuple[tuple[float, ...], ...]) -> float:
+    asked = asked_rows(GROUPS)
+    with torch.no_grad():
+        return float(asked.loss(twin.logits(asked.rows, torch.tensor(gains), asked.wanted)))
+
+
+def test_a_row_asks_what_each_question_asks_alone(twin: Twin) -> None:
+    """Several contexts in rows of different lengths, several answers in a row."""
+    groups = [*GROUPS, [TokenizedQuestion(tokens(50), (tokens(5),))]]
+
+    def loss(of: list[list[TokenizedQuestion]]) -> float:
+        asked = asked_rows(of)
+        with torch.no_grad():
+            return float(asked.loss(twin.logits(asked.rows, None, asked.wanted)))
+
+    alone = [loss([[question]]) for group in groups for question in group]
+    assert loss(groups) == pytest.approx(np.mean(alone), abs=1e-4)
+
+
+def test_learning_lowers_the_loss(twin: Twin, guards: list[list[Guard]]) -> None:
+    ones = ((1.0,) * twin.heads,) * twin.layers
+    gains = Learner(twin, replace(SETTINGS, steps=30)).learn(GROUPS, guards)
+    assert mean_loss(twin, gains) < mean_loss(twin, ones) - 0.05
+    assert all(round(gain, 4) == gain for layer in gains for gain in layer)
+
+
+def test_a_guard_keeps_the_model_what_it_was(twin: Twin, guards: list[list[Guard]]) -> None:
+    def divergence(weight: float) -> float:
+        gains = Learner(twin, replace(SETTINGS, steps=30, guard_weight=weight)).learn(GROUPS, guards)
+        return float(sum(guard.divergence(torch.tensor(gains)) for guard in guards[0]))
+
+    loose, tight = divergence(0.0), divergence(100.0)
+    assert tight < loose / 4
+    ones = torch.ones(twin.layers, twin.heads)
+    assert float(guards[0][0].divergence(ones)) == pytest.approx(0, abs=1e-6)
+    assert float(guards[0][1].divergence(1.5 * ones)) > 1e-3
+
+
+def test_one_gain_is_that_of_all_heads(twin: Twin) -> None:
+    gains = Learner(twin, replace(SETTINGS, single=True)).learn(GROUPS, [])
+    assert len(gains) == twin.layers
+    assert {gain for layer in gains for gain in layer} != {1.0}
+    assert len({gain for layer in gains for gain in layer}) == 1
+
+
+class StopError(Exception):
+    """An interruption."""
+
+
+@pytest.mark.parametrize("frugal", [False, True])
+def test_going_on_gives_what_not_stopping_gives(
+    twin: Twin, guards: list[list[Guard]], tmp_path: Path, frugal: bool
+) -> None:
+    whole = Learner(twin, SETTINGS, frugal=frugal)
+    wanted = whole.learn(GROUPS, guards)
+    file = tmp_path / "folder" / "half.pt"
+
+    def stop(step: Step) -> None:
+        if step.number in (1, 4):
+            raise StopError
+
+    for _ in range(2):
+        with pytest.raises(StopError):
+            Learner(twin, SETTINGS, file, frugal=frugal).learn(GROUPS, guards, stop)
+    last = Learner(twin, SETTINGS, file, frugal=frugal)
+    assert len(last.steps) == 4
+    assert last.learn(GROUPS, guards) == wanted
+    assert last.steps == whole.steps
+    # What is done is not done again.
+    assert Learner(twin, SETTINGS, file).learn(GROUPS, guards, stop) == wanted
+
+
+def test_another_seed_takes_another_order(twin: Twin) -> None:
+    first, again, other = (Learner(twin, replace(SETTINGS, seed=seed)).learn(GROUPS, []) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "another model"])
+def test_a_damaged_file_is_begun_anew(twin: Twin, tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "half.pt"
+    wanted = Learner(twin, SETTINGS, file).learn(GROUPS, [])
+    data = file.read_bytes()
+    file.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"gains"}.get(damage, data))
+    if damage == "another model":
+        Learner(twin, replace(SETTINGS, single=True), tmp_path / "other.pt").learn(GROUPS, [])
+        (tmp_path / "other.pt").replace(file)
+    learner = Learner(twin, SETTINGS, file)
+    assert learner.steps == []
+    assert learner.learn(GROUPS, []) == wanted
+
+
+def test_time_ends_it_too(twin: Twin) -> None:
+    learner = Learner(twin, replace(SETTINGS, steps=1000, seconds=1e-6))
+    learner.learn(GROUPS, [])
+    assert [(step.number, step.share) for step in learner.steps] == [(1, 1.0)]
+
+
+def test_answers_that_are_no_numbers_are_an_error(tmp_path: Path) -> None:
+    tensors = {"blk.1.ffn_norm.weight": np.full(64, np.inf, np.float32)}
+    path = write_tiny_model(tmp_path / "model.gguf", tensors=tensors)
+    learner = Learner(Twin(checked_model(path), torch.device("cpu")), SETTINGS, tmp_path / "half.pt")
+    with pytest.raises(UnsupportedModelError, match="no numbers in torch"):
+        learner.learn(GROUPS, [])
+    assert not (tmp_path / "half.pt").exists()
