@@ -78,6 +78,7 @@ EXPLAINED = {
     "test_access_static_assets_without_api_key": "the page is one file",
     "test_cors_options": STRANGERS,
     "test_cors_origins_localhost_rejects": STRANGERS,
+    "test_cors_origins_localhost_reflects": "looks for a header by its capitals, which HTTP does not tell apart",
 }
 
 _CONFTEST = '''"""No model is fetched."""
