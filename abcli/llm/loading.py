@@ -61,8 +61,8 @@ def load(
     of a model that is not here, one of the hub or the default one, and returns its path; without, that is an error.
     `warn` gets a line for what goes wrong without harm.
 
-    Raises UsageError, ModelFileError, UnsupportedModelError, ProfileError, OutOfMemoryError, NativeError, and what
-    `fetch` raises.
+    Raises UsageError, TemplateError, ModelFileError, UnsupportedModelError, ProfileError, OutOfMemoryError,
+    NativeError, and what `fetch` raises.
     """
     for name in context:
         if name not in _CONTEXT_SETTINGS:

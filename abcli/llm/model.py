@@ -22,6 +22,7 @@ from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
 from abcli.chat.options import ChatOptions
 from abcli.chat.template import ChatTemplate, load_template
+from abcli.chat.template import template_source as source_of
 from abcli.engine.engine import Engine, Progress
 from abcli.engine.memory import Prediction
 from abcli.engine.opening import open_engine
@@ -69,12 +70,12 @@ class LLM(Owner):
         Answers whose settings name no gate have `gate`. `warn` gets a line for what goes wrong without harm, `say` one
         for what takes its time.
 
-        Raises ModelFileError, UnsupportedModelError, OutOfMemoryError and NativeError.
+        Raises TemplateError, ModelFileError, UnsupportedModelError, OutOfMemoryError and NativeError.
         """
         self.buckets = prepared.buckets
         self.profile = prepared.profile
-        self._chat_template = chat_template
-        self._template_source = template_source
+        # One that is not there is found before the model is loaded, and not with the first question.
+        self._template_source = template_source if chat_template is None else source_of(chat_template)
         self._gate = gate
         self._turn = Turn()
         self._warn = warn
@@ -149,7 +150,7 @@ class LLM(Owner):
         """The chat template. Raises TemplateError if there is none, or if it cannot be read or compiled."""
         if self._template_source is not None:
             return ChatTemplate(self._template_source, self._native, self._warn)
-        return load_template(self._native, self._chat_template, self._warn)
+        return load_template(self._native, None, self._warn)
 
     @cached_property
     def asker(self) -> Asker:
@@ -340,11 +341,14 @@ class LLM(Owner):
         with self._turn.text():
             return self.template.tokens(messages)
 
-    def render(self, prompt: Prompt, options: ChatOptions | None = None) -> str:
-        """The text that the chat template makes of a prompt or conversation. Raises PromptError and TemplateError."""
+    def render(self, prompt: Prompt, options: ChatOptions | None = None, *, add_generation_prompt: bool = True) -> str:
+        """The text that the chat template makes of a prompt or conversation; `add_generation_prompt` opens an answer.
+
+        Raises PromptError and TemplateError.
+        """
         messages = as_messages(prompt)
         with self._turn.text():
-            return self.template.render(messages, options or ChatOptions())
+            return self.template.render(messages, options or ChatOptions(), add_generation_prompt=add_generation_prompt)
 
     @property
     def special_texts(self) -> tuple[str, str]:
