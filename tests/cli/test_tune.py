@@ -123,7 +123,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "tools": (["--task", "tools", "--tools-data", "x"], "tools needs --tools-answers FILE"),
     "half of what tools need": (["--tools-answers", "x"], "tools needs --tools-data FILE"),
     "answers": (["--answers", "x"], "--answers x has no say in needle,kv"),
-    "device": (["--device", "tpu"], "--device 'tpu' is unknown"),
+    "device": (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda', 'mps'"),
     "both": (["--keep", "--dry-run"], "--keep and --dry-run contradict each other"),
     "length": (["--length", "0"], "--length 0 is impossible"),
     "rate": (["--rate", "nan"], "--rate nan is impossible"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from abcli.errors import UsageError
 from abcli.gguf.checked import CheckedModel
 from abcli.native.model import Model
 from abcli.tune.architecture import ARCHITECTURES
@@ -19,6 +20,7 @@ from tests.support.tiny_gguf import Architecture, write_tiny_model
 
 torch = pytest.importorskip("torch", reason="abcli[tune] is not installed")
 from abcli.tune.batches import text_rows  # noqa: E402
+from abcli.tune.devices import free_bytes, torch_device  # noqa: E402
 from abcli.tune.twin import Rows, Twin  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -158,3 +160,13 @@ def test_the_gradient_is_that_of_finite_differences(tmp_path: Path, frugal: bool
         with torch.no_grad():
             slope = (loss(gains + step) - loss(gains - step)) / 2e-2
         assert gains.grad[layer, head] == pytest.approx(float(slope), rel=0.02, abs=1e-4)
+
+
+def test_a_device_that_is_not_there_is_a_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert torch_device("auto") == torch_device("cpu") == CPU
+    assert free_bytes(CPU) > 2**20
+    for name in ("cuda", "mps"):
+        with pytest.raises(UsageError, match=f"torch has no device {name} here"):
+            torch_device(name)
