@@ -17,6 +17,12 @@ import abcli
 from tests.support.tiny_gguf import write_tiny_mamba
 
 PROMPTS = ("The capital of France is", "def add(a, b):", "Ω and naïve 🙂 are", "One, two, three,")
+MORE_PROMPTS = (
+    *("Once upon a time", "Dear Sir or Madam,", "SELECT name FROM", "The quick brown fox", "Water boils at"),
+    *("Q: What is 7 times 6?\nA:", '{"name": "Ada",', "Roses are red,", "<html>\n<body>", "Il fait beau et"),
+    *("To be, or not to be", "def fibonacci(n):\n    if n < 2:", "The president of", "My favourite colour is"),
+    *("import os", "1 2 3 5 8"),
+)
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 10}
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 5, "repeat_penalty": 1.3, "top_k": 20, "max_tokens": 10}
 DOG = {"type": "object", "properties": {"name": {"enum": ["Rex", "Ada"]}}, "required": ["name"]}
@@ -52,7 +58,7 @@ def several(real_model: Path) -> Iterator[abcli.Llama]:
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED, {**SAMPLED, "mirostat_mode": 2}], ids=["0", "0.9", "mirostat"])
 def test_one_bucket_says_the_same(same: Any, settings: dict[str, Any]) -> None:
-    for prompt in PROMPTS:
+    for prompt in (*PROMPTS, *(MORE_PROMPTS if settings is GREEDY else ())):
         answers = [llama(prompt, stop=["\n\n"], **settings) for llama in same]
         assert answers[0]["choices"] == answers[1]["choices"]
         assert answers[0]["usage"] == answers[1]["usage"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,11 +19,10 @@ from abcli.errors import ContextFullError, UsageError
 from abcli.sampling import GenerationConfig
 from abcli.serve.asking import check_constraint, read_generation, read_wanted, with_seed
 from abcli.serve.chat_shapes import ChatShape
-from abcli.serve.events import DONE, EventStream, event
 from abcli.serve.fields import Fields
-from abcli.serve.gathering import merged_events
+from abcli.serve.gathering import chunks_of, respond
 from abcli.serve.problems import RefusedError, blaming, problem_of
-from abcli.serve.routing import Body, JsonResponse, post
+from abcli.serve.routing import Body, post
 from abcli.serve.service import USUAL, Answering, Service, Wanted
 
 MAX_MESSAGES = 10_000
@@ -51,18 +48,16 @@ def routes() -> list[Route]:
 async def chat_completions(service: Service, body: Body) -> Response:
     """Answer a chat request."""
     request, answers = await ask_chat(service, body)
-    shape = ChatShape(service, request.model)
+    shape, chunks = ChatShape(service, request.model), None
     if request.stream:
-        return EventStream(
-            _events(shape, request, answers),
-            ping_seconds=service.settings.ping_seconds,
-            on_close=partial(close_all, answers),
-        )
-    try:
-        finished = await asyncio.gather(*map(finished_answer, answers))
-    finally:
-        close_all(answers)
-    return JsonResponse(shape.completion(finished, [answering.chosen for answering in answers], request.wanted))
+        wires = [shape.chunks(number, request.wanted) for number in range(len(answers))]
+        last = shape.usage_chunk if request.include_usage else None
+        chunks = chunks_of(answers, wires, [wire.first() for wire in wires], last)
+
+    def whole(finished: list[Answer]) -> dict[str, Any]:
+        return shape.completion(finished, [answering.chosen for answering in answers], request.wanted)
+
+    return await respond(service, answers, whole, chunks)
 
 
 async def ask_chat(service: Service, body: Mapping[str, Any]) -> tuple[ChatRequest, list[Answering]]:
@@ -72,15 +67,6 @@ async def ask_chat(service: Service, body: Mapping[str, Any]) -> tuple[ChatReque
     """
     request = await service.prepare(partial(read_chat, service, body))
     return request, service.answers(request.asked, request.wanted)
-
-
-async def finished_answer(answering: Answering) -> Answer:
-    """The whole answer. Raises what goes wrong."""
-    async with aclosing(answering):
-        async for piece in answering:
-            if piece.answer is not None:
-                return piece.answer
-    raise AssertionError("the last piece has the answer")
 
 
 def read_chat(service: Service, body: Mapping[str, Any]) -> ChatRequest:
@@ -173,26 +159,3 @@ def check_length(service: Service, tokens: Sequence[int], field: str = "messages
     size = service.llm.context_size
     if len(tokens) >= size:
         raise RefusedError(replace(problem_of(ContextFullError(len(tokens), size)), param=field))
-
-
-async def _events(shape: ChatShape, request: ChatRequest, answers: Sequence[Answering]) -> AsyncIterator[bytes]:
-    """The chunks of all choices, as they come."""
-    wires = [shape.chunks(number, request.wanted) for number in range(len(answers))]
-    finished: list[Answer] = []
-    for wire in wires:
-        yield event(wire.first())
-    async with aclosing(merged_events(answers)) as pieces:
-        async for number, piece in pieces:
-            for chunk in wires[number].add(piece, answers[number].chosen):
-                yield event(chunk)
-            if piece.answer is not None:
-                finished.append(piece.answer)
-    if request.include_usage:
-        yield event(shape.usage_chunk(finished))
-    yield DONE
-
-
-def close_all(answers: Sequence[Answering]) -> None:
-    """Nobody reads on in any of them."""
-    for answering in answers:
-        answering.close()

@@ -77,9 +77,9 @@ class CompletionShape:
             "timings": timings_of(answers[0]),
         }
 
-    def chunks(self, number: int, prompt: Sequence[int] | None, *, logprobs: bool) -> CompletionChunks:
+    def chunks(self, number: int, kept: Answers, prompt: Sequence[int] | None, *, logprobs: bool) -> CompletionChunks:
         """What makes chunks of the pieces of one choice."""
-        return CompletionChunks(self, number, prompt, logprobs=logprobs)
+        return CompletionChunks(self, number, kept, prompt, logprobs=logprobs)
 
     def chunk(self, number: int, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
         """A chunk."""
@@ -90,25 +90,28 @@ class CompletionShape:
 class CompletionChunks:
     """The chunks of one choice."""
 
-    def __init__(self, shape: CompletionShape, number: int, prompt: Sequence[int] | None, *, logprobs: bool) -> None:
+    def __init__(
+        self, shape: CompletionShape, number: int, kept: Answers, prompt: Sequence[int] | None, *, logprobs: bool
+    ) -> None:
+        self._kept = kept
         self._shape = shape
         self._number = number
         self._prompt = prompt
         self._told = 0
         self._tokens = LegacyLogprobs(shape.pieces) if logprobs else None
 
-    def add(self, piece: Piece, kept: Answers) -> Iterator[dict[str, Any]]:
-        """The chunks that a piece makes; the first repeats the prompt, where that is wanted."""
+    def add(self, piece: Piece, chosen: Sequence[Chosen]) -> Iterator[dict[str, Any]]:
+        """The chunks that a piece makes; `chosen` has all tokens so far. The first repeats a prompt that is wanted."""
         if self._prompt is not None:
             prompt, self._prompt = self._prompt, None
             if self._tokens is not None:
-                self._tokens.add_prompt(prompt, kept.scored)
+                self._tokens.add_prompt(prompt, self._kept.scored)
             yield self._shape.chunk(self._number, text_of(prompt, self._shape.pieces), self._take(), None)
         if not piece.text and piece.answer is None:
             return
         if self._tokens is not None:
-            self._tokens.add(kept.chosen[self._told :])
-            self._told = len(kept.chosen)
+            self._tokens.add(chosen[self._told :])
+            self._told = len(chosen)
         if piece.answer is None:
             yield self._shape.chunk(self._number, piece.text, self._take(), None)
             return

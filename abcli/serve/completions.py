@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,14 +15,13 @@ from abcli.chat.asking import Asked, plain_asked
 from abcli.chat.message_format import read_text
 from abcli.errors import UsageError
 from abcli.serve.asking import MAX_TOP_LOGPROBS, check_constraint, read_generation, with_seed
-from abcli.serve.chat import check_length, close_all, finished_answer
+from abcli.serve.chat import check_length
 from abcli.serve.completion_shapes import CompletionShape
-from abcli.serve.events import DONE, EventStream, event
 from abcli.serve.fields import Fields
-from abcli.serve.gathering import merged_events
+from abcli.serve.gathering import chunks_of, respond
 from abcli.serve.problems import blaming
-from abcli.serve.routing import Body, JsonResponse, post
-from abcli.serve.service import Answering, Service, Wanted
+from abcli.serve.routing import Body, post
+from abcli.serve.service import Service, Wanted
 
 _USUAL_TOKENS = 16
 _PROMPTS = "a text, a list of texts, a list of tokens or a list of such lists"
@@ -52,23 +49,21 @@ async def completions(service: Service, body: Body) -> Response:
     """Continue texts."""
     request = await service.prepare(partial(read_completion, service, body))
     answers = service.answers(request.asked, request.wanted)
-    shape = CompletionShape(service.pieces if request.echo or request.wanted.top is not None else (), request.model)
+    logprobs = request.wanted.top is not None
+    shape, chunks = CompletionShape(service.pieces if request.echo or logprobs else (), request.model), None
+    prompts = [asked.tokens if request.echo else None for asked in request.asked]
+
+    def whole(finished: list[Answer]) -> dict[str, Any]:
+        parts = enumerate(zip(finished, answers, prompts, strict=True))
+        choices = [shape.choice(number, *part, logprobs=logprobs) for number, part in parts]
+        return shape.completion(choices, finished, request.prompts)
+
     if request.stream:
-        return EventStream(
-            _events(shape, request, answers),
-            ping_seconds=service.settings.ping_seconds,
-            on_close=partial(close_all, answers),
-        )
-    try:
-        finished = await asyncio.gather(*map(finished_answer, answers))
-    finally:
-        close_all(answers)
-    choices = []
-    for number, (answer, answering, asked) in enumerate(zip(finished, answers, request.asked, strict=True)):
-        prompt = asked.tokens if request.echo else None
-        logprobs = request.wanted.top is not None
-        choices.append(shape.choice(number, answer, answering, prompt, logprobs=logprobs))
-    return JsonResponse(shape.completion(choices, finished, request.prompts))
+        kept = enumerate(zip(answers, prompts, strict=True))
+        wires = [shape.chunks(number, *part, logprobs=logprobs) for number, part in kept]
+        last = partial(shape.completion, [], prompts=request.prompts) if request.include_usage else None
+        chunks = chunks_of(answers, wires, last=last)
+    return await respond(service, answers, whole, chunks)
 
 
 def read_completion(service: Service, body: Body) -> CompletionRequest:
@@ -148,25 +143,3 @@ def _tokens(service: Service, prompt: Sequence[Any]) -> list[int]:
         if not found:
             raise UsageError("'prompt' is empty", "give it some text")
     return found
-
-
-async def _events(
-    shape: CompletionShape, request: CompletionRequest, answers: Sequence[Answering]
-) -> AsyncIterator[bytes]:
-    """The chunks of all choices, as they come."""
-    logprobs = request.wanted.top is not None
-    wires = [
-        shape.chunks(number, asked.tokens if request.echo else None, logprobs=logprobs)
-        for number, asked in enumerate(request.asked)
-    ]
-    finished: dict[int, Answer] = {}
-    async with aclosing(merged_events(answers)) as pieces:
-        async for number, piece in pieces:
-            for chunk in wires[number].add(piece, answers[number]):
-                yield event(chunk)
-            if piece.answer is not None:
-                finished[number] = piece.answer
-    if request.include_usage:
-        ordered = [finished[number] for number in sorted(finished)]
-        yield event(shape.completion([], ordered, request.prompts))
-    yield DONE

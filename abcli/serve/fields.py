@@ -79,11 +79,15 @@ class Fields:
 
     def wrong(self, name: str, wanted: str) -> UsageError:
         """The complaint that a field is not what it has to be."""
-        setting = self._prefix + name
-        return UsageError(f"'{setting}' is {shown(self._values.get(name))}", f"make it {wanted}", setting=setting)
+        return wrong(self._prefix + name, self._values.get(name), f"make it {wanted}")
 
     def _typed(self, name: str, default: Any, kind: type, wanted: str) -> Any:
         value = self._values.get(name, default)
         if not isinstance(value, kind):
             raise self.wrong(name, wanted)
         return value
+
+
+def wrong(place: str, value: Any, hint: str) -> UsageError:
+    """The error of a field, named as in `input[2].content`, that has a value which cannot be taken as meant."""
+    return UsageError(f"`{place}` is {shown(value)}", hint, setting=place)

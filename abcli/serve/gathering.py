@@ -1,12 +1,81 @@
-"""Several answers at once, as one stream."""
+"""The answers to one request: awaited as a whole, or told as they come, in one stream."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Protocol
 
-from abcli.chat.answer import Piece
-from abcli.serve.service import Answering
+from starlette.responses import Response
+
+from abcli.chat.answer import Answer, Piece
+from abcli.serve.chosen import Chosen
+from abcli.serve.events import DONE, EventStream, event
+from abcli.serve.routing import JsonResponse
+from abcli.serve.service import Answering, Service
+
+
+class Wire(Protocol):
+    """Makes chunks of one answer."""
+
+    def add(self, piece: Piece, chosen: Sequence[Chosen], /) -> Iterator[Mapping[str, Any]]:
+        """The chunks that a piece makes; `chosen` has all tokens so far."""
+
+
+async def respond(
+    service: Service,
+    answers: Sequence[Answering],
+    whole: Callable[[list[Answer]], Mapping[str, Any]],
+    chunks: AsyncIterator[bytes] | None,
+) -> Response:
+    """The response to a request: its chunks, where it is to be streamed, else what `whole` makes of all answers.
+
+    In the end every answer is closed. Raises what goes wrong before that.
+    """
+    if chunks is not None:
+        return EventStream(chunks, ping_seconds=service.settings.ping_seconds, on_close=partial(close_all, answers))
+    try:
+        return JsonResponse(whole(await asyncio.gather(*map(finished_answer, answers))))
+    finally:
+        close_all(answers)
+
+
+async def chunks_of(
+    answers: Sequence[Answering],
+    wires: Sequence[Wire],
+    first: Iterable[Mapping[str, Any]] = (),
+    last: Callable[[list[Answer]], Mapping[str, Any]] | None = None,
+) -> AsyncIterator[bytes]:
+    """The events of a stream: `first`, the chunks of all answers as they come, what `last` makes of these, the end."""
+    finished: dict[int, Answer] = {}
+    for chunk in first:
+        yield event(chunk)
+    async with aclosing(merged_events(answers)) as pieces:
+        async for number, piece in pieces:
+            for chunk in wires[number].add(piece, answers[number].chosen):
+                yield event(chunk)
+            if piece.answer is not None:
+                finished[number] = piece.answer
+    if last is not None:
+        yield event(last([finished[number] for number in sorted(finished)]))
+    yield DONE
+
+
+async def finished_answer(answering: Answering) -> Answer:
+    """The whole answer. Raises what goes wrong."""
+    async with aclosing(answering):
+        async for piece in answering:
+            if piece.answer is not None:
+                return piece.answer
+    raise AssertionError("the last piece has the answer")
+
+
+def close_all(answers: Sequence[Answering]) -> None:
+    """Nobody reads on in any of them."""
+    for answering in answers:
+        answering.close()
 
 
 async def merged_events(answers: Sequence[Answering]) -> AsyncGenerator[tuple[int, Piece], None]:

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from abcli.chat.message_format import shown
-from abcli.errors import UsageError
-
-
-def wrong(place: str, value: Any, hint: str) -> UsageError:
-    """The error of a field, named as in `input[2].content`, that has a value which cannot be taken as meant."""
-    return UsageError(f"`{place}` is {shown(value)}", hint, setting=place)
+from abcli.serve.fields import wrong
 
 
 def read_object(value: Any, place: str) -> Mapping[str, Any]:

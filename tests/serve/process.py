@@ -17,7 +17,7 @@ from time import monotonic, sleep
 from typing import Any
 
 # Generous, because a test machine may be busy; nothing waits for it to pass.
-PATIENCE = 60
+PATIENCE = 120
 
 
 class Server:

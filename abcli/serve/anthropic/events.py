@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from abcli.chat.answer import Answer, Piece, Usage
+from abcli.chat.answer import Answer, Usage
 from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped
 from abcli.chat.calls.events import Event as CallEvent
+from abcli.serve.blocks import Blocks, Events
 
 # A thought of Anthropic's is signed; there is nobody here to check it.
 _BESIDE: dict[str, dict[str, Any]] = {"thinking": {"signature": ""}, "text": {"citations": None}}
@@ -21,15 +22,17 @@ _CALLER = {"caller": {"type": "direct"}}
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-class MessageEvents:
+class MessageEvents(Blocks):
     """Tells of an answer in the events of a stream, and keeps the message as far as it has come.
 
-    A thought, a text and each call are blocks, in the order in which they came; a text of white space alone beside
-    others is none. A call that was cut off is in the stream, as Anthropic's is, but not in the message.
+    A call that was cut off is in the stream, as Anthropic's is, but not in the message.
     """
+
+    thought, text = "thinking", "text"
 
     def __init__(self, body: Mapping[str, Any], model: str) -> None:
         """`body` is the request."""
+        super().__init__()
         self.message: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex}",
             "type": "message",
@@ -40,46 +43,25 @@ class MessageEvents:
             "usage": _usage(Usage(0, 0, 0)),
         }
         self._most = body.get("max_tokens")
-        self._block: dict[str, Any] | None = None
         self._begun = 0
-        self._blank = ""
         self._arguments = ""
 
-    def begin(self, prompt_tokens: int) -> Iterator[dict[str, Any]]:
+    def begin(self, prompt_tokens: int) -> Events:
         """The events before the first piece."""
         self.message["usage"] = _usage(Usage(prompt_tokens, 0, 0))
         yield {"type": "message_start", "message": deepcopy(self.message)}
         yield {"type": "ping"}
 
-    def add(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """The events of a piece; those of the last one end the stream."""
-        if piece.reasoning:
-            yield from self._write("thinking", piece.reasoning)
-        if piece.text:
-            yield from self._say(piece.text)
-        for event in piece.events:
-            yield from self._call(event)
-        if piece.answer is not None:
-            yield from self._end(piece.answer)
-
-    def _say(self, text: str) -> Iterator[dict[str, Any]]:
-        """A piece of the text; white space waits for what comes behind it."""
-        text, self._blank = self._blank + text, ""
-        if self._is_open("text") or not text.isspace():
-            yield from self._write("text", text)
-        else:
-            self._blank = text
-
-    def _write(self, kind: str, text: str) -> Iterator[dict[str, Any]]:
+    def write(self, kind: str, text: str) -> Events:
         """A piece of a thought or text, in a block of its own."""
-        if not self._is_open(kind):
+        if not self.is_open(kind):
             yield from self._close()
             yield self._open({"type": kind, kind: "", **_BESIDE[kind]})
-        assert self._block is not None  # noqa: S101 - one is open
-        self._block[kind] += text
+        assert self.block is not None  # noqa: S101 - one is open
+        self.block[kind] += text
         yield self._delta({"type": f"{kind}_delta", kind: text})
 
-    def _call(self, event: CallEvent) -> Iterator[dict[str, Any]]:
+    def call(self, event: CallEvent) -> Events:
         if isinstance(event, CallBegun):
             yield from self._close()
             self._arguments = ""
@@ -90,11 +72,11 @@ class MessageEvents:
         elif isinstance(event, CallDropped):
             yield from self._close()
             self.message["content"].pop()
-        elif self._block is not None:
-            self._block["input"] = json.loads(self._arguments)
+        elif self.block is not None:
+            self.block["input"] = json.loads(self._arguments)
             yield from self._close()
 
-    def _end(self, answer: Answer) -> Iterator[dict[str, Any]]:
+    def end(self, answer: Answer) -> Events:
         if not self._begun:
             yield self._open({"type": "text", "text": "", **_BESIDE["text"]})
         yield from self._close()
@@ -111,8 +93,7 @@ class MessageEvents:
         return "stop_sequence" if answer.stopped_by else _REASONS[answer.finish_reason]
 
     def _open(self, block: dict[str, Any]) -> dict[str, Any]:
-        self._block = block
-        self._blank = ""
+        self.opened(block)
         self._begun += 1
         self.message["content"].append(block)
         return {"type": "content_block_start", "index": self._begun - 1, "content_block": dict(block)}
@@ -120,14 +101,11 @@ class MessageEvents:
     def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
         return {"type": "content_block_delta", "index": self._begun - 1, "delta": delta}
 
-    def _close(self) -> Iterator[dict[str, Any]]:
+    def _close(self) -> Events:
         """End the block that is open, if one is."""
-        if self._block is not None:
-            self._block = None
+        if self.block is not None:
+            self.block = None
             yield {"type": "content_block_stop", "index": self._begun - 1}
-
-    def _is_open(self, kind: str) -> bool:
-        return self._block is not None and self._block["type"] == kind
 
 
 def _ending(reason: str | None, stop: str | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from abcli.serve.fields import wrong
 from abcli.serve.reading import (
     chat_tool,
     function_call,
@@ -19,7 +20,6 @@ from abcli.serve.reading import (
     read_text_part,
     read_texts,
     text_part,
-    wrong,
 )
 
 # What a chat request calls otherwise, or does not have.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -15,64 +15,50 @@ from abcli.chat.answer import Answer, Piece
 from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped, CallFinished
 from abcli.chat.calls.events import Event as CallEvent
 from abcli.sampling import SamplingConfig
+from abcli.serve.blocks import Blocks, Events
 from abcli.serve.responses.request import usable_tools
 
 _ECHOED = ("instructions", "max_output_tokens", "max_tool_calls", "prompt_cache_key", "safety_identifier")
 
 
-class ResponseEvents:
+class ResponseEvents(Blocks):
     """Tells of an answer in the events of a stream, and keeps the response as far as it has come.
 
-    A thought, a text and each call are items of the output, in the order in which they came; a text of white space
-    alone beside others is none. An item that was cut off has the status "incomplete".
+    Blocks are items of the output; one that was cut off has the status "incomplete".
     """
+
+    thought, text = "reasoning", "message"
 
     def __init__(self, body: Mapping[str, Any], model: str) -> None:
         """`body` is the request, whose settings the response repeats."""
+        super().__init__()
         self.response = _blank_response(body, model)
         self._count = 0
-        self._item: dict[str, Any] | None = None
-        self._blank = ""
         self._logprobs: list[Mapping[str, Any]] = []
         self._thought_tokens = 0
 
-    def begin(self) -> Iterator[dict[str, Any]]:
+    def begin(self) -> Events:
         """The events before the first piece."""
         yield self._lifecycle("created")
         yield self._lifecycle("in_progress")
 
-    def add(self, piece: Piece, logprobs: Sequence[Mapping[str, Any]] = ()) -> Iterator[dict[str, Any]]:
+    def add(self, piece: Piece, logprobs: Sequence[Mapping[str, Any]] = ()) -> Events:
         """The events of a piece; those of the last one end the stream.
 
         `logprobs` are those of the text's tokens since the piece before, as chat completions have them.
         """
         self._logprobs += logprobs
-        if piece.reasoning:
-            yield from self._write("reasoning", piece.reasoning)
-            self._thought_tokens += 1
-        if piece.text:
-            yield from self._say(piece.text)
-        for event in piece.events:
-            yield from self._call(event)
-        if piece.answer is not None:
-            yield from self._end(piece.answer)
+        self._thought_tokens += bool(piece.reasoning)
+        return super().add(piece)
 
-    def fail(self, message: str) -> Iterator[dict[str, Any]]:
+    def fail(self, message: str) -> Events:
         """The events of an error in the middle of the answer."""
         self.response.update(status="failed", error={"code": "server_error", "message": message})
         yield self._lifecycle("failed")
 
-    def _say(self, text: str) -> Iterator[dict[str, Any]]:
-        """A piece of the text; white space waits for what comes behind it."""
-        text, self._blank = self._blank + text, ""
-        if self._is_open("message") or not text.isspace():
-            yield from self._write("message", text)
-        else:
-            self._blank = text
-
-    def _write(self, kind: str, text: str) -> Iterator[dict[str, Any]]:
+    def write(self, kind: str, text: str) -> Events:
         """A piece of a thought or text, in an item of its own."""
-        if not self._is_open(kind):
+        if not self.is_open(kind):
             yield from self._close()
             yield from self._open(kind)
         part = self._part
@@ -85,21 +71,21 @@ class ResponseEvents:
         else:
             yield self._in_part("response.reasoning_text.delta", delta=text)
 
-    def _call(self, event: CallEvent) -> Iterator[dict[str, Any]]:
+    def call(self, event: CallEvent) -> Events:
         self._logprobs = []
         if isinstance(event, CallBegun):
             yield from self._close()
             call = {"id": _identifier("fc"), "type": "function_call", "status": "in_progress", "call_id": event.id}
             yield from self._add_item({**call, "name": event.name, "arguments": ""})
-        elif self._item is not None and isinstance(event, ArgumentsText):
-            self._item["arguments"] += event.text
+        elif self.block is not None and isinstance(event, ArgumentsText):
+            self.block["arguments"] += event.text
             yield self._in_item("response.function_call_arguments.delta", delta=event.text)
         elif isinstance(event, CallFinished):
             yield from self._close()
         elif isinstance(event, CallDropped):
             yield from self._close("incomplete")
 
-    def _end(self, answer: Answer) -> Iterator[dict[str, Any]]:
+    def end(self, answer: Answer) -> Events:
         if not self.response["output"]:
             yield from self._open("message")
         status = "incomplete" if answer.finish_reason == "length" else "completed"
@@ -120,7 +106,7 @@ class ResponseEvents:
         self.response["status"] = status
         yield self._lifecycle(status)
 
-    def _open(self, kind: str) -> Iterator[dict[str, Any]]:
+    def _open(self, kind: str) -> Events:
         """Begin an item with a text, of a message or a thought."""
         item: dict[str, Any]
         part: dict[str, Any]
@@ -134,15 +120,14 @@ class ResponseEvents:
         item["content"].append(part)
         yield self._in_part("response.content_part.added", part=part)
 
-    def _add_item(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        self._item = item
-        self._blank = ""
+    def _add_item(self, item: dict[str, Any]) -> Events:
+        self.opened(item)
         self.response["output"].append(item)
         yield self._event("response.output_item.added", output_index=self._place, item=item)
 
-    def _close(self, status: str = "completed") -> Iterator[dict[str, Any]]:
+    def _close(self, status: str = "completed") -> Events:
         """End the item that is open, if one is."""
-        item = self._item
+        item = self.block
         if item is None:
             return
         item["status"] = status
@@ -155,10 +140,7 @@ class ResponseEvents:
             yield self._in_part(f"response.{part['type']}.done", text=part["text"], **logprobs)
             yield self._in_part("response.content_part.done", part=part)
         yield self._event("response.output_item.done", output_index=self._place, item=item)
-        self._item = None
-
-    def _is_open(self, kind: str) -> bool:
-        return self._item is not None and self._item["type"] == kind
+        self.block = None
 
     @property
     def _place(self) -> int:
@@ -168,16 +150,16 @@ class ResponseEvents:
     @property
     def _part(self) -> dict[str, Any]:
         """The text of the open item."""
-        assert self._item is not None  # noqa: S101 - one is open
-        part: dict[str, Any] = self._item["content"][0]
+        assert self.block is not None  # noqa: S101 - one is open
+        part: dict[str, Any] = self.block["content"][0]
         return part
 
     def _in_part(self, name: str, /, **fields: Any) -> dict[str, Any]:
         return self._in_item(name, content_index=0, **fields)
 
     def _in_item(self, name: str, /, **fields: Any) -> dict[str, Any]:
-        assert self._item is not None  # noqa: S101 - one is open
-        return self._event(name, item_id=self._item["id"], output_index=self._place, **fields)
+        assert self.block is not None  # noqa: S101 - one is open
+        return self._event(name, item_id=self.block["id"], output_index=self._place, **fields)
 
     def _lifecycle(self, status: str) -> dict[str, Any]:
         return self._event(f"response.{status}", response=self.response)

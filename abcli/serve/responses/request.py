@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from abcli.errors import UsageError
+from abcli.serve.fields import wrong
 from abcli.serve.reading import (
     chat_tool,
     function_call,
@@ -18,7 +19,6 @@ from abcli.serve.reading import (
     read_string,
     read_text_part,
     read_texts,
-    wrong,
 )
 
 # What a chat request calls otherwise, or does not have.
