@@ -24,6 +24,7 @@ from abcli.chat.message_format import Prompt, as_messages
 from abcli.chat.messages import Message
 from abcli.chat.options import ChatOptions
 from abcli.chat.template import ChatTemplate, load_template
+from abcli.chat.template import template_source as source_of
 from abcli.config import (
     DEFAULT_CONTEXT,
     ContextConfig,
@@ -97,8 +98,8 @@ def load(
     of a model of the hub that is not here and returns its path; without, that is an error. `warn` gets a line for what
     goes wrong without harm.
 
-    Raises UsageError, ModelFileError, UnsupportedModelError, ProfileError, OutOfMemoryError, NativeError, and what
-    `fetch` raises.
+    Raises UsageError, TemplateError, ModelFileError, UnsupportedModelError, ProfileError, OutOfMemoryError,
+    NativeError, and what `fetch` raises.
     """
     for name in context:
         if name not in _CONTEXT_SETTINGS:
@@ -154,12 +155,12 @@ class LLM(Owner):
         Answers whose settings name no gate have `gate`. `warn` gets a line for what goes wrong without harm, `say` one
         for what takes its time.
 
-        Raises ModelFileError, UnsupportedModelError, OutOfMemoryError and NativeError.
+        Raises TemplateError, ModelFileError, UnsupportedModelError, OutOfMemoryError and NativeError.
         """
         self.buckets = prepared.buckets
         self.profile = prepared.profile
-        self._chat_template = chat_template
-        self._template_source = template_source
+        # One that is not there is found before the model is loaded, and not with the first question.
+        self._template_source = template_source if chat_template is None else source_of(chat_template)
         self._gate = gate
         self._turn = Turn()
         self._warn = warn
@@ -234,7 +235,7 @@ class LLM(Owner):
         """The chat template. Raises TemplateError if there is none, or if it cannot be read or compiled."""
         if self._template_source is not None:
             return ChatTemplate(self._template_source, self._native, self._warn)
-        return load_template(self._native, self._chat_template, self._warn)
+        return load_template(self._native, None, self._warn)
 
     @cached_property
     def asker(self) -> Asker:
@@ -425,11 +426,14 @@ class LLM(Owner):
         with self._turn.text():
             return self.template.tokens(messages)
 
-    def render(self, prompt: Prompt, options: ChatOptions | None = None) -> str:
-        """The text that the chat template makes of a prompt or conversation. Raises PromptError and TemplateError."""
+    def render(self, prompt: Prompt, options: ChatOptions | None = None, *, add_generation_prompt: bool = True) -> str:
+        """The text that the chat template makes of a prompt or conversation; `add_generation_prompt` opens an answer.
+
+        Raises PromptError and TemplateError.
+        """
         messages = as_messages(prompt)
         with self._turn.text():
-            return self.template.render(messages, options or ChatOptions())
+            return self.template.render(messages, options or ChatOptions(), add_generation_prompt=add_generation_prompt)
 
     @property
     def special_texts(self) -> tuple[str, str]:

@@ -56,7 +56,30 @@ LEFT_OUT = {
     "test_metrics_embedding_prompt_is_counted": OTHER,
 }
 # Tests that fail, and why.
-EXPLAINED: dict[str, str] = {}
+STRANGERS = "pages of strangers are refused, where llama-server answers them without a header, or lets them ask"
+PROGRESS = "wants timings or the progress of a prompt within a stream (timings_per_token, return_progress)"
+RANDOM = "a model of random weights ends its answer early, or writes halves of characters"
+EXPLAINED = {
+    "test_server_multiple_addresses": "a server has one address",
+    "test_no_ui": "the page cannot be switched off",
+    "test_server_model_aliases_and_tags": "models have no tags",
+    "test_chat_template_*": "wants the prompt in the answer (__verbose)",
+    "test_verbose_debug": "wants the prompt in the answer (__verbose)",
+    "test_apply_chat_template": "there is no built-in template of that name (command-r)",
+    "test_completion_with_response_format": "wants a list of a schema that allows everything else, too",
+    "test_logprobs*": RANDOM,
+    "test_chat_completions_multiple_choices": RANDOM,
+    "test_ctx_shift_disabled_stream": RANDOM,
+    "test_anthropic_vision_format_accepted": "wants 500 for an image; it is 400 here",
+    "test_anthropic_tool_result_with_image": "wants 500 for an image; it is 400 here",
+    "test_anthropic_empty_messages": "a conversation without a message is refused",
+    "test_return_progress": PROGRESS,
+    "test_responses_stream_with_llama_telemetry": PROGRESS,
+    "test_access_static_assets_without_api_key": "the page is one file",
+    "test_cors_options": STRANGERS,
+    "test_cors_origins_localhost_rejects": STRANGERS,
+    "test_cors_origins_localhost_reflects": "looks for a header by its capitals, which HTTP does not tell apart",
+}
 
 _CONFTEST = '''"""No model is fetched."""
 import pytest

@@ -66,6 +66,8 @@ def translated(arguments: Sequence[str], environment: Mapping[str, str]) -> list
     result += [model] if model else []
     for flag, value in found.items():
         if flag in SAME:
+            # A template that knows thoughts is asked for them.
+            value = "on" if (flag, value) == ("--reasoning", "auto") else value
             result += [SAME[flag] or flag, str(value)]
     if (size := found.get("--ctx-size")) is not None:
         # llama-server divides its context among the slots.

@@ -118,7 +118,6 @@ def _lower(names: Iterable[str]) -> list[str]:
 def _preflight(headers: Headers, origin: str) -> Response:
     wanted = headers.get("Access-Control-Request-Headers", "Authorization, Content-Type, X-Api-Key")
     return Response(
-        status_code=204,
         headers={
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": _METHODS,

@@ -84,6 +84,8 @@ async def props(service: Service, _request: Request) -> Response:
             },
             "total_slots": service.worker.slots,
             "model_alias": settings.alias,
+            # Only its name: where it lies concerns nobody.
+            "model_path": llm.model.path.name,
             "chat_template": await service.prepare(partial(_template_source, service)),
             "build_info": f"abcli {__version__}",
             "abcli": service.buckets,
@@ -176,8 +178,10 @@ async def apply_template(service: Service, body: Body) -> Response:
 
     def render() -> str:
         messages = read_conversation(body.get("messages"))
-        options = read_options(Fields(body), service.settings.options)
+        fields = Fields(body)
+        options = read_options(fields, service.settings.options)
+        opens = fields.flag("add_generation_prompt", default=True)
         with blaming("messages"):
-            return service.llm.render(messages, options)
+            return service.llm.render(messages, options, add_generation_prompt=opens)
 
     return JsonResponse({"prompt": await service.prepare(render)})

@@ -17,8 +17,9 @@ from abcli.chat.asking import Asked
 from abcli.chat.calls.events import CallBegun, CallFinished, Event
 from abcli.chat.messages import ToolCall
 from abcli.chat.options import ChatOptions
+from abcli.errors import AbcliError
 from abcli.llm import LLM
-from abcli.sampling import GenerationConfig
+from abcli.sampling import GenerationConfig, SamplingConfig
 from abcli.serve.chosen import Chosen, Watcher
 from abcli.serve.problems import refused
 from abcli.serve.worker import Delivery, Ticket, Worker
@@ -132,6 +133,9 @@ class Service(Served):
         """The model is the caller's to close, after `close`."""
         super().__init__(settings)
         self.llm = llm
+        # What constraints need of the vocabulary is made now: later it would hold up everybody for up to a second.
+        with suppress(AbcliError):
+            llm.check(SamplingConfig(json_schema="{}"))
         self.worker = Worker(llm.engine, llm.generator)
         self.worker.start()
 

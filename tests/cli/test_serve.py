@@ -32,6 +32,12 @@ def test_settings_that_make_no_sense(
     assert problem in outcome.problem()[0].replace("--slots", "slots")
 
 
+def test_a_chat_template_that_is_not_there(abcli: Command, tiny_model: Path) -> None:
+    outcome = abcli("serve", tiny_model, "--port", 0, "--chat-template", "no-such-template")
+    assert outcome.code == 1
+    assert "there is no chat template 'no-such-template'" in outcome.errors.decode()
+
+
 def test_a_port_that_is_taken(abcli: Command, tiny_model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

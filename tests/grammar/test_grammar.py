@@ -128,6 +128,8 @@ STRUCTURE = [
         "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(3000)) + 'r3000 ::= "x"',
         "more than 2000 rules",
     ),
+    # A single token would take minutes:
+    ('root ::= ("a"?){0,400} "b"', "more than 64 parts after each other that may all be empty"),
     ("root ::= [a]\n# \ud800", "not valid Unicode"),
     ("root ::= [a]\n#" + "x" * gbnf.MAX_BYTES, "1,048,5"),
 ]

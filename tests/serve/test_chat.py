@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+import abcli
 from abcli.chat.answer import Piece
 from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped, CallFinished
 from abcli.chat.messages import ToolCall
+from abcli.serve.app import make_app
 from abcli.serve.chat_shapes import Chunks
-from tests.serve.conftest import MESSAGES
+from abcli.serve.service import Service
+from tests.serve.conftest import MESSAGES, USUAL
 
 PATH = "/v1/chat/completions"
 
@@ -211,6 +216,19 @@ def test_an_answer_follows_a_schema_or_grammar(client: TestClient) -> None:
         assert json.loads(choice["message"]["content"]) == {"x": 5}
     answer = client.post(PATH, json={**wanted, "grammar": 'root ::= "yes"'}).json()
     assert answer["choices"][0]["message"]["content"] == "yes"
+
+
+def test_what_constraints_need_is_made_before_a_request_comes(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        abcli.load(tiny_model, buckets=1, ctx_size=512, threads=1) as llm,
+        closing(Service(llm, USUAL)) as service,
+        TestClient(make_app(service), base_url="http://localhost") as client,
+    ):
+        monkeypatch.delattr("llguidance.LLTokenizer")
+        response = client.post(PATH, json={"messages": MESSAGES, "json_schema": {"type": "boolean"}})
+        assert response.status_code == 200
 
 
 def test_a_bias_forbids_or_forces(client: TestClient, served_llm: Any) -> None:

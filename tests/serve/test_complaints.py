@@ -7,6 +7,7 @@ test_worker.py.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,14 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 import abcli
+from abcli.config import ContextConfig, ModelConfig
+from abcli.embedder import Embedder
 from abcli.errors import NativeError
 from abcli.serve.app import make_app
-from abcli.serve.service import Service
+from abcli.serve.embeddings import EmbeddingService
+from abcli.serve.service import Service, Settings
 from tests.serve.conftest import MESSAGES, USUAL
+from tests.support.tiny_gguf import write_tiny_bert
 
 PATH = "/v1/chat/completions"
 TOOL = {
@@ -245,6 +251,22 @@ def test_17_thoughts_are_told_apart(
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks_of(strict, **request)]
     for name, whole in (("reasoning_content", reasoning), ("content", content)):
         assert "".join(delta.get(name) or "" for delta in deltas) == (whole or "")
+
+
+def test_18_embeddings_come_in_base64_as_openais_client_wants_them(tmp_path: Path) -> None:
+    path = write_tiny_bert(tmp_path / "bert.gguf")
+    with (
+        Embedder(ModelConfig(path), ContextConfig(threads=1, flash_attention="off")) as embedder,
+        closing(EmbeddingService(embedder, Settings("bert"))) as service,
+        TestClient(make_app(service), base_url="http://localhost") as client,
+    ):
+        plain, packed = (
+            client.post("/v1/embeddings", json={"input": "hello world", "encoding_format": form}).json()
+            for form in ("float", "base64")
+        )
+    numbers = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), "<f4")
+    assert numbers.tolist() == pytest.approx(plain["data"][0]["embedding"])
+    assert packed["usage"]["prompt_tokens"] == packed["usage"]["total_tokens"] > 0
 
 
 def test_19_a_prompts_tokens_are_told_with_how_likely_they_are(client: TestClient) -> None:

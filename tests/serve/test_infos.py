@@ -73,6 +73,10 @@ def test_a_template_applied(client: TestClient, served_llm: abcli.LLM) -> None:
     answer = client.post(CHAT, json={"messages": MESSAGES}).json()
     raw = client.post("/v1/completions", json={"prompt": prompt}).json()
     assert raw["choices"][0]["text"] == answer["choices"][0]["message"]["content"]
+    unopened = {"messages": MESSAGES, "add_generation_prompt": False}
+    closed = client.post("/apply-template", json=unopened).json()["prompt"]
+    assert prompt.startswith(closed)
+    assert prompt.removeprefix(closed).startswith("<|im_start|>assistant")
     assert client.post("/apply-template", json={}).json()["error"]["param"] == "messages"
 
 
