@@ -250,7 +250,7 @@ def test_the_package_hands_on_its_names_without_importing_all_of_them() -> None:
         "import sys, abcli\n"
         "assert 'llama_cpp' not in sys.modules and 'numpy' not in sys.modules\n"
         "assert all(getattr(abcli, name) is not None for name in abcli.__all__)\n"
-        "assert abcli.load.__module__ == 'abcli.llm' and abcli.merge.Merger is abcli.Merger\n"
+        "assert abcli.load.__module__ == 'abcli.llm.loading' and abcli.merge.Merger is abcli.Merger\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     with pytest.raises(AttributeError):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import typer
+
 from abcli.chat.answer import Piece
 from abcli.chat.asking import Asked, check_together
 from abcli.chat.files import decode_prompt, read_text_file
@@ -22,6 +24,11 @@ from abcli.hub.locate import looks_like_model
 from abcli.llm import LLM
 from abcli.sampling import GenerationConfig
 from abcli.ui.terminal import Terminal, on_interrupt
+
+PromptWords = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[MODEL] [PROMPT]", help="Model file or name (default: the default model) and prompt."),
+]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from abcli.cli._chat_options import ChatFlags
 from abcli.cli._options import AnswerOptions, ModelOptions, SamplingOptions
-from abcli.cli._prompt_options import PromptOptions, Question, answered
+from abcli.cli._prompt_options import PromptOptions, PromptWords, Question, answered
 from abcli.cli._setup import opened
 from abcli.config import BucketConfig
 from abcli.errors import UsageError
@@ -28,10 +28,7 @@ _PLAIN_WIDTH = 120
 
 
 def diff(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[MODEL] [PROMPT]", help="Model file or name (default: the default model) and prompt."),
-    ] = None,
+    words: PromptWords = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of columns.")] = False,
     prompt_options: PromptOptions,

@@ -101,7 +101,7 @@ def advice(report: dict[str, Any]) -> Iterator[str]:
     elif stored["prompts"]["size"] > _NEARLY * PROMPT_CACHE_LIMIT:
         yield "the prompt cache is nearly full, and old prompts are dropped: abcli cache clear --older-than 7"
     if isinstance(report["default_model"], dict):
-        yield "the default model is not here: name another (abcli models known), or run make model in a checkout"
+        yield "the default model is not here: abcli pull default fetches it"
     if memory.get("free", _LITTLE_MEMORY) < _LITTLE_MEMORY:
         yield f"only {gibibytes(memory['free'])} of memory are free: close programs, or take a smaller -c or --buckets"
     if memory.get("load", 0) > memory.get("processors", 1):

@@ -15,7 +15,7 @@ from abcli.cli._chat_options import ChatFlags
 from abcli.cli._figures import check_trace_file
 from abcli.cli._flags import flag
 from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
-from abcli.cli._prompt_options import PromptOptions, answered
+from abcli.cli._prompt_options import PromptOptions, PromptWords, answered
 from abcli.cli._setup import opened, prepared
 from abcli.llm import LLM
 from abcli.trace.page import save_trace
@@ -23,10 +23,7 @@ from abcli.ui.terminal import Terminal
 
 
 def run(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[MODEL] [PROMPT]", help="Model file or name (default: the default model) and prompt."),
-    ] = None,
+    words: PromptWords = None,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     stats: Annotated[

@@ -11,7 +11,7 @@ import typer
 from abcli.cli._chat_options import ChatFlags
 from abcli.cli._figures import check_trace_file
 from abcli.cli._options import AnswerOptions, ModelOptions, ProfiledBucketOptions, SamplingOptions
-from abcli.cli._prompt_options import PromptOptions, answered
+from abcli.cli._prompt_options import PromptOptions, PromptWords, answered
 from abcli.cli._setup import opened, prepared
 from abcli.trace.page import save_trace
 from abcli.ui.terminal import Terminal
@@ -20,10 +20,7 @@ _DEFAULT_FILE = Path("trace.html")
 
 
 def trace(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[MODEL] [PROMPT]", help="Model file or name (default: the default model) and prompt."),
-    ] = None,
+    words: PromptWords = None,
     *,
     output: Annotated[
         Path | None,

@@ -99,10 +99,11 @@ def chart(
     y_text: Callable[[float], str] = lambda value: f"{value:,.6g}",
     log_y: bool = False,
     marks: int = 32,
+    x_at: Sequence[float] = (),
 ) -> Chart:
     """A chart of `series`, which have one point or more; points are marked in curves of at most `marks`.
 
-    `log_y` leaves out what is not above 0.
+    `log_y` leaves out what is not above 0. The horizontal axis has ticks at `x_at`, else at round numbers.
     """
     kept = [_positive(one) for one in series] if log_y else list(series)
     left, right = _ends(value for one in kept for value in one.x)
@@ -110,7 +111,7 @@ def chart(
     if log_y:
         low, high = math.log10(low), math.log10(high)
     y_ticks = _powers(low, high) if log_y else _steps(low, high)
-    x_ticks = _steps(left, right)
+    x_ticks = x_at or _steps(left, right)
     low, high = min(low, *y_ticks), max(high, *y_ticks)
 
     def across(value: float) -> float:

@@ -9,7 +9,7 @@ from abcli.gguf.checked import CheckedModel
 from abcli.text import gibibytes
 
 _FLOAT = 4
-# torch itself, beside what it computes with (measured on a CPU and a GPU: 0.3 to 0.6 GiB).
+# torch itself, and llama.cpp's model beside it.
 _TORCH_BYTES = 600 << 20
 # Logits, their softmax and both gradients.
 _OUTPUT_COPIES = 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -56,9 +56,13 @@ def bench_page(report: BenchReport) -> str:
             )
             for curve in panel.curves
         ]
-        table = decode_table(report.rows) if panel.title == "decoding" else prompt_table(report.rows)
-        drawn = chart(f"Tokens per second, {panel.title}", series, "buckets", "tokens/s")
-        sections.append(_section(panel.title.capitalize(), [], table, [drawn]))
+        counts = sorted({float(count) for curve in panel.curves for count in curve.buckets})
+        drawn = chart(f"Tokens per second, {panel.title}", series, "buckets", "tokens/s", x_at=counts)
+        sections.append(_section(panel.title.capitalize(), [], None, [drawn]))
+    for title, table in (("Decoding, as a table", decode_table), ("Prompts, as a table", prompt_table)):
+        found = table(report.rows)
+        if found.row_count:
+            sections.append(_section(title, [], found))
     memory = _memory_chart(report)
     if memory is not None:
         sections.append(_section("Speed against memory", [], None, [memory]))
@@ -110,7 +114,8 @@ def _cost_section(report: EvaluationReport, found: LengthSummary) -> dict[str, A
     buckets = {one.name: len(one.bases) for one in report.configurations}
     if not costs:
         label = "buckets to decode for each token"
-        return _section(title, [], None, [_pareto("Quality against buckets", found, buckets, label)])
+        return _section(title, [], None, [_pareto("Quality against buckets", found, buckets, label, whole=True)])
+    sizes, unit = _in_bytes({name: cost.memory for name, cost in costs.items()})
     charts = [
         _pareto(
             "Quality against speed",
@@ -119,13 +124,7 @@ def _cost_section(report: EvaluationReport, found: LengthSummary) -> dict[str, A
             "tokens/s",
             more_is_better=True,
         ),
-        _pareto(
-            "Quality against memory",
-            found,
-            {name: cost.memory for name, cost in costs.items()},
-            "memory",
-            x_text=lambda size: gibibytes(round(size)),
-        ),
+        _pareto("Quality against memory", found, sizes, f"memory, {unit}"),
     ]
     table = Table()
     for column in ("configuration", "buckets", "tokens/s", "middle half of the rounds", "memory"):
@@ -144,9 +143,9 @@ def _pareto(
     label: str,
     *,
     more_is_better: bool = False,
-    x_text: Callable[[float], str] = "{:.3g}".format,
+    whole: bool = False,
 ) -> Chart:
-    """A point for each configuration, and a line through those that no other beats in both."""
+    """A point for each configuration, and a line through those that no other beats in both; costs may be `whole`."""
     # In the order of the curves by depth, so that each has the colour that it has there.
     summaries = sorted(found.summaries, key=lambda one: one.configuration != found.baseline)
     points = [(float(costs[one.configuration]), one.measures.nll) for one in summaries]
@@ -156,21 +155,37 @@ def _pareto(
         Series(one.configuration, [cost], [nll.value], [nll.low], [nll.high], joined=False)
         for one, (cost, nll) in zip(summaries, points, strict=True)
     ]
-    best = Series("not beaten in both", [sign * cost for cost, _ in front], [loss for _, loss in front], marked=False)
-    return chart(title, [*series, best], label, "NLL, nats per token", x_text=x_text, y_text="{:.3g}".format)
+    if len(front) > 1:
+        costs_of, losses = [sign * cost for cost, _ in front], [loss for _, loss in front]
+        series.append(Series("not beaten in both", costs_of, losses, marked=False))
+    ticks = sorted({cost for cost, _ in points}) if whole else ()
+    return chart(
+        title, series, label, "NLL, nats per token", x_text="{:.3g}".format, y_text="{:.3g}".format, x_at=ticks
+    )
 
 
 def _memory_chart(report: BenchReport) -> Chart | None:
-    series = []
-    for row in report.rows:
-        if row.decode is None or row.memory is None:
-            continue
-        speed = row.decode.speed
-        size = row.memory.predicted if row.memory.resident is None else row.memory.resident + (row.memory.device or 0)
-        name = f"{row.contender.kind}, {counted(row.contender.buckets, 'bucket')}"
-        series.append(Series(name, [float(size)], [speed.median], [speed.low], [speed.high], joined=False))
-    if len(series) < 2:
+    measured = {
+        f"{row.contender.kind}, {counted(row.contender.buckets, 'bucket')}": (row.decode.speed, row.memory)
+        for row in report.rows
+        if row.decode is not None and row.memory is not None
+    }
+    if len(measured) < 2:
         return None
-    return chart(
-        "Tokens per second against memory", series, "memory", "tokens/s", x_text=lambda size: gibibytes(round(size))
+    sizes, unit = _in_bytes(
+        {
+            name: memory.predicted if memory.resident is None else memory.resident + (memory.device or 0)
+            for name, (_speed, memory) in measured.items()
+        }
     )
+    series = [
+        Series(name, [sizes[name]], [speed.median], [speed.low], [speed.high], joined=False)
+        for name, (speed, _memory) in measured.items()
+    ]
+    return chart("Tokens per second against memory", series, f"memory, {unit}", "tokens/s", x_text="{:,.3g}".format)
+
+
+def _in_bytes(sizes: Mapping[str, int]) -> tuple[dict[str, float], str]:
+    """Sizes in the unit that suits the largest, and that unit."""
+    power, unit = (30, "GiB") if max(sizes.values()) >= 2**30 else (20, "MiB")
+    return {name: size / 2**power for name, size in sizes.items()}, unit

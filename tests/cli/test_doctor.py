@@ -91,7 +91,7 @@ def test_nothing_wrong_needs_no_advice() -> None:
     [
         ({"memory": SOUND["memory"] | {"free": 1 << 30}}, "1.0 GiB of memory"),
         ({"memory": SOUND["memory"] | {"load": 9.5}}, "load 9.5 on 4"),
-        ({"default_model": {"problem": "not here"}}, "abcli models known"),
+        ({"default_model": {"problem": "not here"}}, "abcli pull default"),
         ({"stored": {"prompts": {"size": PROMPT_CACHE_LIMIT}}}, "abcli cache clear"),
         ({"stored": {"problem": "HF_HOME"}}, "HF_"),
         ({"llama_cpp": SOUND["llama_cpp"] | {"hook_obstacle": "none found"}}, "--engine contexts"),

@@ -158,3 +158,18 @@ def test_a_file_that_cannot_be_read_is_an_error(tiny_model: Path, abcli: Command
     outcome = abcli("tune", tiny_model, "--task", file)
     assert outcome.code == 1
     assert "line 2: not JSON" in outcome.problem()[0]
+
+
+@needs_torch
+def test_a_twin_that_computes_otherwise_is_refused(
+    tiny_model: Path, abcli: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from abcli.tune.twin import Twin
+
+    right = Twin.hidden
+    monkeypatch.setattr(Twin, "hidden", lambda *arguments, **named: 1.5 * right(*arguments, **named))
+    arguments = ("--task", examples(tmp_path / "mine.jsonl"), "--length", 200)
+    outcome = abcli("tune", tiny_model, *arguments, *FEW)
+    assert outcome.code == 1
+    assert "error: tiny.gguf computes otherwise in torch: " in outcome.errors.decode()
+    assert "step 1" not in outcome.errors.decode()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from markupsafe import escape
 
 from abcli.evals.report import RecordedCost
+from abcli.evals.scores import Score
 from abcli.pages.charts import Series, chart
 from abcli.ui.report_pages import bench_page, evaluation_page, pareto_front
 from tests.evals.test_report import CONFIGURATIONS, made_up
@@ -58,11 +59,29 @@ def test_quality_stands_against_what_it_costs():
     assert "Quality against speed" not in plain
     assert page.count("Quality against speed") == page.count("Quality against memory") == 2 * len(made.lengths)
     # The faster one is better, too: nothing is gained for the cost of the other.
-    front = re.findall(r'<path class="line" d="(M[^"]*)"', page.split("Quality against speed")[2])[0]
-    assert "L" not in front
+    assert "not beaten" not in page
     assert "native, 20: 0." in page
-    assert "native, 512 MiB: 0." in page
+    assert "native, 0.5: 0." in page
+    assert "memory, GiB" in page
     assert "<td>9 to 10.5</td><td>1.0 GiB</td>" in page
+
+
+def test_a_line_joins_what_is_not_beaten():
+    made, costed = evaluated(
+        scores={one.name: (Score(2.0 - at, False, None),) * 16 for at, one in enumerate(CONFIGURATIONS)}
+    )
+    page = evaluation_page(costed, made.summaries())
+    assert page.count("not beaten in both</li>") == 4
+    for part in page.split("not beaten in both</li>")[:4]:
+        # From the fast and small to the slow and large one.
+        assert (
+            len(
+                re.findall(
+                    r'<path class="line" d="M[^L"]*L[^L"]*"', part.rpartition("<figure>")[2].partition("legend")[0]
+                )
+            )
+            == 1
+        )
 
 
 def test_a_configuration_has_one_colour_and_mark_throughout():

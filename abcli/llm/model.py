@@ -1,15 +1,13 @@
-"""A model that answers: from a name and settings to text, opened once for everything that stands above it."""
+"""A model that answers: from texts and conversations to text."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Generating
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,16 +23,6 @@ from abcli.chat.messages import Message
 from abcli.chat.options import ChatOptions
 from abcli.chat.template import ChatTemplate, load_template
 from abcli.chat.template import template_source as source_of
-from abcli.config import (
-    DEFAULT_CONTEXT,
-    ContextConfig,
-    FlashAttention,
-    LoraConfig,
-    MergeRule,
-    ModelConfig,
-    Spread,
-    prompt_cache_directory,
-)
 from abcli.engine.engine import Engine, Progress
 from abcli.engine.memory import Prediction
 from abcli.engine.opening import open_engine
@@ -44,14 +32,12 @@ from abcli.generate import Piece as RunningPiece
 from abcli.gguf.checked import CheckedModel
 from abcli.grammar.check import check
 from abcli.grammar.constraint import constraint_of
-from abcli.hub.locate import Fetch, locate_model
 from abcli.likelihood import Scorer, TokenScore, pair_tokens, windows
 from abcli.native.llama import CancelFlag
 from abcli.native.owner import Owner
 from abcli.native.sampler import SamplerChain
-from abcli.prepare import AUTO_PROFILE, Prepared, Warn, prepare
-from abcli.rope.bases import asked_buckets
-from abcli.sampling import Choice, GateSetting, GenerationConfig, SamplingConfig, check_gate, check_sampling
+from abcli.prepare import Prepared, Warn
+from abcli.sampling import Choice, GateSetting, GenerationConfig, SamplingConfig, check_sampling
 from abcli.trace.recorder import Recorder
 from abcli.trace.trace import Trace
 from abcli.trace.tracing import Tracer
@@ -60,77 +46,6 @@ from abcli.turn import Turn
 if TYPE_CHECKING:
     from abcli.chat.controller import Chat
     from abcli.native.model import Model
-
-# The settings of a context that `load` hands on as they are.
-_CONTEXT_SETTINGS = (
-    *("slots", "batch_size", "ubatch_size", "threads", "cache_type_k", "cache_type_v", "prefill", "engine", "force"),
-)
-
-
-def load(
-    model: str | os.PathLike[str] | None = None,
-    *,
-    buckets: int | None = None,
-    bases: Sequence[float] = (),
-    multipliers: Sequence[float] = (),
-    spread: Spread | None = None,
-    merge: MergeRule | None = None,
-    weights: Sequence[float] = (),
-    profile: str = AUTO_PROFILE,
-    lora: Sequence[str | os.PathLike[str] | LoraConfig] = (),
-    gpu_layers: int = -1,
-    ctx_size: int = DEFAULT_CONTEXT,
-    prefill_base: float | None = None,
-    gate: GateSetting = None,
-    prompt_cache: bool | str | os.PathLike[str] = False,
-    chat_template: str | None = None,
-    flash_attn: FlashAttention = "auto",
-    fetch: Fetch | None = None,
-    warn: Warn = lambda _line: None,
-    **context: Any,
-) -> LLM:
-    """A loaded model: `model` is a path, a name as `abcli models` knows them, or None for the default model.
-
-    `buckets`, `bases`, `multipliers`, `spread`, `merge` and `weights` say which buckets; without any, the model's
-    profile does (`profile`: "auto", "none" or a name), else six. The other settings have the names, meanings and
-    defaults of the command line's flags: in `context` may be slots, batch_size, ubatch_size, threads, cache_type_k,
-    cache_type_v, prefill, engine and force. `gate` is that of answers whose settings name none. `fetch` gets the name
-    of a model of the hub that is not here and returns its path; without, that is an error. `warn` gets a line for what
-    goes wrong without harm.
-
-    Raises UsageError, TemplateError, ModelFileError, UnsupportedModelError, ProfileError, OutOfMemoryError,
-    NativeError, and what `fetch` raises.
-    """
-    for name in context:
-        if name not in _CONTEXT_SETTINGS:
-            known = ", ".join(_CONTEXT_SETTINGS)
-            raise UsageError(f"there is no setting `{name}`", f"beside load's own: {known}", setting=name)
-    cache = prompt_cache_directory() if prompt_cache is True else Path(prompt_cache) if prompt_cache else None
-    given = any(value is not None for value in (buckets, spread, merge)) or any((bases, multipliers, weights))
-    asked = asked_buckets(buckets, bases, multipliers, spread, merge, weights) if given else None
-    return LLM(
-        prepare(
-            ModelConfig(
-                locate_model(None if model is None else os.fspath(model), fetch),
-                gpu_layers,
-                tuple(one if isinstance(one, LoraConfig) else LoraConfig(Path(one)) for one in lora),
-            ),
-            ContextConfig(
-                context_size=ctx_size,
-                flash_attention=flash_attn,
-                prompt_cache=cache,
-                gated="auto" if gate == "auto" else check_gate(gate) is not None,
-                **context,
-            ),
-            asked,
-            prefill_base=prefill_base,
-            profile=profile,
-            warn=warn,
-        ),
-        chat_template=chat_template,
-        gate=check_gate(gate),
-        warn=warn,
-    )
 
 
 class LLM(Owner):
@@ -415,6 +330,11 @@ class LLM(Owner):
         self._check_tokens([token])
         with self._turn.text():
             return self._native.piece(token)
+
+    @cached_property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes that each token of the vocabulary stands for; the first use takes its time."""
+        return [self.piece(token) for token in range(self.vocabulary_size)]
 
     def prompt_tokens(self, prompt: Prompt, *, raw: bool = False, parse_special: bool = False) -> list[int]:
         """The tokens of a prompt or conversation as the model reads them. Raises PromptError and TemplateError."""
