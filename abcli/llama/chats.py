@@ -40,7 +40,7 @@ def answer(llm: LLM, seed: int, messages: Any, constraint: Mapping[str, Any], se
         given["logit_bias"] = tuple((int(token), float(value)) for token, value in bias.items())
     options, config = llm.split({**constraint, **given, "observer": watcher})
     asked = llm.ask(list(messages), options, config, held=llm.held(SLOT))
-    pieces = [llm.piece(token) for token in range(llm.vocabulary_size)] if watcher is not None else ()
+    pieces = llm.pieces if watcher is not None else ()
     if stream:
         return _chunks(llm, asked, Chunks(partial(_chunk, head), 0, pieces, {}), watcher)
     for piece in llm.answer(asked):

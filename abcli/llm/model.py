@@ -331,6 +331,11 @@ class LLM(Owner):
         with self._turn.text():
             return self._native.piece(token)
 
+    @cached_property
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes that each token of the vocabulary stands for; the first use takes its time."""
+        return [self.piece(token) for token in range(self.vocabulary_size)]
+
     def prompt_tokens(self, prompt: Prompt, *, raw: bool = False, parse_special: bool = False) -> list[int]:
         """The tokens of a prompt or conversation as the model reads them. Raises PromptError and TemplateError."""
         if raw:

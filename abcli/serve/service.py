@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -186,10 +185,10 @@ class Service(Served):
             "profile": llm.profile.name if llm.profile is not None else None,
         }
 
-    @cached_property
+    @property
     def pieces(self) -> Sequence[bytes]:
         """The bytes that each token stands for; the first use takes its time."""
-        return [self.llm.piece(token) for token in range(self.llm.vocabulary_size)]
+        return self.llm.pieces
 
     def answers(
         self,

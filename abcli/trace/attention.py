@@ -226,10 +226,11 @@ def _check_memory(
     # One bucket's context at a time, beside the leader's.
     prediction = predict(model.checked, plain, Buckets((bases[0],) * (1 + leads), bases[0]))
     there = [prediction.item(name) for name in ("weights", "logits", "tokenizer", "adapters")]
-    # The weights that are kept, those of a layer, and the keys and values that are carried over.
+    # The weights that are kept, those of a layer, and keys and values on their way: all of them from the leader, and
+    # twice a piece from the engine.
     heads = max(model.checked.header.heads, default=0)
     arrays = 4 * length * (len(bases) * rows + heads * min(rows, plain.ubatch_size))
-    arrays += length * prediction.kv_bytes_per_token if leads else 0
+    arrays += leads * (length + 2 * min(length, config.ubatch_size)) * prediction.kv_bytes_per_token
     host = prediction.host - sum(item.host for item in there) + arrays
     device = prediction.device - sum(item.device for item in there)
     room = free_room(model.checked.config.gpu_layers)

@@ -79,9 +79,10 @@ def check_name(path: Path) -> None:
 
 
 def bucket_names(bases: Sequence[float], native_base: float, native: int) -> list[str]:
-    """Each base as a multiple of the model's own; the native bucket's is marked."""
+    """Each base as a multiple of the model's own; the bucket `native` is marked: it has that base, or the nearest."""
+    mark = " (native)" if np.isclose(bases[native], native_base) else " (nearest to native)"
     return [
-        f"{base / native_base:.4g}×" + (" (native)" if bucket == native else "")  # noqa: RUF001 - times
+        f"{base / native_base:.4g}×" + (mark if bucket == native else "")  # noqa: RUF001 - times
         for bucket, base in enumerate(bases)
     ]
 

@@ -101,9 +101,11 @@ def test_the_result_goes_to_standard_output_and_remarks_do_not(tiny_model: Path,
 
 @pytest.mark.usefixtures("kept_results")
 def test_the_report_can_be_shown_again(tiny_model: Path, abcli: Command, tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    outcome = abcli("calibrate", tiny_model, *FEW, "--json", "-o", path)
+    path, page = tmp_path / "report.json", tmp_path / "report.html"
+    outcome = abcli("calibrate", tiny_model, *FEW, "--json", "-o", path, "--html", page)
     assert outcome.output == path.read_bytes()
+    assert set(json.loads(outcome.output)["costs"]) == {"native", "spread2", "paper2", CALIBRATED}
+    assert "Quality against speed" in page.read_text()
     found = json.loads(outcome.output)
     assert [item["name"] for item in found["configurations"]] == ["native", "spread2", "paper2", CALIBRATED]
     tried = found["about"]["calibration"]

@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from abcli.config import profiles_directory
+from abcli.gguf.check import check_file
+from abcli.gguf.fingerprint import fingerprint
+from abcli.profiles.store import save
 from tests.cli.conftest import Command
+from tests.profiles.samples import profile
 
 ASKED = ("tell me about the hill " * 4, "-n", 12, "--temp", 0, "-c", 256)
 
@@ -37,3 +42,16 @@ def test_no_token_is_nothing_to_compare(tiny_model: Path, abcli: Command) -> Non
     outcome = abcli("diff", tiny_model, "hello", "-n", 0, "-c", 256)
     assert outcome.code == 0
     assert "the same answer" in outcome.text
+
+
+def test_a_profile_is_the_third_answer(tiny_model: Path, abcli: Command) -> None:
+    identity = fingerprint(check_file(tiny_model))
+    made = profile("mine", fingerprint=identity, model=tiny_model.name, native_base=10_000.0)
+    save(made, profiles_directory())
+    answers = json.loads(abcli("diff", tiny_model, *ASKED, "--json").output)["answers"]
+    assert [(answer["name"], answer["buckets"]) for answer in answers] == [
+        ("one bucket", 1),
+        ("default", 6),
+        ("profile mine", 3),
+    ]
+    assert "profile mine (3 buckets)" in abcli("diff", tiny_model, *ASKED).text

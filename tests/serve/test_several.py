@@ -58,6 +58,20 @@ def test_each_is_loaded_when_it_is_asked_for(server: Server) -> None:
     assert server.get("/props?model=second")[1]["model_alias"] == "second"
 
 
+@pytest.mark.peers
+def test_openais_client_gets_embeddings(server: Server) -> None:
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as client:
+        # It asks for base64, and decodes that.
+        found = client.embeddings.create(model="third", input=["hello", "world"])
+        numbers = client.embeddings.create(model="third", input="hello", encoding_format="float")
+        with pytest.raises(openai.NotFoundError, match="one, second, third"):
+            client.embeddings.create(model="fourth", input="hello")
+    assert [len(item.embedding) for item in found.data] == [32, 32]
+    assert found.data[0].embedding == pytest.approx(numbers.data[0].embedding, abs=1e-5)
+    assert found.usage.total_tokens == found.usage.prompt_tokens == 14
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses", "/tokenize"]
 )

@@ -10,7 +10,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abcli.trace.page import trace_page
+from abcli.trace.page import bucket_names, trace_page
 from abcli.trace.trace import MAX_PASSAGES, passages_of
 from tests.trace.samples import made_trace
 
@@ -87,6 +87,11 @@ def test_a_trace_without_attention_says_why():
     page = trace_page(made_trace(["a", "b"], ["c"], attention=False))
     assert "no weights" in page
     assert trace_page(made_trace(["a", "b"], []))
+
+
+def test_a_set_without_the_native_base_does_not_claim_to_have_it():
+    assert bucket_names((5e3, 1e4, 2e4), 1e4, 1) == ["0.5×", "1× (native)", "2×"]  # noqa: RUF001 - times
+    assert bucket_names((7e3, 2e4), 1e4, 0) == ["0.7× (nearest to native)", "2×"]  # noqa: RUF001 - times
 
 
 @given(st.lists(st.sampled_from([".", " a", "\n", "x.", "?"]), min_size=1, max_size=2000))
