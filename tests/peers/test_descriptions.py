@@ -173,7 +173,7 @@ def test_nothing_that_is_made_from_a_description_is_a_fault(
     checks = "not_a_server_error" + (",response_schema_conformance" if vendor == "openai" else "")
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", str(file)]
     command += ["--url", f"http://127.0.0.1:{server.port}{base}", "--checks", checks, "--continue-on-failure"]
-    command += ["--max-time", "25", "--request-timeout", "60", "--suppress-health-check", "all", "--seed", "1"]
+    command += ["--max-time", "15", "--request-timeout", "60", "--suppress-health-check", "all", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stdout[-6000:]
     assert f"Tested: {len(paths)}" in done.stdout
