@@ -59,10 +59,8 @@ def measure_costs(
     The model is loaded for it. Raises OutOfMemoryError where they do not fit side by side, and as loading and decoding.
     """
     kinds = {one.kind: one for one in sets.values()}
-    set_ups = {
-        kind: (sized(replace(config, prefill=one.prefill), _text(checked, prompt_tokens)), one.buckets)
-        for kind, one in kinds.items()
-    }
+    text = Text.random(prompt_tokens, _NEW_TOKENS, checked.header.vocabulary_size)
+    set_ups = {kind: (sized(replace(config, prefill=one.prefill), text), one.buckets) for kind, one in kinds.items()}
     if not config.force:
         check_together(checked, list(set_ups.values()), free_room(checked.config.gpu_layers))
     ensure_loadable(checked)
@@ -77,7 +75,7 @@ def measure_costs(
             chosen = choose(model, context, buckets).kind
             memory[kind] = predict(checked, replace(context, engine=chosen), buckets).total
             engine = stack.enter_context(make_engine(chosen, model, context, buckets))
-            players[kind] = _MergingPlayer(engine, _text(checked, prompt_tokens), buckets)
+            players[kind] = _MergingPlayer(engine, text, buckets)
             players[kind].read()
             players[kind].decode()
         found: Rounds[tuple[object, ...]] = Rounds()
@@ -108,7 +106,3 @@ class _MergingPlayer(EnginePlayer):
             if len(logits) > 1:
                 logits = self._merger.merge(logits, self._buckets.merge, self._buckets.weights).logits
             logits.argmax()
-
-
-def _text(checked: CheckedModel, prompt_tokens: int) -> Text:
-    return Text.random(prompt_tokens, _NEW_TOKENS, checked.header.vocabulary_size)

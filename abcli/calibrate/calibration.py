@@ -17,7 +17,7 @@ from abcli.errors import ProfileError, UsageError
 from abcli.evals.configurations import Configuration, parse_configuration
 from abcli.evals.model_under_test import Subject
 from abcli.evals.prompts import TokenizedQuestion
-from abcli.evals.questions import Question
+from abcli.evals.questions import Question, end_of_context
 from abcli.evals.runner import Evaluation, EvaluationSettings, describe, make_questions
 from abcli.evals.scoring import score
 from abcli.evals.statistics import NATIVE, nearest_depth
@@ -163,9 +163,7 @@ def end_of_calibration(questions: Sequence[Question], limit: int) -> int:
     Raises UsageError if none are left after them, or if they have fewer than two contexts.
     """
     groups = [question.group for question in questions]
-    cut = limit
-    while cut < len(groups) and groups[cut] == groups[cut - 1]:
-        cut += 1
+    cut = end_of_context(groups, limit)
     if cut >= len(groups):
         raise UsageError(
             f"no question is left to judge by: {len(groups)} questions are on the contexts of the first {limit}",

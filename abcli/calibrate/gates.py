@@ -79,7 +79,7 @@ def steps_of(
         rows, alone = trace.select(configuration.bases), trace.select([first])[0]
         for place, token in trace.paths[0]:
             node = trace.nodes[place]
-            gold = int(np.searchsorted(node.tokens, token))
+            gold = node.place(token)
             own = node.log_probabilities[alone]
             both = (own, merged_node(node, rows, configuration.merge, configuration.weights))
             question.append(number)

@@ -7,11 +7,12 @@ from enum import Enum
 
 from abcli.calibrate.calibration import CALIBRATED, Calibration
 from abcli.calibrate.gates import lowest_gate
+from abcli.evals.evidence import evidence
 from abcli.evals.model_under_test import Subject
 from abcli.evals.scores import Score as AnswerScore
-from abcli.evals.statistics import NATIVE, Estimate, LengthSummary, Summary, summarise
+from abcli.evals.statistics import Estimate, LengthSummary, summarise
 from abcli.evals.tools import CALIBRATED_ON
-from abcli.profiles.profile import Difference, Evidence, Profile, Score, utc_now
+from abcli.profiles.profile import Evidence, Profile, utc_now
 from abcli.version import __version__
 
 
@@ -89,7 +90,9 @@ def make_profile(name: str, calibration: Calibration, judgement: Judgement, subj
         created=utc_now(),
         abcli_version=__version__,
         evidence=Evidence(
-            judgement.summary.questions, CALIBRATED, tuple(_evidence(item) for item in judgement.summary.summaries)
+            judgement.summary.questions,
+            CALIBRATED,
+            tuple(evidence(item, item.configuration) for item in judgement.summary.summaries),
         ),
         gate=lowest_gate(calibration.gates) if calibration.gates else None,
     )
@@ -129,14 +132,3 @@ def _difference(summary: LengthSummary, name: str) -> Estimate:
     if found.difference is None:
         raise ValueError(f"{name} is what the others are compared with")
     return found.difference.nll
-
-
-def _evidence(summary: Summary) -> Score:
-    difference = None
-    if summary.difference is not None and summary.configuration != NATIVE:
-        nll = summary.difference.nll
-        difference = Difference(nll.value, nll.low, nll.high)
-    measures = summary.measures
-    return Score(
-        summary.configuration, measures.nll.value, measures.accuracy.value, measures.worst_nll.value, difference
-    )

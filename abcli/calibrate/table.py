@@ -67,7 +67,7 @@ def make_table(traces: Sequence[Trace], bases: Sequence[float]) -> Table:
             node = trace.nodes[number]
             blocks.append(node.log_probabilities[rows].astype(np.float64))
             entropies.append(node.entropies[rows].astype(np.float64))
-            gold.append(int(np.searchsorted(node.tokens, token)))
+            gold.append(node.place(token))
             question.append(index)
     width = max(block.shape[1] for block in blocks)
     padded = np.full((len(blocks), len(bases), width), _NEVER)

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from abcli.cli._flags import flag
 from abcli.errors import UsageError
-from abcli.hub.names import SCHEME, names_hub
+from abcli.hub.names import hub_word
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ModelNameOptions:
             return
         if self.model is not None:
             raise UsageError(f"two models: {self.model} and {self.hf_repo}", "drop --model or --hf-repo")
-        object.__setattr__(self, "model", self.hf_repo if names_hub(self.hf_repo) else f"{SCHEME}{self.hf_repo}")
+        object.__setattr__(self, "model", hub_word(self.hf_repo))
 
     def name(self, positional: str | None) -> str | None:
         """The model's name, or None; `positional` is what was given without a flag. Raises UsageError for two."""

@@ -18,7 +18,7 @@ from abcli.gguf.check import check_kind_of_model, is_embedding_model
 from abcli.gguf.header import read_header
 from abcli.hub.aliases import aliases
 from abcli.hub.listing import listed_models
-from abcli.hub.names import SCHEME, names_hub
+from abcli.hub.names import hub_word
 from abcli.sampling import check_sampling
 from abcli.text import counted, gibibytes
 from abcli.ui.terminal import Terminal
@@ -74,8 +74,7 @@ class ServedModelOptions:
 
     def names(self, positional: Sequence[str]) -> list[str]:
         """All models that are named, `positional` ones without a flag."""
-        hub = [name if names_hub(name) else f"{SCHEME}{name}" for name in self.hf_repo or ()]
-        return [*positional, *(self.model or ()), *hub]
+        return [*positional, *(self.model or ()), *map(hub_word, self.hf_repo or ())]
 
     def found(self, named: Sequence[str], running: RunningOptions) -> dict[str, ModelConfig]:
         """The models of these names, by their names for clients; those of the hub that are not here are fetched.

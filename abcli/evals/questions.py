@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,3 +61,10 @@ class Task(Protocol):
 
     def __call__(self, settings: TaskSettings, count: CountTokens) -> Iterator[Question]:
         """Yield `settings.limit` questions, or raise EvaluationDataError if the data does not give as many."""
+
+
+def end_of_context(groups: Sequence[str], count: int) -> int:
+    """`count`, and as many more as end the last one's context; `groups` names the context of each question."""
+    while 0 < count < len(groups) and groups[count] == groups[count - 1]:
+        count += 1
+    return count

@@ -29,11 +29,11 @@ def score(trace: Trace, configuration: Configuration) -> Score:
         return merged[node]
 
     def total(path: Sequence[tuple[int, int]]) -> float:
-        return float(sum(at(node)[_place(trace.nodes[node], token)] for node, token in path))
+        return float(sum(at(node)[trace.nodes[node].place(token)] for node, token in path))
 
     answer = trace.paths[0]
     log_probability = total(answer)
-    exact = all(int(np.argmax(at(node))) == _place(trace.nodes[node], token) for node, token in answer)
+    exact = all(int(np.argmax(at(node))) == trace.nodes[node].place(token) for node, token in answer)
     rank = None
     if len(trace.paths) > 1:
         rank = sum(total(path) > log_probability for path in trace.paths[1:])
@@ -43,7 +43,3 @@ def score(trace: Trace, configuration: Configuration) -> Score:
 def merged_node(node: Node, rows: Sequence[int], rule: MergeRule, weights: Sequence[float] = ()) -> NDArray[np.float64]:
     """The merged log-probabilities [kept] of the tokens of `node`, of the buckets in `rows`."""
     return merge_kept(node.log_probabilities[rows], node.entropies[rows], rule, weights)
-
-
-def _place(node: Node, token: int) -> int:
-    return int(np.searchsorted(node.tokens, token))

@@ -48,6 +48,10 @@ class Node:
     entropies: NDArray[np.float32]
     """[bases], nats, over the whole vocabulary."""
 
+    def place(self, token: int) -> int:
+        """The index of a kept token."""
+        return int(np.searchsorted(self.tokens, token))
+
 
 @dataclass(frozen=True)
 class Trace:

@@ -46,6 +46,11 @@ _QUANT_WORD = re.compile(
 _COMPANION = re.compile(r"mmproj|imatrix", re.IGNORECASE)
 
 
+def hub_word(name: str) -> str:
+    """`name`, written so that it means a model of the hub, whatever else has it."""
+    return name if names_hub(name) else f"{SCHEME}{name}"
+
+
 @dataclass(frozen=True)
 class HubName:
     """A model on the hub: a repository, and what is wanted from it; "" where the name does not say."""

@@ -21,9 +21,9 @@ from abcli.embedder import Embedder, batches, unit
 from abcli.errors import CancelledError, ContextFullError, UsageError
 from abcli.serve.events import to_json
 from abcli.serve.fields import Fields
-from abcli.serve.problems import RefusedError, blaming, problem_of, refused
+from abcli.serve.problems import RefusedError, blaming, out_of_time, problem_of
 from abcli.serve.routing import Body, post
-from abcli.serve.service import Served, Settings
+from abcli.serve.service import Served, Settings, described
 
 # OpenAI's limit.
 MAX_TEXTS = 2048
@@ -62,19 +62,7 @@ class EmbeddingService(Served):
     @property
     def description(self) -> Mapping[str, Any]:
         """What `/v1/models` tells of the model beside its name."""
-        embedder = self.embedder
-        return {
-            "context_length": embedder.context_size,
-            "max_model_len": embedder.context_size,
-            "meta": {
-                "n_ctx": embedder.context_size,
-                "n_ctx_train": embedder.checked.header.trained_context,
-                "n_vocab": embedder.vocabulary_size,
-                "n_embd": embedder.width,
-                "size": embedder.checked.header.file_size,
-                "description": embedder.description,
-            },
-        }
+        return described(self.embedder, self.embedder.checked, n_embd=self.embedder.width)
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """The embeddings [texts, width] of the tokens of texts. Other requests have their turn between batches.
@@ -90,9 +78,7 @@ class EmbeddingService(Served):
                 if self._stopping:
                     raise CancelledError
                 if monotonic() > deadline:
-                    raise refused(
-                        503, "timeout_error", "the request took longer than the server allows", code="timeout"
-                    )
+                    raise out_of_time()
                 work = partial(self.embedder.embed_together, batch)
                 found.append(await asyncio.get_running_loop().run_in_executor(self._computing, work))
         finally:

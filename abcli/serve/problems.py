@@ -57,6 +57,11 @@ def refused(status: int, kind: str, message: str, *, code: str | None = None, **
     return RefusedError(Problem(status, kind, message, code=code, headers=named))
 
 
+def out_of_time() -> RefusedError:
+    """The error of a request that a server's time limit ends."""
+    return refused(503, "timeout_error", "the request took longer than the server allows", code="timeout")
+
+
 def openai_error(problem: Problem) -> dict[str, Any]:
     """The object of OpenAI's description of its API (schema `ErrorResponse`)."""
     error = {"message": problem.message, "type": problem.kind, "param": problem.param, "code": problem.code}

@@ -16,7 +16,9 @@ from abcli.chat.asking import Asked
 from abcli.chat.calls.events import CallBegun, CallFinished, Event
 from abcli.chat.messages import ToolCall
 from abcli.chat.options import ChatOptions
+from abcli.embedder import Embedder
 from abcli.errors import AbcliError
+from abcli.gguf.checked import CheckedModel
 from abcli.llm import LLM
 from abcli.sampling import GenerationConfig, SamplingConfig
 from abcli.serve.chosen import Chosen, Watcher
@@ -123,6 +125,22 @@ class Served:
         self._open += change
 
 
+def described(opened: LLM | Embedder, model: CheckedModel, **more: int) -> dict[str, Any]:
+    """What `/v1/models` tells of any model; `more` are further numbers."""
+    numbers = {
+        "n_ctx": opened.context_size,
+        "n_ctx_train": model.header.trained_context,
+        "n_vocab": opened.vocabulary_size,
+        **more,
+        "size": model.header.file_size,
+    }
+    return {
+        "context_length": opened.context_size,
+        "max_model_len": opened.context_size,
+        "meta": {**numbers, "description": opened.description},
+    }
+
+
 class Service(Served):
     """A model that writes."""
 
@@ -161,19 +179,7 @@ class Service(Served):
     @property
     def description(self) -> Mapping[str, Any]:
         """What `/v1/models` tells of the model beside its name."""
-        llm, header = self.llm, self.llm.model.header
-        return {
-            "context_length": llm.context_size,
-            "max_model_len": llm.context_size,
-            "meta": {
-                "n_ctx": llm.context_size,
-                "n_ctx_train": header.trained_context,
-                "n_vocab": llm.vocabulary_size,
-                "size": header.file_size,
-                "description": llm.description,
-            },
-            "abcli": self.buckets,
-        }
+        return {**described(self.llm, self.llm.model), "abcli": self.buckets}
 
     @property
     def buckets(self) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from abcli.generate import Answer as RunningAnswer
 from abcli.generate import Generator, common_prefix
 from abcli.sampling import GenerationConfig
 from abcli.serve.chosen import Chosen, Watcher, scored
-from abcli.serve.problems import refused
+from abcli.serve.problems import out_of_time, refused
 
 log = logging.getLogger("abcli.serve")
 
@@ -237,7 +237,7 @@ class Worker:
     def _lose(self, ticket: Ticket) -> None:
         self.counts.given_up += 1
         if not ticket.gone:
-            error = refused(503, "timeout_error", "the request took longer than the server allows", code="timeout")
+            error = out_of_time()
             self._deliver(ticket, Delivery(error=error))
 
     def _begin_waiting(self) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 from abcli.config import Gains
 from abcli.errors import EvaluationDataError, TemplateError, UsageError
 from abcli.evals.configurations import Configuration
+from abcli.evals.evidence import evidence
 from abcli.evals.model_under_test import Subject
 from abcli.evals.runner import TASKS
 from abcli.evals.scores import Score as AnswerScore
 from abcli.evals.scoring import score
 from abcli.evals.statistics import NATIVE, Estimate, LengthSummary, Summary, summarise
 from abcli.evals.traces import Node, Trace
-from abcli.profiles.profile import Difference, Everyday, Evidence, Profile, Score, utc_now
+from abcli.profiles.profile import Everyday, Evidence, Profile, utc_now
 from abcli.text import StageProgress
 from abcli.tune.everyday import answered, opened, prompts, prose, repeats_itself
 from abcli.tune.material import Item
@@ -116,7 +117,11 @@ def make_profile(
         evidence=Evidence(
             first.summary.questions,
             _label(first, TUNED),
-            tuple(_evidence(result, summary) for result in judgement.results for summary in result.summary.summaries),
+            tuple(
+                evidence(summary, _label(result, summary.configuration))
+                for result in judgement.results
+                for summary in result.summary.summaries
+            ),
         ),
         gains=learned.gains,
         everyday=judgement.everyday,
@@ -177,20 +182,6 @@ def _scores(
 
 def _label(result: TaskResult, configuration: str) -> str:
     return f"{task_name(result.task)} {result.length}: {configuration}"
-
-
-def _evidence(result: TaskResult, summary: Summary) -> Score:
-    measures, difference = summary.measures, None
-    if summary.configuration != NATIVE and summary.difference is not None:
-        nll = summary.difference.nll
-        difference = Difference(nll.value, nll.low, nll.high)
-    return Score(
-        _label(result, summary.configuration),
-        measures.nll.value,
-        measures.accuracy.value,
-        measures.worst_nll.value,
-        difference,
-    )
 
 
 def _asked(settings: TuningSettings, longest: int) -> list[tuple[str, int, bool]]:

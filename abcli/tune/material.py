@@ -11,6 +11,7 @@ from abcli.errors import UsageError
 from abcli.evals.data import shuffled
 from abcli.evals.model_under_test import Subject
 from abcli.evals.prompts import TokenizedQuestion
+from abcli.evals.questions import end_of_context
 from abcli.evals.runner import TASKS, EvaluationSettings, make_questions
 from abcli.tune.examples import Example, read_examples
 
@@ -53,7 +54,7 @@ class Sources:
         if task not in TASKS:
             return self._examples(Path(task), length, subject)[0]
         items = self._asked(task, length, self.questions + self.held_out, subject)
-        return items[: _end_of_context(items, self.questions)]
+        return items[: end_of_context([item.group for item in items], self.questions)]
 
     def held(self, task: str, length: int, subject: Subject, learned: Sequence[Item] = ()) -> list[Item]:
         """What to judge a task by: `held_out` items, none of which is among those `learned`. Raises the same."""
@@ -97,8 +98,8 @@ class Sources:
         if len(items) < self.questions + self.held_out:
             cut = round(len(items) * self.questions / (self.questions + self.held_out))
         # At least one prompt is left to judge by.
-        last = len(items) - sum(item.group == items[-1].group for item in items)
-        cut = min(_end_of_context(items, max(cut, 1)), last)
+        contexts = [item.group for item in items]
+        cut = min(end_of_context(contexts, max(cut, 1)), len(items) - contexts.count(contexts[-1]))
         if cut == 0:
             raise UsageError(
                 f"all examples in {path} have one prompt: none is left to judge by", "give other ones, too"
@@ -115,13 +116,6 @@ def wrong_answers(items: Sequence[Item], seed: int) -> list[Item]:
         replace(item, question=TokenizedQuestion(item.question.prompt, items[taken[place]].question.continuations[:1]))
         for place, item in enumerate(items)
     ]
-
-
-def _end_of_context(items: Sequence[Item], count: int) -> int:
-    """`count`, or as many more as end the last one's context."""
-    while 0 < count < len(items) and items[count].group == items[count - 1].group:
-        count += 1
-    return count
 
 
 def _tokenized(example: Example, length: int, subject: Subject) -> TokenizedQuestion:

