@@ -86,6 +86,26 @@ def test_short_answers_and_health_do_not_wait_for_long_ones(server: Server) -> N
     server.wait_until_busy(0)
 
 
+def test_health_does_not_wait_for_schemas(server: Server) -> None:
+    """However slow the machine is, many are answered in the time that a large schema takes."""
+    properties = {f"property_{number}": {"type": ("string", "integer")[number % 2]} for number in range(2000)}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": properties}}}
+    begin = monotonic()
+    seconds: list[float] = []
+    with server.send(CHAT, {**HELLO, "response_format": form}) as asking:
+        asking.settimeout(0)
+        while True:
+            seconds.append(health_seconds(server))
+            try:
+                assert asking.recv(12) == b"HTTP/1.1 200"
+                break
+            except BlockingIOError:
+                continue
+    whole = monotonic() - begin
+    assert len(seconds) > 10
+    assert max(seconds) < whole / 2
+
+
 def test_bodies_that_are_too_large_are_refused_early(server: Server) -> None:
     with server.connect() as connection:
         connection.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n" % CHAT.encode())
