@@ -16,6 +16,7 @@ from time import monotonic, sleep
 import pytest
 
 from tests.serve.process import PATIENCE, Server, answer_of, served
+from tests.support.tiny_gguf import write_tiny_model
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
@@ -228,3 +229,17 @@ def test_the_prompt_cache_survives_a_kill(tiny_model: Path, tmp_path: Path) -> N
                 server.wait_until_busy(1)
                 server.process.kill()
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"), [("{% for", "the chat template is broken"), (None, "has no chat template")]
+)
+def test_a_model_without_a_template_that_can_be_used_continues_texts(
+    tmp_path: Path, template: str | None, problem: str
+) -> None:
+    path = write_tiny_model(tmp_path / "plain.gguf", chat_template=template)
+    with served(path, "-k", 1, "-np", 1) as server:
+        assert any("plain.gguf only continues texts" in line and problem in line for line in server.lines)
+        assert server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 3})[0] == 200
+        status, answer = server.post(CHAT, HELLO)
+        assert (status, problem in answer["error"]["message"]) == (400, True)
