@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from abcli.atomic import write_atomically
-from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES
+from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES, HeadNumbers
 from abcli.errors import EvaluationDataError
 from abcli.evals.configurations import Configuration
 from abcli.evals.questions import Question
@@ -292,12 +292,15 @@ def _configuration(values: Mapping[str, Any]) -> Configuration:
         prefill,
         None if prefill_base is None else _number(values, "prefill_base"),
         tuple(_number({"weights": item}, "weights") for item in _list(values, "weights")),
-        tuple(_gains(layer) for layer in (_list(values, "gains") if "gains" in values else ())),
+        _head_numbers(values, "gains"),
+        _head_numbers(values, "head_multipliers"),
     )
 
 
-def _gains(layer: Any) -> tuple[float, ...]:
-    return tuple(_number({"gains": gain}, "gains") for gain in _list({"gains": layer}, "gains"))
+def _head_numbers(values: Mapping[str, Any], key: str) -> HeadNumbers:
+    """Reports of before there was such tuning have none."""
+    layers = _list(values, key) if key in values else []
+    return tuple(tuple(_number({key: number}, key) for number in _list({key: layer}, key)) for layer in layers)
 
 
 def _question(values: Mapping[str, Any]) -> RecordedQuestion:

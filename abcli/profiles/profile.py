@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, NoReturn
 
-from abcli.config import MERGE_RULES, PREFILL_MODES, BucketConfig, Gains, MergeRule, PrefillMode
+from abcli.config import MERGE_RULES, PREFILL_MODES, BucketConfig, HeadNumbers, MergeRule, PrefillMode, Tuning
 from abcli.errors import AbcliError, ProfileError, UsageError
 from abcli.merge import check_pool_weights
 from abcli.rope.bases import choose_bases
@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 MAX_BYTES = 1 << 20
 MAX_NAME = 64
 MAX_GAIN = 100.0
+MAX_HEAD_MULTIPLIER = 1000.0
 # What stands for "no profile" on the command line.
 NO_PROFILE = "none"
 
@@ -28,7 +29,7 @@ _MAX_SCORES = 100
 _MAX_COUNT = 2**31 - 1
 _HINT = "calibrate the model again, or fetch the profile again"
 # What a profile need not have, as values of JSON.
-_OPTIONAL: Mapping[str, Any] = {"gains": [], "gate": None, "everyday": None}
+_OPTIONAL: Mapping[str, Any] = {"gains": [], "head_multipliers": [], "gate": None, "everyday": None}
 # Lower case only: some file systems take "A" and "a" for one name.
 _NAME = re.compile(rf"[a-z0-9_][a-z0-9_.-]{{0,{MAX_NAME - 1}}}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -101,8 +102,9 @@ class Profile:
     `fingerprint` is the hex of abcli.gguf.fingerprint, `model` the file's name for people, `length` the tokens of
     the contexts it was calibrated on, `created` a time in UTC (ISO 8601). `prefill_base` None is the native base.
     `weights` are those of the merge rule `pool`, empty for equal ones and for other rules. `gains` are factors on the
-    outputs of the model's heads, empty where all are 1. `gate` is the lowest that costs nothing that can be measured on
-    its task, 1 if none does; None if that was not found out. `everyday` is there where there are gains.
+    outputs of the model's attention heads, `head_multipliers` on the base of its heads of keys; they are empty where
+    all are 1. `gate` is the lowest that costs nothing that can be measured on its task, 1 if none does; None if that
+    was not found out. `everyday` is there where heads are tuned.
     `chosen` is the time at which the user made it the model's default, empty if never.
     """
 
@@ -122,9 +124,15 @@ class Profile:
     abcli_version: str
     evidence: Evidence
     chosen: str = ""
-    gains: Gains = ()
+    gains: HeadNumbers = ()
     gate: float | None = None
     everyday: Everyday | None = None
+    head_multipliers: HeadNumbers = ()
+
+    @property
+    def tuning(self) -> Tuning:
+        """What it changes in the model's heads."""
+        return Tuning(self.gains, self.head_multipliers)
 
 
 class _DamageError(Exception):
@@ -228,9 +236,10 @@ def _profile(values: object) -> Profile:
         abcli_version=_text(values, "abcli_version"),
         evidence=_evidence(values["evidence"]),
         chosen=_time(values, "chosen") if values["chosen"] != "" else "",
-        gains=_gains(values),
+        gains=_head_numbers(values, "gains", 0.0, MAX_GAIN),
         gate=_gate(values),
         everyday=_everyday(values["everyday"]),
+        head_multipliers=_head_numbers(values, "head_multipliers", 1 / MAX_HEAD_MULTIPLIER, MAX_HEAD_MULTIPLIER),
     )
 
 
@@ -306,15 +315,14 @@ def _weights(values: Mapping[str, Any], buckets: int) -> tuple[float, ...]:
     return weights
 
 
-def _gains(values: Mapping[str, Any]) -> Gains:
-    gains = tuple(
-        tuple(_number({"gains": gain}, "gains") for gain in _items({"gains": one}, "gains"))
-        for one in _items(values, "gains")
+def _head_numbers(values: Mapping[str, Any], key: str, least: float, most: float) -> HeadNumbers:
+    numbers = tuple(
+        tuple(_number({key: number}, key) for number in _items({key: layer}, key)) for layer in _items(values, key)
     )
-    for gain in (gain for layer in gains for gain in layer):
-        if not 0 <= gain <= MAX_GAIN:
-            _refuse("gains", gain)
-    return gains
+    for number in (number for layer in numbers for number in layer):
+        if not least <= number <= most:
+            _refuse(key, number)
+    return numbers
 
 
 def _gate(values: Mapping[str, Any]) -> float | None:
