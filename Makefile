@@ -83,7 +83,7 @@ test: model ## run the tests
 	  echo "Ray cannot be installed here: the tests of abcli batch --ray will be skipped" >&2
 	@$(VENV_PYTHON) scripts/fetch_public_templates.py || \
 	  echo "the tests that read the public chat templates will be skipped" >&2
-	@$(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	@$(VENV_PYTHON) -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 peers: dist model ## test with the tools of others, in an environment of their own (900 MB)
 	@$(VENV_PYTHON) scripts/run_peers.py $(ARGS)

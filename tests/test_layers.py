@@ -18,6 +18,7 @@ LAYERS: dict[str, int] = {
     "config": 0,
     "atomic": 0,
     "text": 0,
+    "strict_json": 0,
     "version": 0,
     "sampling": 1,
     "protocols": 1,

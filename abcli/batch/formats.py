@@ -11,6 +11,7 @@ from typing import Any
 from abcli.chat.message_format import given, read_messages, read_text, shown
 from abcli.chat.messages import Message
 from abcli.chat.options import OPTIONS, ChatOptions, chat_options
+from abcli.chat.response_format import response_schema
 from abcli.errors import AbcliError, PromptError, UsageError
 from abcli.grammar.constraint import KINDS
 from abcli.sampling import (
@@ -124,7 +125,7 @@ def openai_request(
             raise PromptError("max_tokens and max_completion_tokens differ", "give one of them")
         settings["max_tokens"] = limits[0]
     if "response_format" in settings:
-        schema = _response_schema(settings.pop("response_format"))
+        schema = response_schema(settings.pop("response_format"))
         if schema is not None and "json_schema" in settings:
             raise PromptError("both response_format and json_schema are given", "give only one of them")
         if schema is not None:
@@ -229,20 +230,6 @@ def _messages(value: Any) -> tuple[Message, ...]:
         _text(others, f"message {number}")
         messages.append(replace(message, content=_text(message.content, f"the content of message {number}")))
     return tuple(messages)
-
-
-def _response_schema(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else value
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return value.get("schema", {"type": "object"})
-    outer = value.get("json_schema") if kind == "json_schema" else None
-    if not isinstance(outer, dict) or not isinstance(outer.get("schema"), dict):
-        raise PromptError(
-            f"response_format is {shown(value)}", 'use {"type": "json_schema", "json_schema": {"schema": {...}}}'
-        )
-    return outer["schema"]
 
 
 def _simple(value: Any, name: str, kind: type) -> Any:

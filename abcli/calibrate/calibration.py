@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from abcli.calibrate.gates import GATES, GateTrial, first_base, paired_difference, steps_of, try_gate
+from abcli.calibrate.gates import GATES, GateTrial, first_base, steps_of, try_gate
 from abcli.calibrate.selection import Candidate, Indices, Outcome, Questions, fitted, folds, select, worst_depth
 from abcli.calibrate.table import Floats, Table, make_table
 from abcli.config import DEFAULT_BUCKETS, MERGE_RULES, BucketConfig, MergeRule
@@ -20,7 +20,7 @@ from abcli.evals.prompts import TokenizedQuestion
 from abcli.evals.questions import Question, end_of_context
 from abcli.evals.runner import Evaluation, EvaluationSettings, describe, make_questions
 from abcli.evals.scoring import score
-from abcli.evals.statistics import NATIVE, nearest_depth
+from abcli.evals.statistics import NATIVE, nearest_depth, paired_difference
 from abcli.evals.traces import Trace
 from abcli.profiles.profile import Profile
 from abcli.rope.bases import choose_bases, symmetric_multipliers

@@ -12,6 +12,7 @@ from abcli.calibrate.selection import Indices
 from abcli.calibrate.table import Floats
 from abcli.evals.configurations import Configuration
 from abcli.evals.scoring import merged_node
+from abcli.evals.statistics import paired_difference
 from abcli.evals.traces import Trace
 from abcli.rope.bases import nearest_base
 
@@ -117,15 +118,3 @@ def lowest_gate(trials: Sequence[GateTrial]) -> float:
             break
         lowest = trial.gate
     return lowest
-
-
-def paired_difference(values: Floats, baseline: Floats, groups: Indices) -> tuple[float, float]:
-    """The mean of `values` less `baseline`, both [questions], and its standard error; contexts are independent.
-
-    The error is the cluster-robust one of a mean (Cameron & Miller, "A Practitioner's Guide to Cluster-Robust
-    Inference", 2015, equation 11), 0 where all differences are equal.
-    """
-    differences = values - baseline
-    mean = float(differences.mean())
-    sums = np.bincount(groups, differences - mean)
-    return mean, float(np.sqrt((sums**2).sum()) / len(differences))

@@ -17,7 +17,6 @@ from filelock import FileLock, Timeout
 from abcli.atomic import create_exclusively, write_atomically
 from abcli.chat.messages import Message
 from abcli.chat.session_format import (
-    FormatError,
     Session,
     check_name,
     decode_conversation,
@@ -28,6 +27,7 @@ from abcli.chat.session_format import (
 from abcli.config import MergeRule
 from abcli.errors import SessionError, UsageError
 from abcli.sampling import SamplingConfig
+from abcli.strict_json import FormatError
 
 __all__ = ["Session", "SessionStore", "SessionSummary", "export_session", "import_session"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,21 @@ from abcli.chat.messages import Message
 from abcli.config import MERGE_RULES, MergeRule
 from abcli.errors import PromptError, UsageError
 from abcli.sampling import SamplingConfig
+from abcli.strict_json import (
+    FormatError,
+    boolean,
+    check_version,
+    items,
+    mapping,
+    number,
+    numbers,
+    one_of,
+    parsed,
+    refused,
+    text,
+    whole,
+    wrong_type,
+)
 
 FORMAT = "abcli-session"
 FORMAT_VERSION = 1
@@ -25,10 +39,6 @@ MAX_NAME = 100
 _WORD = ("L", "M", "N")
 # File systems allow 255 bytes; the lock's name is the longest, and adds ten.
 _MAX_NAME_BYTES = 240
-
-
-class FormatError(Exception):
-    """Why some bytes are not a session, as a phrase that continues "FILE ..."."""
 
 
 def utc_now() -> str:
@@ -76,7 +86,7 @@ def encode_session(session: Session) -> bytes:
 
 def decode_session(data: bytes) -> Session:
     """The session in `data`. Raises FormatError for anything that `encode_session` does not write."""
-    return _session(_json(data))
+    return _session(parsed(data, infinite=True))
 
 
 def decode_conversation(data: bytes) -> Session:
@@ -84,7 +94,7 @@ def decode_conversation(data: bytes) -> Session:
 
     Such a list is what OpenAI's clients send. Raises FormatError.
     """
-    values = _json(data)
+    values = parsed(data, infinite=True)
     if isinstance(values, dict) and "format" not in values and "messages" in values:
         values = values["messages"]
     if not isinstance(values, list):
@@ -94,103 +104,46 @@ def decode_conversation(data: bytes) -> Session:
     return Session("", messages=_messages(values))
 
 
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise FormatError(f"is not UTF-8 (at byte {error.start:,})") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"is damaged: {error}") from None
-
-
 def _session(values: Any) -> Session:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise FormatError("is not a session of abcli")
-    version = values.get("version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise FormatError(f"has session format {version!r:.20}, and this abcli reads {FORMAT_VERSION}")
-    merge = _text(values, "merge")
-    if merge not in MERGE_RULES:
-        raise FormatError(f"is damaged: merge is {merge!r:.40}")
+    check_version(values.get("version"), FORMAT_VERSION, "session")
+    name = text(values, "name")
     try:
         # A chat that is not kept has no name when it is written to a file of the user's choice.
-        name = _text(values, "name") and check_name(_text(values, "name"))
+        name = name and check_name(name)
     except UsageError as error:
         raise FormatError(f"is damaged: {error.message}") from None
     return Session(
         name=name,
-        model=_text(values, "model"),
-        model_size=_whole_number(values, "model_size"),
-        bases=tuple(_number(base, "bases") for base in _items(values, "bases")),
-        merge=merge,
-        messages=_messages(_items(values, "messages")),
-        sampling=_sampling(values.get("sampling")),
+        model=text(values, "model"),
+        model_size=whole(values, "model_size"),
+        bases=numbers(values, "bases"),
+        merge=one_of(values, "merge", MERGE_RULES),
+        messages=_messages(items(values, "messages")),
+        sampling=_sampling(mapping(values, "sampling")),
         created=_time(values, "created"),
         updated=_time(values, "updated"),
     )
 
 
-def _damaged(key: str) -> FormatError:
-    return FormatError(f"is damaged: {key} has the wrong type")
-
-
-def _text(values: Mapping[str, Any], key: str) -> str:
-    value = values.get(key)
-    if not isinstance(value, str):
-        raise _damaged(key)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        # JSON can escape half a character, which could never be written again.
-        raise FormatError(f"is damaged: {key} is not valid Unicode") from None
-    return value
-
-
 def _time(values: Mapping[str, Any], key: str) -> str:
-    text = _text(values, key)
+    found = text(values, key)
     try:
-        datetime.fromisoformat(text)
+        datetime.fromisoformat(found)
     except ValueError:
-        raise FormatError(f"is damaged: {key} is {text!r:.40}") from None
-    return text
+        raise refused(key, found) from None
+    return found
 
 
-def _items(values: Mapping[str, Any], key: str) -> list[Any]:
-    value = values.get(key)
-    if not isinstance(value, list):
-        raise _damaged(key)
-    return value
-
-
-def _whole_number(values: Mapping[str, Any], key: str) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _damaged(key)
-    return value
-
-
-def _number(value: Any, key: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise _damaged(key)
+def _messages(found: list[Any]) -> list[Message]:
     try:
-        number = float(value)
-    except OverflowError:
-        raise _damaged(key) from None
-    if math.isnan(number):
-        raise _damaged(key)
-    return number
-
-
-def _messages(items: list[Any]) -> list[Message]:
-    try:
-        return list(read_messages(items)) if items else []
+        return list(read_messages(found)) if found else []
     except PromptError as error:
         raise FormatError(f"is damaged: {error.message}") from None
 
 
-def _sampling(values: Any) -> SamplingConfig:
-    if not isinstance(values, dict):
-        raise _damaged("sampling")
+def _sampling(values: Mapping[str, Any]) -> SamplingConfig:
     defaults = {item.name: getattr(SamplingConfig(), item.name) for item in dataclasses.fields(SamplingConfig)}
     unknown = sorted(values.keys() - defaults.keys())
     if unknown:
@@ -201,16 +154,14 @@ def _sampling(values: Any) -> SamplingConfig:
 def _setting(values: Mapping[str, Any], key: str, default: Any) -> Any:
     """The value of one sampling setting, which must have the type of its default."""
     if key == "logit_bias":
-        pairs = _items(values, key)
+        pairs = items(values, key)
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            raise _damaged(key)
-        return tuple((_whole_number({key: token}, key), _number(bias, key)) for token, bias in pairs)
+            raise wrong_type(values, key)
+        return tuple((whole({key: token}, key), number({key: bias}, key, infinite=True)) for token, bias in pairs)
     if isinstance(default, tuple):
-        return tuple(_text({key: item}, key) for item in _items(values, key))
+        return tuple(text({key: item}, key) for item in items(values, key))
     if isinstance(default, str):
-        return _text(values, key)
+        return text(values, key)
     if isinstance(default, bool):
-        if not isinstance(values[key], bool):
-            raise _damaged(key)
-        return values[key]
-    return _whole_number(values, key) if isinstance(default, int) else _number(values[key], key)
+        return boolean(values, key)
+    return whole(values, key) if isinstance(default, int) else number(values, key, infinite=True)

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from abcli.atomic import write_atomically
-from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES
+from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES, HeadNumbers
 from abcli.errors import EvaluationDataError
 from abcli.evals.configurations import Configuration
 from abcli.evals.questions import Question
 from abcli.evals.scores import Score
 from abcli.evals.statistics import DEPTH_DECIMALS, NLL_DECIMALS, LengthSummary, summarise
+from abcli.strict_json import (
+    FormatError,
+    boolean,
+    check_version,
+    items,
+    mapping,
+    mappings,
+    number,
+    numbers,
+    one_of,
+    parsed,
+    text,
+    whole,
+)
 
 if TYPE_CHECKING:
     from abcli.evals.runner import Evaluation, EvaluationSettings
@@ -25,7 +38,6 @@ FORMAT = "abcli-evaluation"
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 28
 MAX_DEPTHS = 1000
-_MAX_NUMBER = 2**63 - 1
 # Far above any; sums of such are still numbers.
 _MAX_NLL = 1e9
 _BLOCK = 1 << 20
@@ -100,10 +112,6 @@ class EvaluationReport:
     def summaries(self) -> tuple[LengthSummary, ...]:
         """The statistics, by length. Raises EvaluationDataError for scores that are no finite numbers."""
         return summarise(self.questions, self.scores, self.depths, seed=self.seed)
-
-
-class _DamageError(Exception):
-    """Why some bytes are not a report, as a phrase that continues "FILE ..."."""
 
 
 def make_report(
@@ -223,185 +231,114 @@ def decode_report(data: bytes, origin: str) -> EvaluationReport:
     """The report in `data`, without its summaries. Raises EvaluationDataError, which begins with `origin`."""
     try:
         return _decode(data)
-    except _DamageError as error:
+    except FormatError as error:
         raise EvaluationDataError(f"{origin} {error}", _HINT) from None
 
 
 def _decode(data: bytes) -> EvaluationReport:
     if len(data) > MAX_BYTES:
-        raise _DamageError(f"is larger than {MAX_BYTES:,} bytes")
-    try:
-        values = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise _DamageError(f"is not UTF-8 (at byte {error.start:,})") from None
-    except (ValueError, RecursionError) as error:
-        raise _DamageError(f"is not a report: {error}") from None
+        raise FormatError(f"is larger than {MAX_BYTES:,} bytes")
+    values = parsed(data)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise _DamageError("is not a report of `abcli eval`")
-    version = values.get("version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise _DamageError(f"has report format {version!r:.20}, and this abcli reads {FORMAT_VERSION}")
-    configurations = tuple(_configuration(item) for item in _objects(values, "configurations"))
+        raise FormatError("is not a report of `abcli eval`")
+    check_version(values.get("version"), FORMAT_VERSION, "report")
+    configurations = tuple(map(_configuration, mappings(values, "configurations")))
     names = [item.name for item in configurations]
     if not names or len(set(names)) < len(names):
-        raise _DamageError("is damaged: its configurations are not distinct")
-    items = _objects(values, "questions")
-    if not items:
-        raise _DamageError("is damaged: it has no questions")
-    contexts = _object(values, "contexts")
+        raise FormatError("is damaged: its configurations are not distinct")
+    questions = mappings(values, "questions")
+    if not questions:
+        raise FormatError("is damaged: it has no questions")
+    model = mapping(values, "model")
     return EvaluationReport(
-        task=_text(values, "task"),
-        lengths=tuple(_whole({"lengths": item}, "lengths", 1) for item in _list(values, "lengths")),
-        depths=_whole(values, "depths", 1, MAX_DEPTHS),
-        limit=_whole(values, "limit", 1),
-        seed=_whole(values, "seed", 0),
+        task=text(values, "task"),
+        lengths=tuple(whole({"lengths": item}, "lengths", 1) for item in items(values, "lengths")),
+        depths=whole(values, "depths", 1, MAX_DEPTHS),
+        limit=whole(values, "limit", 1),
+        seed=whole(values, "seed", 0),
         data=tuple(
-            DataFile(_text(item, "flag"), _text(item, "name"), _text(item, "sha256"))
-            for item in _objects(values, "data")
+            DataFile(text(item, "flag"), text(item, "name"), text(item, "sha256")) for item in mappings(values, "data")
         ),
-        model=_model(_object(values, "model")),
-        about=_object(values, "about"),
+        model=RecordedModel(
+            text(model, "name"),
+            text(model, "fingerprint"),
+            text(model, "architecture"),
+            number(model, "native_base"),
+        ),
+        about=mapping(values, "about"),
         configurations=configurations,
-        questions=tuple(map(_question, items)),
-        scores=_scores(names, items),
-        contexts={group: _text(contexts, group) for group in contexts},
+        questions=tuple(map(_question, questions)),
+        scores=_scores(names, questions),
+        contexts={
+            group: text({"contexts": context}, "contexts") for group, context in mapping(values, "contexts").items()
+        },
         costs=_costs(names, values),
     )
 
 
-def _model(values: Mapping[str, Any]) -> RecordedModel:
-    return RecordedModel(
-        _text(values, "name"),
-        _text(values, "fingerprint"),
-        _text(values, "architecture"),
-        _number(values, "native_base"),
-    )
-
-
 def _configuration(values: Mapping[str, Any]) -> Configuration:
-    name, prefill_base = _text(values, "name"), values.get("prefill_base")
-    bases = tuple(_number({"bases": item}, "bases") for item in _list(values, "bases"))
-    merge = next((rule for rule in MERGE_RULES if rule == _text(values, "merge")), None)
-    prefill = next((mode for mode in PREFILL_MODES if mode == _text(values, "prefill")), None)
-    if merge is None or prefill is None or not 1 <= len(bases) <= MAX_BUCKETS:
-        raise _DamageError(f"is damaged: configuration {name!r:.60} is impossible")
+    name, bases = text(values, "name"), numbers(values, "bases")
+    if not 1 <= len(bases) <= MAX_BUCKETS:
+        raise FormatError(f"is damaged: configuration {name!r:.60} has {len(bases):,} bases")
     return Configuration(
         name,
         bases,
-        merge,
-        prefill,
-        None if prefill_base is None else _number(values, "prefill_base"),
-        tuple(_number({"weights": item}, "weights") for item in _list(values, "weights")),
-        tuple(_gains(layer) for layer in (_list(values, "gains") if "gains" in values else ())),
+        one_of(values, "merge", MERGE_RULES),
+        one_of(values, "prefill", PREFILL_MODES),
+        None if values.get("prefill_base") is None else number(values, "prefill_base"),
+        numbers(values, "weights"),
+        _head_numbers(values, "gains"),
+        _head_numbers(values, "head_multipliers"),
     )
 
 
-def _gains(layer: Any) -> tuple[float, ...]:
-    return tuple(_number({"gains": gain}, "gains") for gain in _list({"gains": layer}, "gains"))
+def _head_numbers(values: Mapping[str, Any], key: str) -> HeadNumbers:
+    """Reports of before there was such tuning have none."""
+    return tuple(numbers({key: layer}, key) for layer in (items(values, key) if key in values else ()))
 
 
 def _question(values: Mapping[str, Any]) -> RecordedQuestion:
-    depth = _number(values, "depth")
+    depth = number(values, "depth")
     if not 0 <= depth <= 1:
-        raise _DamageError(f"is damaged: a depth is {depth}")
+        raise FormatError(f"is damaged: a depth is {depth}")
     return RecordedQuestion(
-        _text(values, "identifier"),
-        _text(values, "group"),
-        _whole(values, "length", 1),
+        text(values, "identifier"),
+        text(values, "group"),
+        whole(values, "length", 1),
         depth,
-        _text(values, "sha256"),
-        _text(values, "text"),
-        _text(values, "answer_start"),
-        _text(values, "answer"),
+        text(values, "sha256"),
+        text(values, "text"),
+        text(values, "answer_start"),
+        text(values, "answer"),
     )
 
 
 def _scores(names: Sequence[str], questions: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Score, ...]]:
     found: dict[str, list[Score]] = {name: [] for name in names}
     for question in questions:
-        by_name = _object(question, "scores")
+        by_name = mapping(question, "scores")
         if by_name.keys() != found.keys():
-            raise _DamageError("is damaged: a question has not the scores of all configurations, and only those")
+            raise FormatError("is damaged: a question has not the scores of all configurations, and only those")
         for name in names:
-            values = _object(by_name, name)
-            exact, rank = values.get("exact"), values.get("rank")
-            if not isinstance(exact, bool):
-                raise _wrong("exact")
-            nll = _number(values, "nll")
+            values = mapping({"scores": by_name[name]}, "scores")
+            nll = number(values, "nll")
             if abs(nll) > _MAX_NLL:
-                raise _DamageError(f"is damaged: a negative log-likelihood is {nll:g}")
-            found[name].append(Score(nll, exact, None if rank is None else _whole(values, "rank", 0)))
+                raise FormatError(f"is damaged: a negative log-likelihood is {nll:g}")
+            rank = None if values.get("rank") is None else whole(values, "rank", 0)
+            found[name].append(Score(nll, boolean(values, "exact"), rank))
     return {name: tuple(scores) for name, scores in found.items()}
 
 
 def _costs(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, RecordedCost]:
     """Those of all configurations, or none: reports of older versions have none."""
-    found = _object(values, "costs") if "costs" in values else {}
+    found = mapping(values, "costs") if "costs" in values else {}
     if found and set(found) != set(names):
-        raise _DamageError("is damaged: its costs are not those of all configurations")
+        raise FormatError("is damaged: its costs are not those of all configurations")
     costs = {}
     for name in found:
-        item = _object(found, name)
-        speed, low, high = (_number(item, key) for key in ("tokens_per_second", "low", "high"))
+        item = mapping({"costs": found[name]}, "costs")
+        speed, low, high = (number(item, key) for key in ("tokens_per_second", "low", "high"))
         if min(speed, low, high) <= 0:
-            raise _DamageError(f"is damaged: {name!r:.60} decodes {min(speed, low, high):g} tokens per second")
-        costs[name] = RecordedCost(speed, low, high, _whole(item, "memory", 1))
+            raise FormatError(f"is damaged: {name!r:.60} decodes {min(speed, low, high):g} tokens per second")
+        costs[name] = RecordedCost(speed, low, high, whole(item, "memory", 1))
     return costs
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
-
-
-def _wrong(key: str) -> _DamageError:
-    return _DamageError(f"is damaged: {key!r:.60} is missing or has the wrong type")
-
-
-def _object(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = values.get(key)
-    if not isinstance(value, dict):
-        raise _wrong(key)
-    return value
-
-
-def _list(values: Mapping[str, Any], key: str) -> list[Any]:
-    value = values.get(key)
-    if not isinstance(value, list):
-        raise _wrong(key)
-    return value
-
-
-def _objects(values: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    items = _list(values, key)
-    if not all(isinstance(item, dict) for item in items):
-        raise _wrong(key)
-    return items
-
-
-def _text(values: Mapping[str, Any], key: str) -> str:
-    value = values.get(key)
-    if not isinstance(value, str):
-        raise _wrong(key)
-    return value
-
-
-def _whole(values: Mapping[str, Any], key: str, least: int, most: int = _MAX_NUMBER) -> int:
-    value = values.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong(key)
-    if not least <= value <= most:
-        raise _DamageError(f"is damaged: {key} is {value!r:.40}")
-    return value
-
-
-def _number(values: Mapping[str, Any], key: str) -> float:
-    value = values.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise _wrong(key)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _DamageError(f"is damaged: {key} is no finite number")
-    return number

@@ -131,6 +131,18 @@ def choose_baseline(configurations: Sequence[str]) -> str:
     return NATIVE if NATIVE in configurations else configurations[0]
 
 
+def paired_difference(values: Floats, baseline: Floats, groups: NDArray[np.intp]) -> tuple[float, float]:
+    """The mean of `values` less `baseline`, both [questions], and its standard error; groups are independent.
+
+    `groups` [questions] numbers the context of each from 0 on. The error is the cluster-robust one of a mean (Cameron &
+    Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015, equation 11), 0 where all differences are equal.
+    """
+    differences = values - baseline
+    mean = float(differences.mean())
+    sums = np.bincount(groups, differences - mean)
+    return mean, float(np.sqrt((sums**2).sum()) / len(differences))
+
+
 def nearest_depth(depth: float, depths: int) -> int:
     """The index of the nearest of `depths` depths evenly spaced from 0 to 1, of the deeper if two are equally near."""
     return math.floor(round(depth, DEPTH_DECIMALS) * (depths - 1) + 0.5)

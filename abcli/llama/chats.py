@@ -61,17 +61,5 @@ def _chunks(llm: LLM, asked: Any, chunks: Chunks, watcher: Watcher | None) -> It
         yield from chunks.add(piece, chosen)
 
 
-def schema_of(response_format: Any) -> Any:
-    """The JSON schema that a `response_format` asks for, None for none. Raises UsageError."""
-    kind = response_format.get("type", "text") if isinstance(response_format, Mapping) else "text"
-    if kind == "json_object":
-        return response_format.get("schema") or {"type": "object"}
-    if kind == "json_schema":
-        return response_format.get("json_schema", {}).get("schema") or {"type": "object"}
-    if kind != "text":
-        raise UsageError(f"`response_format` of the type {kind!r:.40}", "use json_object or json_schema")
-    return None
-
-
 def _chunk(head: Mapping[str, Any], choices: list[dict[str, Any]]) -> dict[str, Any]:
     return {**head, "object": "chat.completion.chunk", "choices": choices}

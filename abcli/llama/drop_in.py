@@ -16,10 +16,11 @@ import numpy as np
 from llama_cpp import llama_chat_format
 from numpy.typing import NDArray
 
+from abcli.chat.response_format import response_schema
 from abcli.errors import GrammarError, UsageError
 from abcli.generate import common_prefix
 from abcli.grammar.check import check
-from abcli.llama.chats import SLOT, answer, schema_of
+from abcli.llama.chats import SLOT, answer
 from abcli.llama.keywords import opened
 from abcli.llama.stand_ins import BorrowedModel, NoContext, NoContextError
 from abcli.llm import LLM
@@ -218,7 +219,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc]
             tools = [{"type": "function", "function": function} for function in functions]
         if function_call is not None:
             tool_choice = function_call if isinstance(function_call, str) else {"function": dict(function_call)}
-        schema = schema_of(settings.pop("response_format", None))
+        schema = response_schema(settings.pop("response_format", None))
         if tools or schema is not None:
             chosen = {"tools": tools, "tool_choice": tool_choice or "auto"} if tools else {}
             return answer(

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any, NoReturn
+from itertools import chain
+from typing import Any
 
-from abcli.config import MERGE_RULES, PREFILL_MODES, BucketConfig, Gains, MergeRule, PrefillMode
+from abcli.config import MERGE_RULES, PREFILL_MODES, BucketConfig, HeadNumbers, MergeRule, PrefillMode, Tuning
 from abcli.errors import AbcliError, ProfileError, UsageError
 from abcli.merge import check_pool_weights
 from abcli.rope.bases import choose_bases
+from abcli.strict_json import (
+    FormatError,
+    check_version,
+    items,
+    mapping,
+    mappings,
+    number,
+    numbers,
+    one_of,
+    parsed,
+    refused,
+    text,
+    whole,
+)
 
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 20
 MAX_NAME = 64
 MAX_GAIN = 100.0
+MAX_HEAD_MULTIPLIER = 1000.0
 # What stands for "no profile" on the command line.
 NO_PROFILE = "none"
 
@@ -28,7 +44,7 @@ _MAX_SCORES = 100
 _MAX_COUNT = 2**31 - 1
 _HINT = "calibrate the model again, or fetch the profile again"
 # What a profile need not have, as values of JSON.
-_OPTIONAL: Mapping[str, Any] = {"gains": [], "gate": None, "everyday": None}
+_OPTIONAL: Mapping[str, Any] = {"gains": [], "head_multipliers": [], "gate": None, "everyday": None}
 # Lower case only: some file systems take "A" and "a" for one name.
 _NAME = re.compile(rf"[a-z0-9_][a-z0-9_.-]{{0,{MAX_NAME - 1}}}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -101,8 +117,9 @@ class Profile:
     `fingerprint` is the hex of abcli.gguf.fingerprint, `model` the file's name for people, `length` the tokens of
     the contexts it was calibrated on, `created` a time in UTC (ISO 8601). `prefill_base` None is the native base.
     `weights` are those of the merge rule `pool`, empty for equal ones and for other rules. `gains` are factors on the
-    outputs of the model's heads, empty where all are 1. `gate` is the lowest that costs nothing that can be measured on
-    its task, 1 if none does; None if that was not found out. `everyday` is there where there are gains.
+    outputs of the model's attention heads, `head_multipliers` on the base of its heads of keys; they are empty where
+    all are 1. `gate` is the lowest that costs nothing that can be measured on its task, 1 if none does; None if that
+    was not found out. `everyday` is there where heads are tuned.
     `chosen` is the time at which the user made it the model's default, empty if never.
     """
 
@@ -122,13 +139,15 @@ class Profile:
     abcli_version: str
     evidence: Evidence
     chosen: str = ""
-    gains: Gains = ()
+    gains: HeadNumbers = ()
     gate: float | None = None
     everyday: Everyday | None = None
+    head_multipliers: HeadNumbers = ()
 
-
-class _DamageError(Exception):
-    """Why some values are not a profile, as a phrase that continues "FILE ..."."""
+    @property
+    def tuning(self) -> Tuning:
+        """What it changes in the model's heads."""
+        return Tuning(self.gains, self.head_multipliers)
 
 
 def utc_now() -> str:
@@ -169,20 +188,21 @@ def decode(data: bytes, origin: str) -> Profile:
     """
     if len(data) > MAX_BYTES:
         raise ProfileError(f"{origin} is larger than {MAX_BYTES:,} bytes", "name a file that abcli has written")
-    try:
-        values = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{origin} is not UTF-8 (at byte {error.start:,})", _HINT) from None
-    except (ValueError, RecursionError) as error:
-        raise ProfileError(f"{origin} is damaged: {error}", _HINT) from None
-    return from_values(values, origin)
+    with _of(origin):
+        return _profile(parsed(data))
 
 
 def from_values(values: object, origin: str) -> Profile:
     """The profile in parsed JSON. Raises ProfileError as `decode` does."""
-    try:
+    with _of(origin):
         return _profile(values)
-    except _DamageError as error:
+
+
+@contextmanager
+def _of(origin: str) -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
         raise ProfileError(f"{origin} {error}", _HINT) from None
 
 
@@ -193,24 +213,18 @@ def moment(text: str) -> datetime:
 
 def _profile(values: object) -> Profile:
     if not isinstance(values, dict) or "format" not in values:
-        raise _DamageError("is not a profile of abcli")
-    version = values["format"]
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise _DamageError(f"has profile format {version!r:.20}, and this abcli reads {FORMAT_VERSION}")
+        raise FormatError("is not a profile of abcli")
+    check_version(values["format"], FORMAT_VERSION, "profile")
     values = {**_OPTIONAL, **values}
     _check_keys(values, Profile, "", extra={"format"})
-    fingerprint, merge, prefill = (_text(values, key) for key in ("fingerprint", "merge", "prefill"))
+    fingerprint, merge = text(values, "fingerprint"), one_of(values, "merge", MERGE_RULES)
     if not _FINGERPRINT.fullmatch(fingerprint):
-        _refuse("fingerprint", fingerprint)
-    if merge not in MERGE_RULES:
-        _refuse("merge", merge)
-    if prefill not in PREFILL_MODES:
-        _refuse("prefill", prefill)
-    native_base = _number(values, "native_base")
+        raise refused("fingerprint", fingerprint)
+    native_base = number(values, "native_base")
     prefill_base = None
     if values["prefill_base"] is not None:
-        (prefill_base,) = _bases([values["prefill_base"]], native_base, "prefill_base")
-    bases = _bases(_items(values, "bases"), native_base, "bases")
+        (prefill_base,) = _bases((number(values, "prefill_base"),), native_base, "prefill_base")
+    bases = _bases(numbers(values, "bases"), native_base, "bases")
     return Profile(
         name=_name(values),
         fingerprint=fingerprint,
@@ -220,196 +234,137 @@ def _profile(values: object) -> Profile:
         bases=bases,
         merge=merge,
         weights=_weights(values, len(bases) if merge == "pool" else 0),
-        prefill=prefill,
+        prefill=one_of(values, "prefill", PREFILL_MODES),
         prefill_base=prefill_base,
         task=_text(values, "task"),
-        length=_count(values, "length"),
+        length=whole(values, "length", 1, _MAX_COUNT),
         created=_time(values, "created"),
         abcli_version=_text(values, "abcli_version"),
-        evidence=_evidence(values["evidence"]),
+        evidence=_evidence(_object(values, "evidence", Evidence)),
         chosen=_time(values, "chosen") if values["chosen"] != "" else "",
-        gains=_gains(values),
+        gains=_head_numbers(values, "gains", 0.0, MAX_GAIN),
         gate=_gate(values),
-        everyday=_everyday(values["everyday"]),
+        everyday=None if values["everyday"] is None else _everyday(_object(values, "everyday", Everyday)),
+        head_multipliers=_head_numbers(values, "head_multipliers", 1 / MAX_HEAD_MULTIPLIER, MAX_HEAD_MULTIPLIER),
     )
 
 
-def _evidence(values: object) -> Evidence:
-    found = _object(values, Evidence, "evidence")
-    items = _items(found, "scores")
-    if len(items) > _MAX_SCORES:
-        raise _DamageError(f"is damaged: {len(items):,} scores are more than {_MAX_SCORES}")
-    scores = tuple(_score(item) for item in items)
+def _evidence(values: Mapping[str, Any]) -> Evidence:
+    found = mappings(values, "scores")
+    if len(found) > _MAX_SCORES:
+        raise FormatError(f"is damaged: {len(found):,} scores are more than {_MAX_SCORES}")
+    scores = tuple(map(_score, found))
     names = [score.configuration for score in scores]
-    own = _text(found, "configuration")
+    own = _text(values, "configuration")
     if len(set(names)) != len(names):
-        raise _DamageError("is damaged: a configuration has two scores")
+        raise FormatError("is damaged: a configuration has two scores")
     if own not in names:
-        raise _DamageError(f"is damaged: there is no score for its own configuration {own!r:.40}")
-    return Evidence(_count(found, "questions"), own, scores)
+        raise FormatError(f"is damaged: there is no score for its own configuration {own!r:.40}")
+    return Evidence(whole(values, "questions", 1, _MAX_COUNT), own, scores)
 
 
-def _everyday(values: object) -> Everyday | None:
-    if values is None:
-        return None
-    found = _object(values, Everyday, "everyday")
-    text_tokens, prompts = _count(found, "text_tokens"), _count(found, "prompts")
-    counts = []
-    for key in ("equal", "native_repeating", "tuned_repeating"):
-        # Of the prompts; there may be none of them.
-        if found[key] != 0 or isinstance(found[key], bool):
-            _count(found, key)
-        if found[key] > prompts:
-            _refuse(key, found[key])
-        counts.append(int(found[key]))
-    native_loss, tuned_loss = _number(found, "native_loss"), _number(found, "tuned_loss")
-    return Everyday(text_tokens, native_loss, tuned_loss, prompts, *counts)
+def _everyday(values: Mapping[str, Any]) -> Everyday:
+    prompts = whole(values, "prompts", 1, _MAX_COUNT)
+    return Everyday(
+        whole(values, "text_tokens", 1, _MAX_COUNT),
+        number(values, "native_loss"),
+        number(values, "tuned_loss"),
+        prompts,
+        *(whole(values, key, 0, prompts) for key in ("equal", "native_repeating", "tuned_repeating")),
+    )
 
 
-def _score(values: object) -> Score:
-    found = _object(values, Score, "scores")
+def _score(values: Mapping[str, Any]) -> Score:
+    _check_keys(values, Score, "scores: ")
     difference = None
-    if found["difference"] is not None:
-        ends = _object(found["difference"], Difference, "difference")
-        difference = Difference(*(_number(ends, key) for key in ("mean", "low", "high")))
+    if values["difference"] is not None:
+        ends = _object(values, "difference", Difference)
+        difference = Difference(*(number(ends, key) for key in ("mean", "low", "high")))
         if difference.low > difference.high:
-            _refuse("low", difference.low)
-    accuracy = _number(found, "accuracy")
+            raise refused("low", difference.low)
+    accuracy = number(values, "accuracy")
     if not 0 <= accuracy <= 1:
-        _refuse("accuracy", accuracy)
+        raise refused("accuracy", accuracy)
     return Score(
-        _text(found, "configuration"),
-        _number(found, "mean_nll"),
+        _text(values, "configuration"),
+        number(values, "mean_nll"),
         accuracy,
-        _number(found, "worst_depth_nll"),
+        number(values, "worst_depth_nll"),
         difference,
     )
 
 
-def _bases(items: list[Any], native_base: float, key: str) -> tuple[float, ...]:
-    bases = tuple(_number({key: item}, key) for item in items)
+def _bases(bases: tuple[float, ...], native_base: float, key: str) -> tuple[float, ...]:
     if not bases:
-        raise _DamageError(f"is damaged: {key} is empty")
+        raise FormatError(f"is damaged: {key} is empty")
     try:
         return choose_bases(BucketConfig(bases=bases), native_base)
     except AbcliError as error:
-        raise _DamageError(f"is damaged: {key}: {error.message}") from None
+        raise FormatError(f"is damaged: {key}: {error.message}") from None
 
 
 def _weights(values: Mapping[str, Any], buckets: int) -> tuple[float, ...]:
     """The weights of `buckets` buckets; 0 buckets may have none."""
-    weights = tuple(_number({"weights": item}, "weights") for item in _items(values, "weights"))
+    weights = numbers(values, "weights")
     try:
         check_pool_weights(weights, buckets)
     except UsageError as error:
-        raise _DamageError(f"is damaged: {error.message}") from None
+        raise FormatError(f"is damaged: {error.message}") from None
     return weights
 
 
-def _gains(values: Mapping[str, Any]) -> Gains:
-    gains = tuple(
-        tuple(_number({"gains": gain}, "gains") for gain in _items({"gains": one}, "gains"))
-        for one in _items(values, "gains")
-    )
-    for gain in (gain for layer in gains for gain in layer):
-        if not 0 <= gain <= MAX_GAIN:
-            _refuse("gains", gain)
-    return gains
+def _head_numbers(values: Mapping[str, Any], key: str, least: float, most: float) -> HeadNumbers:
+    found = tuple(numbers({key: layer}, key) for layer in items(values, key))
+    for one in chain(*found):
+        if not least <= one <= most:
+            raise refused(key, one)
+    return found
 
 
 def _gate(values: Mapping[str, Any]) -> float | None:
     if values["gate"] is None:
         return None
-    gate = _number(values, "gate")
+    gate = number(values, "gate")
     if not 0 < gate <= 1:
-        _refuse("gate", gate)
+        raise refused("gate", gate)
     return gate
 
 
 def _name(values: Mapping[str, Any]) -> str:
     try:
-        return check_name(_text(values, "name"))
+        return check_name(text(values, "name"))
     except UsageError as error:
-        raise _DamageError(f"is damaged: {error.message}") from None
+        raise FormatError(f"is damaged: {error.message}") from None
 
 
-def _object(value: object, shape: type, key: str) -> dict[str, Any]:
-    """`value` if it is an object with exactly the fields of the dataclass `shape`."""
-    if not isinstance(value, dict):
-        raise _wrong_type(key)
-    _check_keys(value, shape, f"{key}: ")
-    return value
+def _object(values: Mapping[str, Any], key: str, shape: type) -> dict[str, Any]:
+    """An object with exactly the fields of the dataclass `shape`."""
+    found = mapping(values, key)
+    _check_keys(found, shape, f"{key}: ")
+    return found
 
 
 def _check_keys(values: Mapping[str, Any], shape: Any, where: str, extra: set[str] | None = None) -> None:
     expected = {field.name for field in dataclasses.fields(shape)} | (extra or set())
     for key in sorted(expected - values.keys()):
-        raise _DamageError(f"is damaged: {where}{key} is missing")
+        raise FormatError(f"is damaged: {where}{key} is missing")
     for key in sorted(values.keys() - expected):
-        raise _DamageError(f"is damaged: {where}{key!r:.40} is unknown")
-
-
-def _refuse(key: str, value: object) -> NoReturn:
-    raise _DamageError(f"is damaged: {key} is {value!r:.80}")
-
-
-def _wrong_type(key: str) -> _DamageError:
-    return _DamageError(f"is damaged: {key} has the wrong type")
+        raise FormatError(f"is damaged: {where}{key!r:.40} is unknown")
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:
-    value = values[key]
-    if not isinstance(value, str):
-        raise _wrong_type(key)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        # JSON can escape half a character, which could never be written again.
-        raise _DamageError(f"is damaged: {key} is not valid Unicode") from None
-    if not 0 < len(value) <= _MAX_TEXT:
-        raise _DamageError(f"is damaged: {key} has {len(value):,} characters")
-    return value
+    found = text(values, key)
+    if not 0 < len(found) <= _MAX_TEXT:
+        raise FormatError(f"is damaged: {key} has {len(found):,} characters")
+    return found
 
 
 def _time(values: Mapping[str, Any], key: str) -> str:
-    text = _text(values, key)
+    found = _text(values, key)
     try:
-        offset = moment(text).utcoffset()
+        offset = moment(found).utcoffset()
     except ValueError:
-        _refuse(key, text)
+        raise refused(key, found) from None
     if offset != timedelta(0):
-        raise _DamageError(f"is damaged: {key} is {text!r:.40}, which is not a time in UTC")
-    return text
-
-
-def _items(values: Mapping[str, Any], key: str) -> list[Any]:
-    value = values[key]
-    if not isinstance(value, list):
-        raise _wrong_type(key)
-    return value
-
-
-def _count(values: Mapping[str, Any], key: str) -> int:
-    value = values[key]
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong_type(key)
-    if not 1 <= value <= _MAX_COUNT:
-        raise _DamageError(f"is damaged: {key} is not a number from 1 to {_MAX_COUNT:,}")
-    return value
-
-
-def _number(values: Mapping[str, Any], key: str) -> float:
-    value = values[key]
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise _wrong_type(key)
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _DamageError(f"is damaged: {key} is not a finite number")
-    return number
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number")
+        raise FormatError(f"is damaged: {key} is {found!r:.40}, which is not a time in UTC")
+    return found

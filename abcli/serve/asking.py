@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from abcli.chat.response_format import response_schema
 from abcli.config import MERGE_RULES
 from abcli.errors import UsageError
 from abcli.profiles.profile import NO_PROFILE
@@ -122,17 +123,9 @@ def _constraint(fields: Fields, name: str) -> dict[str, Any]:
         return {"grammar": text} if (text := fields.text("grammar")) else {}
     if name == "json_schema":
         return _schema(fields.any("json_schema"), lenient=True)
-    form = fields.inner("response_format")
-    kind = form.word("type", ("text", "json_object", "json_schema"), "text")
-    if kind == "text":
-        return {}
-    if kind == "json_object":
-        return _schema(form.any("schema") or {"type": "object"}, lenient=True)
-    inner = form.inner("json_schema")
-    schema = inner.any("schema") if "schema" in inner else form.any("schema")
-    if not isinstance(schema, dict | bool):
-        raise inner.wrong("schema", "a JSON schema")
-    return _schema(schema, lenient=not inner.flag("strict"))
+    strict = fields.inner("response_format").inner("json_schema").flag("strict")
+    schema = response_schema(fields.any("response_format"))
+    return {} if schema is None else _schema(schema, lenient=not strict)
 
 
 def _schema(schema: Any, *, lenient: bool) -> dict[str, Any]:

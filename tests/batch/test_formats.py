@@ -186,6 +186,7 @@ def test_openai_response_formats(tmp_path: Path) -> None:
 
     assert schema({"type": "text"}) == ""
     assert json.loads(schema({"type": "json_object"})) == {"type": "object"}
+    assert json.loads(schema({"type": "json_schema", "schema": {"const": 1}})) == {"const": 1}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_openai_response_formats(tmp_path: Path) -> None:
         (openai(max_tokens=1, max_completion_tokens=2), "differ"),
         (openai(response_format={"type": "xml"}), "response_format"),
         (openai(response_format={"type": "json_schema"}), "response_format"),
-        (openai(response_format="json"), "response_format"),
+        (openai(response_format="json"), '`response_format.type` is "json"'),
         (openai(model=5), "model is 5"),
         ({**openai(), "url": "/v1/embeddings"}, "/v1/embeddings"),
         ({**openai(), "method": "GET"}, "GET"),

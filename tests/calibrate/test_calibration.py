@@ -20,7 +20,7 @@ from abcli.calibrate.calibration import (
     cross_validated,
     end_of_calibration,
 )
-from abcli.calibrate.gates import GATES, paired_difference, steps_of, try_gate
+from abcli.calibrate.gates import GATES, steps_of, try_gate
 from abcli.calibrate.selection import Candidate, Questions, fitted, folds
 from abcli.calibrate.table import losses, make_table
 from abcli.config import BucketConfig
@@ -28,6 +28,7 @@ from abcli.errors import UsageError
 from abcli.evals.model_under_test import Prefill
 from abcli.evals.questions import Question
 from abcli.evals.scoring import score
+from abcli.evals.statistics import paired_difference
 from abcli.rope.bases import choose_bases
 from tests.calibrate.planted import NATIVE_BASE, PlantedSubject, as_traces, random_answers
 

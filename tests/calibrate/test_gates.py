@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from abcli.calibrate.gates import GATES, GateTrial, first_base, lowest_gate, paired_difference, steps_of, try_gate
+from abcli.calibrate.gates import GATES, GateTrial, first_base, lowest_gate, steps_of, try_gate
 from abcli.evals.configurations import Configuration
+from abcli.evals.statistics import paired_difference
 from abcli.evals.traces import Node, Trace
 from scripts.gate_thresholds import margin
 

@@ -23,9 +23,10 @@ from abcli import atomic
 from abcli.chat import session
 from abcli.chat.messages import Message, ToolCall
 from abcli.chat.session import Session, SessionStore, export_session, import_session
-from abcli.chat.session_format import FormatError, decode_session, encode_session
+from abcli.chat.session_format import decode_session, encode_session
 from abcli.errors import SessionError, UsageError
 from abcli.sampling import SamplingConfig
+from abcli.strict_json import FormatError
 from tests.chat.strategies import MESSAGES
 
 TALK = [Message("system", "Be brief."), Message("user", 'H\u00e9llo\n"there"'), Message("assistant", "\U0001f600")]
@@ -60,9 +61,9 @@ NUMBERS = st.floats(allow_nan=False)
     sampling=st.builds(
         SamplingConfig,
         temperature=NUMBERS,
-        seed=st.integers(),
+        seed=st.integers(-(2**63) + 1, 2**63 - 1),
         dry_breakers=st.lists(TEXTS).map(tuple),
-        logit_bias=st.lists(st.tuples(st.integers(), NUMBERS)).map(tuple),
+        logit_bias=st.lists(st.tuples(st.integers(0, 2**31), NUMBERS)).map(tuple),
     ),
 )
 def test_any_session_survives_its_file_form(messages: list[Message], sampling: SamplingConfig) -> None:

@@ -202,36 +202,44 @@ DAMAGE = {
     "another format": (("format",), "abcli-session", "is not a report of `abcli eval`"),
     "a later version": (("version",), 2, "report format 2"),
     "a version that is no number": (("version",), True, "report format True"),
-    "no task": (("task",), None, "'task'"),
-    "no model": (("model",), None, "'model'"),
-    "a native base that is no number": (("model", "native_base"), "1e4", "'native_base'"),
-    "data that is no list": (("data",), {}, "'data'"),
+    "no task": (("task",), None, "task is missing"),
+    "no model": (("model",), None, "model is missing"),
+    "a native base that is no number": (("model", "native_base"), "1e4", "native_base has the wrong type"),
+    "data that is no list": (("data",), {}, "data has the wrong type"),
     "no configurations": (("configurations",), [], "configurations are not distinct"),
-    "a configuration that is no object": (("configurations", 0), "native", "'configurations'"),
+    "a configuration that is no object": (("configurations", 0), "native", "configurations has the wrong type"),
     "the same name twice": (("configurations", 1, "name"), "native", "configurations are not distinct"),
-    "an unknown merge rule": (("configurations", 1, "merge"), "luck", "is impossible"),
-    "too many bases": (("configurations", 1, "bases"), [1e4] * 17, "is impossible"),
-    "no bases": (("configurations", 1, "bases"), [], "is impossible"),
-    "a base that is no number": (("configurations", 1, "bases", 0), "1e4", "'bases'"),
+    "an unknown merge rule": (("configurations", 1, "merge"), "luck", "merge is 'luck'"),
+    "too many bases": (("configurations", 1, "bases"), [1e4] * 17, "has 17 bases"),
+    "no bases": (("configurations", 1, "bases"), [], "has 0 bases"),
+    "a base that is no number": (("configurations", 1, "bases", 0), "1e4", "bases has the wrong type"),
     "no questions": (("questions",), [], "no questions"),
     "a length of 0": (("questions", 0, "length"), 0, "length is 0"),
     "a depth outside": (("questions", 0, "depth"), 1.5, "depth is 1.5"),
-    "a depth that is no number": (("questions", 0, "depth"), True, "'depth'"),
-    "an infinite likelihood": (("questions", 0, "scores", "native", "nll"), 10**400, "'nll'|nll is no finite"),
+    "a depth that is no number": (("questions", 0, "depth"), True, "depth has the wrong type"),
+    "an infinite likelihood": (("questions", 0, "scores", "native", "nll"), 10**400, "nll is not a finite number"),
     "an enormous likelihood": (("questions", 0, "scores", "native", "nll"), 1e300, "1e\\+300"),
     "a missing score": (("questions", 0, "scores", "native"), None, "scores of all configurations"),
     "a score too many": (("questions", 0, "scores", "third"), {}, "scores of all configurations"),
-    "an exactness that is no truth value": (("questions", 0, "scores", "native", "exact"), 1, "'exact'"),
+    "an exactness that is no truth value": (
+        ("questions", 0, "scores", "native", "exact"),
+        1,
+        "exact has the wrong type",
+    ),
     "a negative rank": (("questions", 0, "scores", "native", "rank"), -1, "rank is -1"),
     "too many depths": (("depths",), 10**9, "depths is 1000000000"),
     "no depths": (("depths",), 0, "depths is 0"),
     "a negative seed": (("seed",), -1, "seed is -1"),
     "an enormous seed": (("seed",), 10**30, "seed is"),
-    "contexts that are no object": (("contexts",), [], "'contexts'"),
-    "a context that is no text": (("contexts", "a"), 1, "'a'"),
-    "costs that are no object": (("costs",), [], "'costs'"),
+    "contexts that are no object": (("contexts",), [], "contexts has the wrong type"),
+    "a context that is no text": (("contexts", "a"), 1, "contexts has the wrong type"),
+    "costs that are no object": (("costs",), [], "costs has the wrong type"),
     "costs of some": (("costs", "native"), {}, "costs are not those of all"),
-    "a cost that is no object": (("costs",), dict.fromkeys((one.name for one in CONFIGURATIONS), 1), "'native'"),
+    "a cost that is no object": (
+        ("costs",),
+        dict.fromkeys((one.name for one in CONFIGURATIONS), 1),
+        "costs has the wrong type",
+    ),
     "a speed of 0": (("costs",), {one.name: NO_SPEED for one in CONFIGURATIONS}, "decodes 0 tokens per second"),
 }
 
@@ -250,12 +258,12 @@ def test_a_damaged_report_is_refused(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is not a report"),
+        (b"", "is damaged"),
         (b"[]", "is not a report"),
-        (b'{"format": NaN}', "NaN is no number"),
+        (b'{"format": NaN}', "NaN is not a number"),
         (b"\xff", "not UTF-8"),
-        (b"[" * 100_000, "is not a report"),
-        (b'{"format": ' + b"9" * 5000 + b"}", "is not a report"),
+        (b"[" * 100_000, "is damaged"),
+        (b'{"format": ' + b"9" * 5000 + b"}", "is damaged"),
     ],
 )
 def test_what_is_no_report_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
@@ -270,7 +278,7 @@ def test_a_truncated_report_is_refused(tmp_path: Path) -> None:
     data = path.read_bytes()
     for size in (1, len(data) // 2, len(data) - 3):
         path.write_bytes(data[:size])
-        with pytest.raises(EvaluationDataError, match="is not a report"):
+        with pytest.raises(EvaluationDataError, match="is damaged"):
             read_report(path)
 
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES
+from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES, HeadNumbers
 from abcli.errors import ProfileError, UsageError
 from abcli.profiles.profile import (
     MAX_BYTES,
     MAX_GAIN,
+    MAX_HEAD_MULTIPLIER,
     Difference,
     Evidence,
     Profile,
@@ -33,6 +34,11 @@ from tests.profiles.samples import EVERYDAY, SAMPLE, profile
 NUMBERS = st.floats(-1e6, 1e6)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 BASES = st.floats(2, 2**40, width=32)
+
+
+def head_numbers(least: float, most: float) -> st.SearchStrategy[HeadNumbers]:
+    layers = st.lists(st.lists(st.floats(least, most), min_size=1, max_size=4).map(tuple), max_size=3)
+    return layers.map(tuple)
 
 
 @st.composite
@@ -67,7 +73,8 @@ def profiles(draw: st.DrawFn) -> Profile:
         abcli_version=draw(TEXTS),
         evidence=Evidence(draw(st.integers(1, 2**31 - 1)), draw(st.sampled_from(names)), tuple(scores)),
         chosen=draw(st.sampled_from(["", utc_now()])),
-        gains=tuple(map(tuple, draw(st.lists(st.lists(st.floats(0, MAX_GAIN), min_size=1, max_size=4), max_size=3)))),
+        gains=draw(head_numbers(0, MAX_GAIN)),
+        head_multipliers=draw(head_numbers(1 / MAX_HEAD_MULTIPLIER, MAX_HEAD_MULTIPLIER)),
         everyday=draw(st.none() | st.just(EVERYDAY)),
         gate=draw(st.none() | st.floats(0, 1, exclude_min=True)),
     )
@@ -92,10 +99,11 @@ def test_the_file_is_as_documented() -> None:
         "difference": None,
     }
     assert SAMPLE.evidence.own == SAMPLE.evidence.scores[2]
-    # Profiles without gains can be read by versions that know of none.
-    assert not {"gains", "gate", "everyday"} & values.keys()
+    # Profiles of untuned models can be read by versions that know of none.
+    assert not {"gains", "head_multipliers", "gate", "everyday"} & values.keys()
     assert json.loads(encode(profile(gate=0.8)))["gate"] == 0.8
-    assert json.loads(encode(profile(gains=((0.5, 2.0),))))["gains"] == [[0.5, 2.0]]
+    tuned = json.loads(encode(profile(gains=((0.5, 2.0),), head_multipliers=((1.5,),))))
+    assert (tuned["gains"], tuned["head_multipliers"]) == ([[0.5, 2.0]], [[1.5]])
 
 
 def test_bases_are_read_as_llama_cpp_will_use_them() -> None:
@@ -118,12 +126,15 @@ Change = Callable[[dict[str, Any]], object]
         (lambda v: v.update(gains=[[1.0, -0.5]]), "gains is -0.5"),
         (lambda v: v.update(everyday=[]), "everyday has the wrong type"),
         (lambda v: v.update(everyday={**asdict(EVERYDAY), "equal": 51}), "equal is 51"),
-        (lambda v: v.update(everyday={**asdict(EVERYDAY), "equal": -1}), "equal is not a number from 1"),
+        (lambda v: v.update(everyday={**asdict(EVERYDAY), "equal": -1}), "equal is -1"),
         (lambda v: v.update(everyday={**asdict(EVERYDAY), "equal": False}), "equal has the wrong type"),
-        (lambda v: v.update(everyday={**asdict(EVERYDAY), "prompts": 0}), "prompts is not a number"),
+        (lambda v: v.update(everyday={**asdict(EVERYDAY), "prompts": 0}), "prompts is 0"),
         (lambda v: v.update(everyday={**asdict(EVERYDAY), "tuned_loss": "3"}), "tuned_loss has the wrong"),
         (lambda v: v.update(everyday={"prompts": 3}), "everyday: equal is missing"),
         (lambda v: v.update(gains=[[1.0, 101.0]]), "gains is 101.0"),
+        (lambda v: v.update(head_multipliers=[[0.0]]), "head_multipliers is 0.0"),
+        (lambda v: v.update(head_multipliers=[[1001.0]]), "head_multipliers is 1001.0"),
+        (lambda v: v.update(head_multipliers=1.0), "head_multipliers has the wrong type"),
         (lambda v: v.update(gate=0), "gate is 0"),
         (lambda v: v.update(gate=1.5), "gate is 1.5"),
         (lambda v: v.update(gate="auto"), "gate has the wrong type"),
@@ -156,7 +167,7 @@ Change = Callable[[dict[str, Any]], object]
         (lambda v: v.update(bases=[10**400]), "bases is not a finite number"),
         (lambda v: v.update(bases=[-1e4]), "bases"),
         (lambda v: v.update(bases=[1e4] * (MAX_BUCKETS + 1)), "17 buckets are not possible"),
-        (lambda v: v.update(length=0), "length is not a number from 1"),
+        (lambda v: v.update(length=0), "length is 0"),
         (lambda v: v.update(length=1.5), "length has the wrong type"),
         (lambda v: v.update(created="yesterday"), "created is 'yesterday'"),
         (lambda v: v.update(created=""), "created has 0 characters"),
@@ -166,7 +177,7 @@ Change = Callable[[dict[str, Any]], object]
         (lambda v: v.update(chosen=None), "chosen has the wrong type"),
         (lambda v: v.update(evidence=[]), "evidence has the wrong type"),
         (lambda v: v["evidence"].pop("questions"), "evidence: questions is missing"),
-        (lambda v: v["evidence"].update(questions=0), "questions is not"),
+        (lambda v: v["evidence"].update(questions=0), "questions is 0"),
         (lambda v: v["evidence"].update(configuration="paper6"), "its own configuration 'paper6'"),
         (lambda v: v["evidence"].update(scores={}), "scores has the wrong type"),
         (lambda v: v["evidence"].update(scores=[3]), "scores has the wrong type"),
