@@ -170,11 +170,7 @@ class Models:
                     await self._make_room()
                     await self._on_loader(model.load)
             except Exception as found:  # whatever it is, nobody must wait for ever
-                # Where the model lies, and what of the machine it needs, concerns nobody else.
-                unexpected = None if isinstance(found, AbcliError) else found
-                log.exception("%s cannot be loaded: %s", model.name, found, exc_info=unexpected)
-                words = f"{model.name} cannot be loaded; the server's log says why"
-                error = refused(500, "server_error", words, code="model_not_loaded")
+                error = _not_loaded(model.name, found)
             waiting, model.waiting, model.coming = model.waiting, [], None
             for granted in waiting:
                 if granted.done():
@@ -206,3 +202,9 @@ class Models:
 
     async def _on_loader(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._loader, work)
+
+
+def _not_loaded(name: str, error: Exception) -> RefusedError:
+    """What those are told who wait for a model: where it lies, and what of the machine it needs, is for the log."""
+    log.error("%s cannot be loaded: %s", name, error, exc_info=None if isinstance(error, AbcliError) else error)
+    return refused(500, "server_error", f"{name} cannot be loaded; the server's log says why", code="model_not_loaded")
