@@ -53,7 +53,7 @@ class HeadBases(LayerChange):
         changed = [layer for layer, numbers in enumerate(self._multipliers) if np.any(numbers != 1)]
         super().__init__("bases of heads", "rotation of heads", changed, rope_hook)
         self._changed = frozenset(changed)
-        # By thread: a layer of the graph that it builds, and the room for nodes before it.
+        # By thread: the last layer of the graph that it builds, and the room for nodes before that one.
         self._rooms: dict[int, tuple[int, int]] = {}
 
     def replacing(self) -> AbstractContextManager[None]:
@@ -102,13 +102,14 @@ class HeadBases(LayerChange):
         """Raise UnsupportedModelError if the graph would not have room for all layers: ggml would end the process."""
         free = api.memory_size(context) - api.used_memory(context)
         thread = threading.get_ident()
-        first, before = self._rooms.get(thread, (layer, free))
-        if layer <= first:
-            self._rooms[thread] = (layer, max(free, before) if layer == first else free)
+        last, before = self._rooms.get(thread, (layer, 0))
+        if layer == last and free <= before:
             return
-        needed = (before - free) / (layer - first) * (len(self._multipliers) - layer)
-        if needed + _SPARE_NODES * api.tensor_overhead() > free:
-            raise UnsupportedModelError("llama.cpp's graph has no room for bases of heads", "use `profile=none`")
+        self._rooms[thread] = (layer, free)
+        if layer > last:
+            needed = (before - free) / (layer - last) * (len(self._multipliers) - layer)
+            if needed + _SPARE_NODES * api.tensor_overhead() > free:
+                raise UnsupportedModelError("llama.cpp's graph has no room for bases of heads", "use `profile=none`")
 
 
 def inverse_frequencies(parameters: RopeParameters, bases: NDArray[np.float64]) -> NDArray[np.float32]:
