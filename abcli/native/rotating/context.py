@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import log
 from typing import Any
 
@@ -104,14 +104,11 @@ class FusedContext(Sequences):
         parameters.kv_unified = False
         self._token = model.vocabulary_size // 2
         self.follows: frozenset[int] = frozenset()
-        # The graph of a model whose heads have bases of their own, as it is without these.
         self._untuned: Observation | None = None
         obstacle = hook_obstacle()
         turns = any(other != base for other in self.bases)
         if turns:
-            self.follows, untuned, obstacle = following_rotations(model, config, base, cancel, obstacle)
-            if model.checked.tuning.multipliers:
-                self._untuned = untuned
+            self.follows, self._untuned, obstacle = following_rotations(model, config, base, cancel, obstacle)
         self._open(model, parameters, base, cancel, obstacle)
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -128,10 +125,8 @@ class FusedContext(Sequences):
         """Make the context; `obstacle` says why rows cannot be turned inside the graph."""
         multipliers = model.checked.tuning.multipliers
         if self.follows and obstacle and multipliers:
-            raise UnsupportedModelError(
-                f"rows of heads with bases of their own are turned inside the graph only: {obstacle}",
-                "use `engine=contexts`",
-            )
+            reason = f"rows of heads with bases of their own are turned inside the graph only: {obstacle}"
+            raise UnsupportedModelError(reason, "use `engine=contexts`")
         with ExitStack() as stack:
             # A graph may be reserved for as many rows as make whole sequences.
             rows = parameters.n_ubatch + parameters.n_seq_max
@@ -383,12 +378,7 @@ class FusedContext(Sequences):
         self._way.run(lambda: self.decode([part]), visit=observer.visit)
         self.truncate(sequence, 0)
         found = observer.result()
-        if self._untuned is None:
-            return found
-        # Between a rotation by the bases of heads and the cache lie more operations than views.
-        ropes = {layer: keys.rope for layer, keys in self._untuned.keys.items()}
-        own = {layer: replace(keys, rope=ropes.get(layer)) for layer, keys in found.keys.items()}
-        return Observation(self._untuned.ropes, own, found.values)
+        return found if self._untuned is None else found.rotated_as(self._untuned)
 
     def _wrong_turn(self) -> str:
         """Why the keys that come out are not those of their base; empty if they are, or cannot be read.

@@ -25,11 +25,12 @@ _SPARE_NODES = 64
 
 def following_rotations(
     model: Model, config: ContextConfig, base: float, cancel: CancelFlag, obstacle: str
-) -> tuple[frozenset[int], Observation, str]:
-    """Which ROPE operations of the model's graph follow the base, and why they cannot be turned inside the graph.
+) -> tuple[frozenset[int], Observation | None, str]:
+    """Which ROPE operations of the model follow the base, and why they cannot be turned inside the graph.
 
-    The graph is that of the untuned model. `obstacle` is what is known already. Some layers keep a base of their own.
-    Raises UnsupportedModelError if no operation follows the base, or one is of another kind than plain RoPE.
+    Where heads have bases of their own, the graph without these is between both. `obstacle` is what is known already.
+    Some layers keep a base of their own. Raises UnsupportedModelError if no operation follows the base, or one is of
+    another kind than plain RoPE.
     """
     tiny = replace(config, batch_size=1, ubatch_size=1)
     marked = marked_base(base)
@@ -59,4 +60,4 @@ def following_rotations(
         )
     if isinstance(way, InGraph) and way.free_nodes < len(follows) * NODES_PER_ROTATION + _SPARE_NODES:
         obstacle = f"llama.cpp's graph has room for {way.free_nodes} more nodes only"
-    return follows, observation, obstacle
+    return follows, observation if model.checked.tuning.multipliers else None, obstacle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,12 @@ class Observation:
     ropes: tuple[RopeNode, ...]
     keys: Mapping[int, CacheTensor]
     values: Mapping[int, CacheTensor]
+
+    def rotated_as(self, other: Observation) -> Observation:
+        """This, with the rotations of another graph of the model, where more than views lies behind them here."""
+        ropes = {layer: keys.rope for layer, keys in other.keys.items()}
+        own = {layer: replace(keys, rope=ropes.get(layer)) for layer, keys in self.keys.items()}
+        return Observation(other.ropes, own, self.values)
 
 
 class Observer:
