@@ -214,6 +214,13 @@ def test_those_of_another_shape_are_refused(tmp_path: Path) -> None:
             checked.with_tuning(Tuning(multipliers=multipliers))
 
 
+def test_a_model_whose_heads_share_their_rotation_is_refused(tmp_path: Path) -> None:
+    metadata = {"llama.attention.kv_lora_rank": 8}
+    checked = checked_model(write_tiny_model(tmp_path / "model.gguf", metadata=metadata))
+    with pytest.raises(UnsupportedModelError, match="MLA"):
+        checked.with_tuning(TUNING)
+
+
 def test_where_rows_cannot_be_turned_inside_the_graph_several_buckets_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
