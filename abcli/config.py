@@ -18,8 +18,8 @@ EngineChoice = Literal["auto", "fused", "contexts"]
 # How the states of a text's tokens become one embedding: their mean, the first one's, or the last one's.
 Pooling = Literal["mean", "cls", "last"]
 
-# A factor on the output of each attention head, layer by layer.
-Gains: TypeAlias = tuple[tuple[float, ...], ...]
+# A number for each head, layer by layer.
+HeadNumbers: TypeAlias = tuple[tuple[float, ...], ...]
 
 MERGE_RULES: tuple[MergeRule, ...] = get_args(MergeRule)
 SPREADS: tuple[Spread, ...] = get_args(Spread)
@@ -41,6 +41,24 @@ ENV_HOME = "ABCLI_HOME"
 ENV_DEBUG = "ABCLI_DEBUG"
 
 DEFAULT_MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is changed in the heads of a model; what is empty leaves them as they are.
+
+    `gains` are factors on the outputs of its attention heads. `multipliers` are factors on the RoPE base of its heads
+    of keys, and of the queries that meet them: on the bucket's base, or on that which a layer has of its own.
+    """
+
+    gains: HeadNumbers = ()
+    multipliers: HeadNumbers = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.gains or self.multipliers)
+
+
+UNTUNED = Tuning()
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def prepare(
     if found is not None:
         prefill = prefill or found.prefill
         prefill_base = found.prefill_base if prefill_base is None else prefill_base
-        model = model.with_gains(found.gains)
+        model = model.with_tuning(found.tuning)
         asked = BucketConfig(count=len(found.bases), bases=found.bases, merge=found.merge, weights=found.weights)
     buckets = resolve_buckets(asked or BucketConfig(), model.header.native_base, prefill_base)
     if found is not None and found.gate is not None:

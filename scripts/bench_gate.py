@@ -2,17 +2,21 @@
 
 All take turns at the same prompts, one after the other, greedily and with the same number of tokens. Printed are
 medians of milliseconds per token after the first, ratios to one bucket within a turn, and how often all were asked.
-With --cpu the time is that of one thread, which other programs on the machine disturb little.
+With --cpu the time is that of one thread, which other programs on the machine disturb little. With --slots they answer
+many prompts together instead, each in turn, and printed are tokens per second of the whole time, prompts included.
 """
 
 from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from importlib.resources import files
 from statistics import median
-from time import process_time
+from time import perf_counter, process_time
 
 import abcli
+
+Contenders = dict[str, tuple[abcli.LLM, float | None]]
 
 PROMPTS = (
     "Explain in a few sentences why the sky is blue.",
@@ -32,33 +36,52 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--engine", choices=["fused", "contexts"], default="fused")
     parser.add_argument("--cpu", action="store_true", help="CPU time of one thread, prompts left out")
+    parser.add_argument("--slots", type=int, default=1, help="answers at once")
     chosen = parser.parse_args()
-    usual = {"profile": "none", "ctx_size": 512, "threads": int(chosen.cpu)}
+    usual = {"profile": "none", "ctx_size": 512, "threads": int(chosen.cpu), "slots": chosen.slots}
     with ExitStack() as stack:
         one = stack.enter_context(abcli.load(chosen.model, buckets=1, **usual))
         six = stack.enter_context(abcli.load(chosen.model, engine=chosen.engine, **usual))
         gated = stack.enter_context(abcli.load(chosen.model, engine=chosen.engine, gate=0.5, **usual))
-        contenders = {"1 bucket": (one, None), "6 buckets": (six, None)}
+        contenders: Contenders = {"1 bucket": (one, None), "6 buckets": (six, None)}
         contenders |= {f"6, gate {gate:g}": (gated, gate) for gate in chosen.gates}
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        asked: dict[str, list[float]] = {name: [] for name in contenders}
-        for prompt in PROMPTS[: chosen.prompts]:
-            for name, (llm, gate) in contenders.items():
-                settings = {"temp": 0, "ignore_eos": True, "gate": gate}
-                llm.generate(prompt, max_tokens=1, **settings)
-                begin = process_time()
-                answer = llm.generate(prompt, max_tokens=chosen.tokens, **settings)
-                seconds = process_time() - begin if chosen.cpu else answer.timings.decode
-                times[name].append(1000 * seconds / (chosen.tokens - 1 + chosen.cpu))
-                asked[name].append(answer.asked)
+        print(f"{chosen.prompts} prompts, {chosen.tokens} tokens each, {chosen.engine}")
+        (together if chosen.slots > 1 else one_by_one)(contenders, chosen)
+
+
+def one_by_one(contenders: Contenders, chosen: argparse.Namespace) -> None:
+    """One answer after the other."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    asked: dict[str, list[float]] = {name: [] for name in contenders}
+    for prompt in PROMPTS[: chosen.prompts]:
+        for name, (llm, gate) in contenders.items():
+            settings = {"temp": 0, "ignore_eos": True, "gate": gate}
+            llm.generate(prompt, max_tokens=1, **settings)
+            begin = process_time()
+            answer = llm.generate(prompt, max_tokens=chosen.tokens, **settings)
+            seconds = process_time() - begin if chosen.cpu else answer.timings.decode
+            times[name].append(1000 * seconds / (chosen.tokens - 1 + chosen.cpu))
+            asked[name].append(answer.asked)
     first = times["1 bucket"]
-    print(f"{chosen.prompts} prompts, {chosen.tokens} tokens each, {chosen.engine}")
     for name, found in times.items():
         ratios = [time / base for time, base in zip(found, first, strict=True)]
         share = sum(asked[name]) / len(asked[name])
         print(
             f"{name:14} {median(found):7.2f} ms/token  {median(ratios):5.2f}x  all asked for {share:.0%} of the tokens"
         )
+
+
+def together(contenders: Contenders, chosen: argparse.Namespace) -> None:
+    """All answers of a contender at once."""
+    prompts = files("abcli.tune").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()[: chosen.prompts]
+    speeds: dict[str, float] = {}
+    for name, (llm, gate) in contenders.items():
+        begin = perf_counter()
+        answers = llm.generate_many(prompts, max_tokens=chosen.tokens, temp=0, ignore_eos=True, gate=gate)
+        speeds[name] = len(prompts) * chosen.tokens / (perf_counter() - begin)
+        share = sum(answer.asked for answer in answers) / len(answers)
+        ratio = speeds[name] / speeds["6 buckets"] if "6 buckets" in speeds else float("nan")
+        print(f"{name:14} {speeds[name]:7.1f} tokens/s  {ratio:5.2f}x six  all asked for {share:.0%} of the tokens")
 
 
 if __name__ == "__main__":

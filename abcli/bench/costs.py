@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from abcli.bench.contenders import EnginePlayer, Text, sized
 from abcli.bench.rounds import Rounds, Spread, Turn, take_turns
 from abcli.bench.workshop import check_together
-from abcli.config import Buckets, ContextConfig, Gains, PrefillMode
+from abcli.config import UNTUNED, Buckets, ContextConfig, PrefillMode, Tuning
 from abcli.engine.choose import choose
 from abcli.engine.engine import Engine
 from abcli.engine.make import make_engine
@@ -26,17 +26,18 @@ _ROUNDS = 6
 
 @dataclass(frozen=True)
 class Costed:
-    """What is to be costed: buckets, how they read prompts, and the gains of the model's heads."""
+    """What is to be costed: buckets, how they read prompts, and how the model's heads are tuned."""
 
     buckets: Buckets
     prefill: PrefillMode = "auto"
-    gains: Gains = ()
+    tuning: Tuning = UNTUNED
 
     @property
     def kind(self) -> tuple[object, ...]:
         """All that speed and memory depend on: which bases they are makes no difference."""
         buckets = self.buckets
-        return len(buckets.bases), buckets.prefill_base in buckets.bases, buckets.merge, self.prefill, bool(self.gains)
+        tuned = bool(self.tuning.gains), bool(self.tuning.multipliers)
+        return len(buckets.bases), buckets.prefill_base in buckets.bases, buckets.merge, self.prefill, *tuned
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,12 @@ def measure_costs(
     memory, players = {}, {}
     with ExitStack() as stack:
         models = {
-            gains: stack.enter_context(Model(checked.with_gains(gains))) for gains in {o.gains for o in kinds.values()}
+            tuning: stack.enter_context(Model(checked.with_tuning(tuning)))
+            for tuning in {one.tuning for one in kinds.values()}
         }
         for done, (kind, (context, buckets)) in enumerate(set_ups.items()):
             progress("reading prompts", done, len(kinds))
-            model = models[kinds[kind].gains]
+            model = models[kinds[kind].tuning]
             chosen = choose(model, context, buckets).kind
             memory[kind] = predict(checked, replace(context, engine=chosen), buckets).total
             engine = stack.enter_context(make_engine(chosen, model, context, buckets))

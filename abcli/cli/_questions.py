@@ -142,7 +142,7 @@ def with_costs(
         one.name: Costed(
             Buckets(one.bases, one.prefill_base or model.header.native_base, one.merge, one.weights),
             one.prefill,
-            one.gains,
+            one.tuning,
         )
         for one in report.configurations
     }

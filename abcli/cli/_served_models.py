@@ -13,12 +13,13 @@ from abcli.cli._options import ProfiledBucketOptions, RunningOptions, check_argu
 from abcli.cli._setup import opened, prepared_model
 from abcli.config import ModelConfig, Pooling
 from abcli.embedder import Embedder, makes_embeddings
-from abcli.errors import AbcliError, UsageError
+from abcli.errors import AbcliError, TemplateError, UsageError
 from abcli.gguf.check import check_kind_of_model, is_embedding_model
 from abcli.gguf.header import read_header
 from abcli.hub.aliases import aliases
 from abcli.hub.listing import listed_models
 from abcli.hub.names import hub_word
+from abcli.llm import LLM
 from abcli.sampling import check_sampling
 from abcli.text import counted, gibibytes
 from abcli.ui.terminal import Terminal
@@ -143,8 +144,19 @@ class Loading:
         own = replace(found, context=replace(found.context, slots=plan.slots))
         with opened(self.terminal, own, self.running) as llm:
             check_sampling(settings.generation.sampling, llm.vocabulary_size)
+            self._check_template(llm)
             with closing(Service(llm, settings)) as service:
                 yield service
+
+    def _check_template(self, llm: LLM) -> None:
+        """Say of a model without a chat template that can be used what that means; one that is given has to be one."""
+        try:
+            _ = llm.template
+        except TemplateError as error:
+            if self.running.chat_template is not None:
+                raise
+            name = llm.model.path.name
+            self.terminal.warn(f"{name} only continues texts, chats are refused: {error.message}; {error.hint}")
 
     def _embeds(self, config: ModelConfig, settings: Settings) -> Iterator[Served]:
         from abcli.serve.embeddings import EmbeddingService

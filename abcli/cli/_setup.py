@@ -49,8 +49,10 @@ def prepared_model(
         bases = " ".join(f"{base:g}" for base in profile.bases)
         count = counted(len(profile.bases), "bucket")
         how = f"merge {profile.merge} (calibrated on"
-        if profile.gains:
-            how = f"with gains of {sum(map(len, profile.gains)):,} heads (tuned on"
+        kinds = {"gains": profile.gains, "bases": profile.head_multipliers}
+        tuned = [f"{kind} of {sum(map(len, numbers)):,} heads" for kind, numbers in kinds.items() if numbers]
+        if tuned:
+            how = f"with {' and '.join(tuned)} (tuned on"
         terminal.note(
             f"profile {profile.name}: {count} {bases} {how} {one_line(profile.task)}; "
             f"--profile {NO_PROFILE} to do without)"

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from abcli.cli._lora import LoraFlag, parse_loras
-from abcli.config import Gains, ModelConfig, profiles_directory
+from abcli.config import HeadNumbers, ModelConfig, profiles_directory
 from abcli.errors import ProfileError, UsageError
 from abcli.evals.tools import FORMER_PROMPT, FORMER_TASK
 from abcli.gguf.checked import check_model
@@ -231,9 +231,10 @@ def _description(entry: Entry) -> str:
         ("multiples", " ".join(f"{base / profile.native_base:.4g}" for base in profile.bases)),
         ("merge", profile.merge),
         ("prefill", f"{profile.prefill}, base {prefill_base}"),
-        *([("gains", _gains(profile.gains))] if profile.gains else []),
+        *([("gains", _range(profile.gains))] if profile.gains else []),
+        *([("head bases", f"{_range(profile.head_multipliers)} times")] if profile.head_multipliers else []),
         *([] if profile.gate is None else [("gate", _gate(profile.gate))]),
-        ("tuned on" if profile.gains else "calibrated on", f"{_task(profile)}, contexts of {profile.length:,} tokens"),
+        ("tuned on" if profile.tuning else "calibrated on", f"{_task(profile)}, contexts of {profile.length:,} tokens"),
         ("created", f"{_local_time(profile.created)} by abcli {one_line(profile.abcli_version)}"),
         ("note", _note(entry) or "-"),
         ("held-out", f"{profile.evidence.questions:,} questions; NLL in nats per token"),
@@ -268,9 +269,9 @@ def _signed(number: float) -> str:
     return f"{round(number, 4) + 0.0:+.4f}"
 
 
-def _gains(gains: Gains) -> str:
-    all_gains = [gain for layer in gains for gain in layer]
-    return f"of {len(all_gains):,} heads, {min(all_gains):.4g} to {max(all_gains):.4g}"
+def _range(numbers: HeadNumbers) -> str:
+    found = [number for layer in numbers for number in layer]
+    return f"of {len(found):,} heads, {min(found):.4g} to {max(found):.4g}"
 
 
 def _local_time(text: str) -> str:

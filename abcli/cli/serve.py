@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from abcli.chat.sandbox import CompiledTemplate
+from abcli.chat.template import template_source
 from abcli.cli._options import ProfiledBucketOptions, RunningOptions
 from abcli.cli._serve_options import AddressOptions, ServingOptions, UsualSampling, UsualThoughts
 from abcli.cli._served_models import Loading, ServedModelOptions
@@ -58,6 +60,9 @@ def serve(
         with closing(Models(settings, openers, served_models.models_max)) as held:
             if names or served_models.models_max is None:
                 held.load()
+            elif running_options.chat_template is not None:
+                # What is wrong with it is not to be found when the first model is loaded.
+                CompiledTemplate(template_source(running_options.chat_template))
             app = make_app(held, keys=keys, access=address_options.access())
             place = f"{', '.join(found)} is served at {address_of(listening)}"
             serve_on(app, held, listening, lambda: terminal.note(place))

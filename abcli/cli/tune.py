@@ -1,4 +1,4 @@
-"""`abcli tune`: learn a gain for every attention head, prove it on other questions, and store it as a profile."""
+"""`abcli tune`: learn numbers for every head, prove them on other questions, and store them as a profile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from abcli.profiles.store import save
 from abcli.tune.architecture import check_architecture
 from abcli.tune.judgement import Judgement, judge, make_profile
 from abcli.tune.material import Sources
-from abcli.tune.settings import Learned, TrainingSettings, TuningSettings
+from abcli.tune.settings import Kind, Learned, TrainingSettings, TuningSettings
 from abcli.ui.progress import stage_progress
 from abcli.ui.terminal import Terminal
 from abcli.ui.tuning import answer_lines, result_lines, step_line, verdict_lines
@@ -74,8 +74,10 @@ class TuningOptions:
     contexts: Annotated[int, flag("Contexts in a step.", "--contexts")] = 8
     rate: Annotated[float, flag("Learning rate.", "--rate")] = 0.03
     guard: Annotated[float, flag("Weight of staying the model it was.", "--guard")] = 1.0
+    gains: Annotated[bool, flag("Learn a factor on the output of each attention head.", "--gains/--no-gains")] = True
+    bases: Annotated[bool, flag("Learn a factor on the RoPE base of each head of keys.", "--bases/--no-bases")] = False
     controls: Annotated[
-        bool, flag("Learn one gain for all heads, and from wrong answers, to compare with.", "--controls/--no-controls")
+        bool, flag("Learn the same for all heads, and from wrong answers, to compare with.", "--controls/--no-controls")
     ] = True
     seed: Annotated[int, flag("Other seeds make other questions.", "--seed", "-s")] = 0
     device: Annotated[Device, flag("Where torch computes; auto: on a GPU, if it has one.", "--device")] = "auto"
@@ -128,7 +130,16 @@ class TuningOptions:
             self.tools_answers,
             self.answers,
         )
-        training = TrainingSettings(self.steps, self.minutes * 60, self.contexts, self.rate, self.guard, self.seed)
+        kinds: dict[Kind, bool] = {"gains": self.gains, "multipliers": self.bases}
+        training = TrainingSettings(
+            self.steps,
+            self.minutes * 60,
+            self.contexts,
+            self.rate,
+            self.guard,
+            self.seed,
+            learned=tuple(kind for kind, asked in kinds.items() if asked),
+        )
         return TuningSettings(self.tasks, self.length, sources, self.text, training, self.controls)
 
     def check(self) -> None:
@@ -148,6 +159,8 @@ class TuningOptions:
             raise UsageError(
                 f"--answers {self.answers} has no say in {self.task}", "name a file of prompts with --task"
             )
+        if not self.gains and not self.bases:
+            raise UsageError("--no-gains without --bases leaves nothing to learn", "give --bases")
         if self.keep and self.dry_run:
             raise UsageError("--keep and --dry-run contradict each other", "drop one")
         if self.output is not None:
@@ -168,14 +181,14 @@ def tune(
     tuning_options: TuningOptions,
     model_options: ModelOptions,
 ) -> None:
-    """Learn a gain for every attention head from questions, judge it on others, and store it as a profile."""
+    """Learn a gain, or a RoPE base, for every attention head from questions, and store it as a profile."""
     tuning_options.check()
     settings, name = tuning_options.settings(), tuning_options.profile_name()
     model, config = checked_model(
         model_word,
         model_options,
         "tuning",
-        prefill="prompts are computed with the gains",
+        prefill="prompts are computed with what is learned",
         prefill_base="the profile has the model's own base",
     )
     check_architecture(model)
@@ -227,8 +240,8 @@ def _show(terminal: Terminal, judgement: Judgement, outcome: str) -> None:
 def _found(learned: Learned, judgement: Judgement) -> dict[str, Any]:
     """All that was found, ready for JSON."""
     return {
-        "gains": learned.gains,
-        "controls": dict(learned.controls),
+        **asdict(learned.tuning),
+        "controls": {name: asdict(tuning) for name, tuning in learned.controls.items()},
         "steps": [asdict(step) for step in learned.steps],
         "twin_divergence": learned.twin_divergence,
         **asdict(judgement),

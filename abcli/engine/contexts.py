@@ -153,8 +153,7 @@ class ContextsBackend(Owner):
         leader = next((context for context in self._contexts if context.base == base), None) or make(base)
         shared = SharedPrefill(
             self._rope,
-            model.checked.header.key_length,
-            model.vocabulary_size // 2,
+            model,
             lambda job, count: run_all(self._pool, job, count, self.cancel),
         )
         stack.callback(shared.close)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from math import log
 
@@ -18,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abcli.errors import AbcliError
+from abcli.gguf.architectures import window_layers
 from abcli.native.context import BatchPart, Context
+from abcli.native.model import Model
 from abcli.native.rotating.keys import (
     PROBE_POSITION,
     TURNABLE_TYPES,
@@ -52,11 +55,15 @@ class _Pair:
 class SharedPrefill:
     """Carries ranges of a slot's cache from one context to others, for one shape of context."""
 
-    def __init__(self, parameters: RopeParameters, head_width: int, token: int, run_all: RunAll) -> None:
-        """`head_width` is the length of one key head in numbers; `token` is any token, for the probe."""
+    def __init__(self, parameters: RopeParameters, model: Model, run_all: RunAll) -> None:
+        """`parameters` are those of the contexts of `model`."""
+        header = model.checked.header
         self._parameters = parameters
-        self._head_width = head_width
-        self._token = token
+        self._head_width = header.key_length
+        self._multipliers = model.checked.tuning.multipliers
+        self._windows = window_layers(header) or ()
+        # Any token, for the probe.
+        self._token = model.vocabulary_size // 2
         self._run_all = run_all
         # Layers (cache, layer) whose keys follow the base; the others keep a base of their own, or have none.
         self._turning: frozenset[tuple[int, int]] = frozenset()
@@ -90,10 +97,12 @@ class SharedPrefill:
         pairs = _paired(caches, other_caches)
         if any(pair.first.type_id not in TURNABLE_TYPES for pair in pairs):
             raise NotShareableError("the keys are quantised, and quantised keys cannot be turned")
+        if self._multipliers and [*map(len, self._model_layers(caches))] != [len(cache.layers) for cache in caches]:
+            raise NotShareableError("which of the model's layers have their bases where cannot be told")
         turned = aligned_bytes(len(first))
         turned[:] = first
         candidates = frozenset(pair.at for pair in pairs if self._has_whole_heads(pair.first))
-        self._rotate(turned, caches, candidates, self._deltas(source, target))
+        self._rotate(turned, caches, candidates, (source.base, target.base))
         self._turning = frozenset(
             pair.at for pair in pairs if self._follows_base(pair, first, second, turned, pair.at in candidates)
         )
@@ -109,7 +118,7 @@ class SharedPrefill:
             data = self._scratch(size)
             with self._lock:  # llama.cpp does not promise that two threads may read one context
                 source.read_spare(data)
-            self._rotate(data, parse_state(data), self._turning, self._deltas(source, target))
+            self._rotate(data, parse_state(data), self._turning, (source.base, target.base))
             target.write_spare(data)
             target.append_spare(slot)
 
@@ -121,22 +130,39 @@ class SharedPrefill:
             for context in (source, *targets):
                 context.drop_spare()
 
-    def _deltas(self, source: Context, target: Context) -> NDArray[np.float64]:
-        """Radians per position by which each pair must turn from source to target."""
-        ours, theirs = (angular_frequencies(self._parameters, context.base) for context in (source, target))
+    def _deltas(self, bases: tuple[float, float], multiplier: float = 1.0) -> NDArray[np.float64]:
+        """Radians per position by which each pair must turn from one base to the other."""
+        ours, theirs = (angular_frequencies(self._parameters, base * multiplier) for base in bases)
         return theirs - ours
+
+    def _model_layers(self, caches: Sequence[CacheState]) -> list[list[int]]:
+        """Which of the model's layers each cache has: those with a window have a second one of their own."""
+        if len(caches) == 1:
+            return [list(range(len(caches[0].layers)))]
+        return [
+            [layer for layer, window in enumerate(self._windows) if window == (number > 0)]
+            for number in range(len(caches))
+        ]
 
     def _rotate(
         self,
         data: NDArray[np.uint8],
         caches: Sequence[CacheState],
         layers: frozenset[tuple[int, int]],
-        deltas: NDArray[np.float64],
+        bases: tuple[float, float],
     ) -> None:
+        rotate = partial(self._rotator().rotate, data, neox=self._parameters.neox)
+        model_layers = self._model_layers(caches)
         for number, cache in enumerate(caches):
-            chosen = [keys for index, keys in enumerate(cache.layers) if (number, index) in layers]
-            blocks = _blocks(chosen, len(cache.positions), self._head_width)
-            self._rotator().rotate(data, blocks, cache.positions, deltas, neox=self._parameters.neox)
+            chosen = {index: keys for index, keys in enumerate(cache.layers) if (number, index) in layers}
+            if not self._multipliers:
+                blocks = _blocks(list(chosen.values()), len(cache.positions), self._head_width)
+                rotate(blocks, cache.positions, self._deltas(bases))
+                continue
+            for index, keys in chosen.items():
+                (block,) = _blocks([keys], len(cache.positions), self._head_width)
+                for head, multiplier in enumerate(self._multipliers[model_layers[number][index]]):
+                    rotate([replace(block, head=head)], cache.positions, self._deltas(bases, multiplier))
 
     def _state_of_one_token(self, context: Context, position: int) -> NDArray[np.uint8]:
         try:

@@ -6,7 +6,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES, BucketConfig, Gains, MergeRule, PrefillMode, Spread
+from abcli.config import (
+    MAX_BUCKETS,
+    MERGE_RULES,
+    PREFILL_MODES,
+    BucketConfig,
+    HeadNumbers,
+    MergeRule,
+    PrefillMode,
+    Spread,
+    Tuning,
+)
 from abcli.errors import UsageError
 from abcli.merge import check_pool_weights
 from abcli.profiles.profile import Profile
@@ -27,8 +37,13 @@ class Configuration:
     prefill_base: float | None = None
     weights: tuple[float, ...] = ()
     """Of the merge rule `pool`."""
-    gains: Gains = ()
-    """Of the model's heads; none are all 1."""
+    gains: HeadNumbers = ()
+    head_multipliers: HeadNumbers = ()
+
+    @property
+    def tuning(self) -> Tuning:
+        """What is changed in the model's heads."""
+        return Tuning(self.gains, self.head_multipliers)
 
 
 def parse_configuration(text: str, native_base: float, find_profile: Callable[[str | None], Profile]) -> Configuration:
@@ -75,6 +90,7 @@ def _start(text: str, native_base: float, find_profile: Callable[[str | None], P
             profile.prefill_base,
             profile.weights,
             profile.gains,
+            profile.head_multipliers,
         )
     if text == "native":
         return Configuration(text, choose_bases(BucketConfig(count=1), native_base))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from abcli.chat.template import ChatTemplate, load_template
-from abcli.config import Buckets, ContextConfig, Gains, PrefillMode
+from abcli.config import UNTUNED, Buckets, ContextConfig, PrefillMode, Tuning
 from abcli.engine.engine import MIN_SHARED_TOKENS, Engine
 from abcli.engine.make import make_engine
 from abcli.engine.memory import check_memory
@@ -27,11 +27,11 @@ from abcli.native.owner import Owner
 
 @dataclass(frozen=True)
 class Prefill:
-    """How prompts are computed, and with which gains of heads; bases that are prefilled alike are traced together."""
+    """How prompts are computed, and how the heads are tuned; bases that are prefilled alike are traced together."""
 
     mode: PrefillMode
     base: float
-    gains: Gains = ()
+    tuning: Tuning = UNTUNED
 
 
 class Subject(Owner):
@@ -75,11 +75,11 @@ class Subject(Owner):
         """The RoPE base the model was trained with."""
         return self.checked.header.native_base
 
-    def prefill(self, mode: PrefillMode, base: float | None, gains: Gains = ()) -> Prefill:
+    def prefill(self, mode: PrefillMode, base: float | None, tuning: Tuning = UNTUNED) -> Prefill:
         """How a configuration's prompts are computed: those of an evaluation are long enough for `auto` to share."""
         if mode == "exact":
-            return Prefill("exact", self.native_base, gains)
-        return Prefill("shared", base or self.native_base, gains)
+            return Prefill("exact", self.native_base, tuning)
+        return Prefill("shared", base or self.native_base, tuning)
 
     def trace(
         self,
@@ -116,8 +116,8 @@ class Subject(Owner):
             def open_engine() -> Engine:
                 check_memory(self.checked, config, buckets)
                 model = self.model
-                if prefill.gains:
-                    model = stack.enter_context(Model(self.checked.with_gains(prefill.gains)))
+                if prefill.tuning:
+                    model = stack.enter_context(Model(self.checked.with_tuning(prefill.tuning)))
                 return stack.enter_context(make_engine("contexts", model, config, buckets, self._warn))
 
             # A bucket alone would compute whole prompts, and its last bits would not be those it has in company.
@@ -134,7 +134,7 @@ class Subject(Owner):
             return TraceStore(None)
         config = self.config
         key = (
-            self.checked.with_gains(prefill.gains).fingerprint,
+            self.checked.with_tuning(prefill.tuning).fingerprint,
             version(),
             (prefill.mode, prefill.base),
             config.cache_type_k,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abcli.atomic import write_atomically
-from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES
+from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES, HeadNumbers
 from abcli.errors import EvaluationDataError
 from abcli.evals.configurations import Configuration
 from abcli.evals.questions import Question
@@ -287,8 +287,14 @@ def _configuration(values: Mapping[str, Any]) -> Configuration:
         one_of(values, "prefill", PREFILL_MODES),
         None if values.get("prefill_base") is None else number(values, "prefill_base"),
         numbers(values, "weights"),
-        tuple(numbers({"gains": layer}, "gains") for layer in (items(values, "gains") if "gains" in values else ())),
+        _head_numbers(values, "gains"),
+        _head_numbers(values, "head_multipliers"),
     )
+
+
+def _head_numbers(values: Mapping[str, Any], key: str) -> HeadNumbers:
+    """Reports of before there was such tuning have none."""
+    return tuple(numbers({key: layer}, key) for layer in (items(values, key) if key in values else ()))
 
 
 def _question(values: Mapping[str, Any]) -> RecordedQuestion:

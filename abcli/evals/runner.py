@@ -84,7 +84,7 @@ def evaluate(
     tokenized = [subject.prompts.tokenize(question) for question in questions]
     by_prefill: dict[Prefill, list[Configuration]] = {}
     for item in configurations:
-        by_prefill.setdefault(subject.prefill(item.prefill, item.prefill_base, item.gains), []).append(item)
+        by_prefill.setdefault(subject.prefill(item.prefill, item.prefill_base, item.tuning), []).append(item)
     scores: dict[str, tuple[Score, ...]] = {}
     total = len(questions) * len(by_prefill)
     for index, (prefill, group) in enumerate(by_prefill.items()):

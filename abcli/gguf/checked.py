@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from abcli.config import Gains, ModelConfig
+from abcli.config import UNTUNED, HeadNumbers, ModelConfig, Tuning
 from abcli.errors import UnsupportedModelError
 from abcli.gguf.check import check_file
 from abcli.gguf.fingerprint import fingerprint
@@ -23,8 +23,8 @@ class CheckedModel:
     parts: tuple[Header, ...] = ()
     adapters: tuple[Adapter, ...] = ()
     """Those of scale 0 are left out."""
-    gains: Gains = ()
-    """Factors on the outputs of its heads; none leave them as they are."""
+    tuning: Tuning = UNTUNED
+    """What is changed in its heads; nothing that would leave them as they are."""
 
     @property
     def path(self) -> Path:
@@ -49,18 +49,25 @@ class CheckedModel:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what the model computes; see `abcli.gguf.fingerprint`. Raises OSError."""
-        return fingerprint(self.files, self.adapters, self.gains)
+        return fingerprint(self.files, self.adapters, self.tuning)
 
-    def with_gains(self, gains: Gains) -> CheckedModel:
-        """The model with these gains, of which all 1 are none. Raises UnsupportedModelError if they do not fit it."""
-        heads = self.header.heads
-        if gains and tuple(map(len, gains)) != heads:
-            raise UnsupportedModelError(
-                f"{self.name} has {len(heads)} layers of {max(heads)} heads, and gains are given for {len(gains)} of "
-                f"{max(map(len, gains))}",
-                "use a profile that was tuned for this model",
-            )
-        return replace(self, gains=gains if any(gain != 1 for layer in gains for gain in layer) else ())
+    def with_tuning(self, tuning: Tuning) -> CheckedModel:
+        """The model with this tuning, where numbers of 1 are none. Raises UnsupportedModelError if it does not fit."""
+        for what, numbers, heads in (
+            ("heads", tuning.gains, self.header.heads),
+            ("heads of keys", tuning.multipliers, self.header.kv_heads),
+        ):
+            if numbers and tuple(map(len, numbers)) != heads:
+                raise UnsupportedModelError(
+                    f"{self.name} has {len(heads)} layers of {max(heads)} {what}, and the tuning is for {len(numbers)} "
+                    f"of {max(map(len, numbers))}",
+                    "use a profile that was tuned for this model",
+                )
+
+        def changing(numbers: HeadNumbers) -> HeadNumbers:
+            return numbers if any(number != 1 for layer in numbers for number in layer) else ()
+
+        return replace(self, tuning=Tuning(changing(tuning.gains), changing(tuning.multipliers)))
 
 
 def check_model(config: ModelConfig, *, embeds: bool = False) -> CheckedModel:

@@ -7,7 +7,7 @@ import os
 import struct
 from collections.abc import Sequence
 
-from abcli.config import Gains
+from abcli.config import UNTUNED, Tuning
 from abcli.gguf.header import Header
 from abcli.gguf.lora import Adapter
 
@@ -15,22 +15,27 @@ _EDGE_SAMPLE = 1 << 16
 _TENSOR_SAMPLE = 1 << 12
 
 
-def fingerprint(files: Sequence[Header], adapters: Sequence[Adapter] = (), gains: Gains = ()) -> str:
+def fingerprint(files: Sequence[Header], adapters: Sequence[Adapter] = (), tuning: Tuning = UNTUNED) -> str:
     """SHA-256 (hex) of a model: for each of its `files` the header's bytes, the size, and samples of the weights.
 
-    Adapters count with their files, taken in the same way, and their scales; their order does not. So do `gains`.
+    Adapters count with their files, taken in the same way, and their scales; their order does not. So does a
+    `tuning` of its heads.
 
     The samples are 64 KiB at both ends and 4 KiB in the middle of every tensor: fast for any size. Noticed are other
     metadata, another vocabulary or quantisation, and any training, merging or editing that changes a whole
     tensor; not noticed is a change to single numbers between the samples. Name, place and time do not count.
     Raises OSError for a file that cannot be read.
     """
-    if not adapters and not gains:
+    if not adapters and not tuning:
         return _of_files(files)
     digest = hashlib.sha256(_of_files(files).encode())
     for identity, scale in sorted((_of_files([one.header]), struct.pack("<f", one.scale)) for one in adapters):
         digest.update(identity.encode() + scale)
-    for layer in gains:
+    for layer in tuning.gains:
+        digest.update(struct.pack(f"<{len(layer)}f", *layer))
+    if tuning.multipliers:
+        digest.update(b"multipliers")
+    for layer in tuning.multipliers:
         digest.update(struct.pack(f"<{len(layer)}f", *layer))
     return digest.hexdigest()
 

@@ -9,69 +9,35 @@ llama.cpp computes, keeps and reuses that graph like any other.
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.errors import NativeError, UnsupportedModelError
+from abcli.errors import NativeError
 from abcli.native import ggml_api as api
-from abcli.native.ggml_api import TensorStruct, check_tensor_layout
-from abcli.native.owner import Owner
-from abcli.native.rotating.devices import Devices
-from abcli.native.rotating.hook import hook_obstacle, multiplying, product_hook
+from abcli.native.ggml_api import TensorStruct
+from abcli.native.layer_change import LayerChange
+from abcli.native.rotating.hook import multiplying, product_hook
 
 # The weights themselves, and those of a LoRA adapter, which get the same outputs.
 _OUTPUT_WEIGHTS = re.compile(rb"blk\.(\d+)\.attn_output\.weight(\.lora_a)?")
 
 
-class HeadGains(Owner):
-    """The gains of one model, on every device where its heads' outputs are; any thread may use it."""
+class HeadGains(LayerChange):
+    """The gains of one model, on every device where its heads' outputs are."""
 
     def __init__(self, gains: Sequence[Sequence[float]]) -> None:
-        """`gains` has a factor for each head of each layer.
-
-        Raises UnsupportedModelError where functions of llama.cpp cannot be replaced.
-        """
-        check_tensor_layout()
-        if obstacle := hook_obstacle(product_hook):
-            raise UnsupportedModelError(f"gains of heads need a hook in llama.cpp: {obstacle}", "use `profile=none`")
+        """`gains` has a factor for each head of each layer. Raises UnsupportedModelError as `LayerChange`."""
+        place = "attention output that gains could change"
+        super().__init__("gains of heads", place, range(len(gains)), product_hook)
         self._gains = [np.array(layer, np.float32) for layer in gains]
-        self._tensors: dict[tuple[int, int], int] = {}
-        self._met: set[int] = set()
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()
-        with ExitStack() as stack:
-            self._devices = stack.enter_context(Devices())
-            stack.enter_context(product_hook().held())
-            self._stack = stack.pop_all()
 
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """Let what this thread computes in the block be computed with the gains. Raises NativeError."""
-        with multiplying(self):
-            yield
-        error, self._error = self._error, None
-        if error is not None:
-            raise NativeError(f"the gains of heads cannot be used: {error}", "use `profile=none`") from error
-
-    @contextmanager
-    def making(self) -> Iterator[None]:
-        """The same for a context that is made, whose graphs must have the output of every layer.
-
-        Raises UnsupportedModelError too.
-        """
-        with self.acting():
-            yield
-        missing = sorted(set(range(len(self._gains))) - self._met)
-        if missing:
-            raise UnsupportedModelError(
-                f"llama.cpp computes no attention output that gains could change in layer {missing[0]}",
-                "use `profile=none`",
-            )
+    def replacing(self) -> AbstractContextManager[None]:
+        """See `LayerChange.replacing`."""
+        return multiplying(self)
 
     def product(self, original: Callable[..., int], context: int, weights: int, numbers: int) -> int:
         """In place of `ggml_mul_mat`: with the gains, if it is that of heads' outputs."""
@@ -81,8 +47,7 @@ class HeadGains(Owner):
         try:
             numbers = self._multiplied(context, int(name[1]), weights, numbers)
         except Exception as error:
-            # Nothing may be raised through llama.cpp.
-            self._error = error
+            self.keep(error)
         return original(context, weights, numbers)
 
     def _multiplied(self, context: int, layer: int, weights: int, numbers: int) -> int:

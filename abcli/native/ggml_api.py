@@ -94,6 +94,10 @@ multiply = ggml_function("ggml_mul", _pointer, _pointer, _pointer, _pointer)
 matrix_product = ggml_function("ggml_mul_mat", _pointer, *[_pointer] * 3)
 # struct ggml_tensor * ggml_add(ctx, a, b);
 add = ggml_function("ggml_add", _pointer, _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_cont(struct ggml_context * ctx, struct ggml_tensor * a);
+contiguous = ggml_function("ggml_cont", _pointer, _pointer, _pointer)
+# struct ggml_tensor * ggml_concat(ctx, a, b, int dim);
+concatenate = ggml_function("ggml_concat", _pointer, _pointer, _pointer, _pointer, _int)
 # struct ggml_tensor * ggml_reshape_3d(ctx, a, ne0, ne1, ne2);
 reshape_3d = ggml_function("ggml_reshape_3d", _pointer, _pointer, _pointer, *[_int64] * 3)
 # struct ggml_tensor * ggml_div(ctx, a, b); as ggml_mul.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,8 @@ from abcli.gguf.checked import CheckedModel
 from abcli.gguf.lora import Adapter
 from abcli.grammar.constraint import Constraint
 from abcli.native.gains import HeadGains
+from abcli.native.head_bases import HeadBases
+from abcli.native.layer_change import LayerChange
 from abcli.native.llama import clear_log, initialise, log_tail, raise_interrupt
 from abcli.native.owner import Owner
 
@@ -39,15 +41,15 @@ _NOTHING = nullcontext()
 
 
 class Model(Owner):
-    """Owns one `llama_model` with its adapters and gains: weights, vocabulary and metadata.
+    """Owns one `llama_model` with its adapters and tuning: weights, vocabulary and metadata.
 
     Close it after every context made of it.
     """
 
     def __init__(self, checked: CheckedModel) -> None:
-        """Load a model with its adapters and gains, with which every context that is made of it computes.
+        """Load a model with its adapters and tuning, with which every context that is made of it computes.
 
-        Raises ModelFileError if llama.cpp refuses a file, UnsupportedModelError where it cannot be given gains.
+        Raises ModelFileError if llama.cpp refuses a file, UnsupportedModelError where it cannot be tuned.
         """
         path, adapters = checked.path, checked.adapters
         initialise()
@@ -68,7 +70,11 @@ class Model(Owner):
             # llama.cpp frees them with the model (llama_model::~llama_model).
             self._adapter_handles = [_load_adapter(handle, path, adapter) for adapter in adapters]
             raise_interrupt()
-            self._gains = stack.enter_context(HeadGains(checked.gains)) if checked.gains else None
+            self._changes: list[LayerChange] = []
+            if gains := checked.tuning.gains:
+                self._changes.append(stack.enter_context(HeadGains(gains)))
+            if multipliers := checked.tuning.multipliers:
+                self._changes.append(stack.enter_context(HeadBases(multipliers)))
             self._stack = stack.pop_all()
         self.checked = checked
         self.path = path
@@ -90,11 +96,11 @@ class Model(Owner):
 
     def making(self) -> AbstractContextManager[None]:
         """What a `llama_context` of this model is made in."""
-        return _NOTHING if self._gains is None else self._gains.making()
+        return _all([change.making() for change in self._changes]) if self._changes else _NOTHING
 
     def computing(self) -> AbstractContextManager[None]:
         """What its contexts compute in, each on one thread."""
-        return _NOTHING if self._gains is None else self._gains.acting()
+        return _all([change.acting() for change in self._changes]) if self._changes else _NOTHING
 
     def apply_adapters(self, context: Any) -> None:
         """Let a new `llama_context` of this model compute with its adapters."""
@@ -257,6 +263,14 @@ def _tokenizer(model: Model) -> Callable[[str], list[int]]:
 
     sentinel = plain(_SENTINEL)
     return plain if b"".join(model.piece(token) for token in plain("a")) == b"a" else after_sentinel
+
+
+@contextmanager
+def _all(managers: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for manager in managers:
+            stack.enter_context(manager)
+        yield
 
 
 def _load_adapter(model: Any, path: Path, adapter: Adapter) -> Any:

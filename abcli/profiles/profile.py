@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 from itertools import chain
 from typing import Any
 
-from abcli.config import MERGE_RULES, PREFILL_MODES, BucketConfig, Gains, MergeRule, PrefillMode
+from abcli.config import MERGE_RULES, PREFILL_MODES, BucketConfig, HeadNumbers, MergeRule, PrefillMode, Tuning
 from abcli.errors import AbcliError, ProfileError, UsageError
 from abcli.merge import check_pool_weights
 from abcli.rope.bases import choose_bases
@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 MAX_BYTES = 1 << 20
 MAX_NAME = 64
 MAX_GAIN = 100.0
+MAX_HEAD_MULTIPLIER = 1000.0
 # What stands for "no profile" on the command line.
 NO_PROFILE = "none"
 
@@ -43,7 +44,7 @@ _MAX_SCORES = 100
 _MAX_COUNT = 2**31 - 1
 _HINT = "calibrate the model again, or fetch the profile again"
 # What a profile need not have, as values of JSON.
-_OPTIONAL: Mapping[str, Any] = {"gains": [], "gate": None, "everyday": None}
+_OPTIONAL: Mapping[str, Any] = {"gains": [], "head_multipliers": [], "gate": None, "everyday": None}
 # Lower case only: some file systems take "A" and "a" for one name.
 _NAME = re.compile(rf"[a-z0-9_][a-z0-9_.-]{{0,{MAX_NAME - 1}}}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -116,8 +117,9 @@ class Profile:
     `fingerprint` is the hex of abcli.gguf.fingerprint, `model` the file's name for people, `length` the tokens of
     the contexts it was calibrated on, `created` a time in UTC (ISO 8601). `prefill_base` None is the native base.
     `weights` are those of the merge rule `pool`, empty for equal ones and for other rules. `gains` are factors on the
-    outputs of the model's heads, empty where all are 1. `gate` is the lowest that costs nothing that can be measured on
-    its task, 1 if none does; None if that was not found out. `everyday` is there where there are gains.
+    outputs of the model's attention heads, `head_multipliers` on the base of its heads of keys; they are empty where
+    all are 1. `gate` is the lowest that costs nothing that can be measured on its task, 1 if none does; None if that
+    was not found out. `everyday` is there where heads are tuned.
     `chosen` is the time at which the user made it the model's default, empty if never.
     """
 
@@ -137,9 +139,15 @@ class Profile:
     abcli_version: str
     evidence: Evidence
     chosen: str = ""
-    gains: Gains = ()
+    gains: HeadNumbers = ()
     gate: float | None = None
     everyday: Everyday | None = None
+    head_multipliers: HeadNumbers = ()
+
+    @property
+    def tuning(self) -> Tuning:
+        """What it changes in the model's heads."""
+        return Tuning(self.gains, self.head_multipliers)
 
 
 def utc_now() -> str:
@@ -234,9 +242,10 @@ def _profile(values: object) -> Profile:
         abcli_version=_text(values, "abcli_version"),
         evidence=_evidence(_object(values, "evidence", Evidence)),
         chosen=_time(values, "chosen") if values["chosen"] != "" else "",
-        gains=_gains(values),
+        gains=_head_numbers(values, "gains", 0.0, MAX_GAIN),
         gate=_gate(values),
         everyday=None if values["everyday"] is None else _everyday(_object(values, "everyday", Everyday)),
+        head_multipliers=_head_numbers(values, "head_multipliers", 1 / MAX_HEAD_MULTIPLIER, MAX_HEAD_MULTIPLIER),
     )
 
 
@@ -304,12 +313,12 @@ def _weights(values: Mapping[str, Any], buckets: int) -> tuple[float, ...]:
     return weights
 
 
-def _gains(values: Mapping[str, Any]) -> Gains:
-    gains = tuple(numbers({"gains": layer}, "gains") for layer in items(values, "gains"))
-    for gain in chain(*gains):
-        if not 0 <= gain <= MAX_GAIN:
-            raise refused("gains", gain)
-    return gains
+def _head_numbers(values: Mapping[str, Any], key: str, least: float, most: float) -> HeadNumbers:
+    found = tuple(numbers({key: layer}, key) for layer in items(values, key))
+    for one in chain(*found):
+        if not least <= one <= most:
+            raise refused(key, one)
+    return found
 
 
 def _gate(values: Mapping[str, Any]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 from collections.abc import Iterator, Sequence
 from time import time
@@ -12,6 +13,8 @@ from abcli.serve.chat_shapes import FINGERPRINT, finite, own_fields, timings_of
 from abcli.serve.chosen import Chosen, Likely
 from abcli.text_stream import TextStream
 
+# Tokens of a prompt in a chunk.
+_ECHOED = 128
 _LEGACY = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
@@ -104,9 +107,7 @@ class CompletionChunks:
         """The chunks that a piece makes; `chosen` has all tokens so far. The first repeats a prompt that is wanted."""
         if self._prompt is not None:
             prompt, self._prompt = self._prompt, None
-            if self._tokens is not None:
-                self._tokens.add_prompt(prompt, self._kept.scored)
-            yield self._shape.chunk(self._number, text_of(prompt, self._shape.pieces), self._take(), None)
+            yield from self._echo(prompt)
         if not piece.text and piece.answer is None:
             return
         if self._tokens is not None:
@@ -117,6 +118,16 @@ class CompletionChunks:
             return
         last = self._shape.chunk(self._number, piece.text, self._take(), piece.answer.finish_reason)
         yield {**last, "timings": timings_of(piece.answer), "abcli": own_fields(piece.answer)}
+
+    def _echo(self, prompt: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The prompt in parts: how likely all its tokens are is much to tell at once."""
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        for begin in range(0, len(prompt), _ECHOED):
+            end = begin + _ECHOED
+            text = decode(b"".join(self._shape.pieces[token] for token in prompt[begin:end]), end >= len(prompt))
+            if self._tokens is not None:
+                self._tokens.add_prompt(prompt[begin:end], self._kept.scored[max(begin - 1, 0) : end - 1], begin)
+            yield self._shape.chunk(self._number, text, self._take(), None)
 
     def _take(self) -> dict[str, Any] | None:
         return self._tokens.take() if self._tokens is not None else None
@@ -136,9 +147,10 @@ class LegacyLogprobs:
         found, self._fields = self._fields, {name: [] for name in _LEGACY}
         return found
 
-    def add_prompt(self, tokens: Sequence[int], scored: Sequence[Chosen]) -> None:
-        """The tokens of a prompt; nothing stands before the first, so that nothing is known of it."""
-        self._add(tokens[0], None, None)
+    def add_prompt(self, tokens: Sequence[int], scored: Sequence[Chosen], begin: int = 0) -> None:
+        """Tokens of a prompt, from the place `begin` on; of the first nothing is known, as nothing is before it."""
+        if begin == 0:
+            self._add(tokens[0], None, None)
         self.add(scored)
 
     def add(self, chosen: Sequence[Chosen]) -> None:

@@ -19,10 +19,9 @@ from starlette.routing import Route
 from abcli.chat.message_format import read_text
 from abcli.embedder import Embedder, batches, unit
 from abcli.errors import CancelledError, ContextFullError, UsageError
-from abcli.serve.events import to_json
 from abcli.serve.fields import Fields
 from abcli.serve.problems import RefusedError, blaming, out_of_time, problem_of
-from abcli.serve.routing import Body, post
+from abcli.serve.routing import Body, post, written
 from abcli.serve.service import Served, Settings, described
 
 # OpenAI's limit.
@@ -105,8 +104,7 @@ async def embeddings(service: EmbeddingService, body: Body) -> Response:
     """Embed texts."""
     request = await service.prepare(partial(read_request, service, body))
     vectors = await service.embed(request.texts)
-    text = await service.prepare(partial(_answer, request, vectors))
-    return Response(text, media_type="application/json")
+    return await written(partial(_answer, request, vectors))
 
 
 def read_request(service: EmbeddingService, body: Body) -> EmbeddingRequest:
@@ -145,17 +143,19 @@ def _tokens(embedder: Embedder, text: str | list[int]) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _answer(request: EmbeddingRequest, vectors: NDArray[np.float32]) -> str:
-    """The JSON of an answer; made of a piece for each text, so that other threads have their turn."""
+def _answer(request: EmbeddingRequest, vectors: NDArray[np.float32]) -> dict[str, Any]:
     if request.dimensions < vectors.shape[1]:
         vectors = unit(vectors[:, : request.dimensions])
     count = sum(map(len, request.texts))
-    items = ",".join(
-        to_json({"object": "embedding", "index": number, "embedding": _written(vector, request)})
-        for number, vector in enumerate(vectors)
-    )
-    rest = to_json({"model": request.model, "usage": {"prompt_tokens": count, "total_tokens": count}})
-    return f'{{"object":"list","data":[{items}],{rest[1:]}'
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": number, "embedding": _written(vector, request)}
+            for number, vector in enumerate(vectors)
+        ],
+        "model": request.model,
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
 
 
 def _written(vector: NDArray[np.float32], request: EmbeddingRequest) -> str | list[float]:

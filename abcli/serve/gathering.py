@@ -13,7 +13,7 @@ from starlette.responses import Response
 from abcli.chat.answer import Answer, Piece
 from abcli.serve.chosen import Chosen
 from abcli.serve.events import DONE, EventStream, event
-from abcli.serve.routing import JsonResponse
+from abcli.serve.routing import written
 from abcli.serve.service import Answering, Service
 
 
@@ -37,7 +37,7 @@ async def respond(
     if chunks is not None:
         return EventStream(chunks, ping_seconds=service.settings.ping_seconds, on_close=partial(close_all, answers))
     try:
-        return JsonResponse(whole(await asyncio.gather(*map(finished_answer, answers))))
+        return await written(partial(whole, await asyncio.gather(*map(finished_answer, answers))))
     finally:
         close_all(answers)
 

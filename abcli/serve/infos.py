@@ -11,11 +11,12 @@ from starlette.routing import Route
 
 from abcli.errors import TemplateError, UsageError
 from abcli.serve.chat import read_conversation, read_options
+from abcli.serve.completion_shapes import text_of
 from abcli.serve.fields import Fields
 from abcli.serve.metrics import metrics_text
 from abcli.serve.models import Models
 from abcli.serve.problems import blaming, refused
-from abcli.serve.routing import Body, JsonResponse, about, get, post
+from abcli.serve.routing import Body, JsonResponse, about, get, post, written
 from abcli.serve.service import Service
 from abcli.version import __version__
 
@@ -144,14 +145,18 @@ async def tokenize(service: Service, body: Body) -> Response:
     text = fields.text(name)
     special = fields.flag(fields.present("add_special", "add_special_tokens"), default=name == "prompt")
     parse = fields.flag("parse_special", default=True)
-    with blaming(name):
-        read = partial(service.llm.tokenize, text, add_special=special, parse_special=parse)
-        tokens = await service.prepare(read)
-    found: list[Any] = list(tokens)
-    if fields.flag("with_pieces"):
-        pieces = await service.prepare(lambda: service.pieces)
-        found = [{"id": token, "piece": _piece(pieces[token])} for token in tokens]
-    return JsonResponse({"tokens": found, "count": len(tokens), "max_model_len": service.llm.context_size})
+    with_pieces = fields.flag("with_pieces")
+
+    def read() -> dict[str, Any]:
+        with blaming(name):
+            tokens = service.llm.tokenize(text, add_special=special, parse_special=parse)
+        found: list[Any] = list(tokens)
+        if with_pieces:
+            found = [{"id": token, "piece": _piece(service.pieces[token])} for token in tokens]
+        return {"tokens": found, "count": len(tokens), "max_model_len": service.llm.context_size}
+
+    found = await service.prepare(read)
+    return await written(lambda: found)
 
 
 def _piece(data: bytes) -> str | list[int]:
@@ -164,13 +169,17 @@ def _piece(data: bytes) -> str | list[int]:
 
 async def detokenize(service: Service, body: Body) -> Response:
     """The text of tokens."""
-    tokens = body.get("tokens")
-    size = service.llm.vocabulary_size
-    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < size for token in tokens):
-        raise UsageError(f"'tokens' is no list of numbers from 0 to {size - 1}", "make it one", setting="tokens")
-    pieces = await service.prepare(lambda: service.pieces)
-    text = b"".join(pieces[token] for token in tokens).decode("utf-8", "replace")
-    return JsonResponse({"content": text, "prompt": text})
+
+    def read() -> dict[str, Any]:
+        tokens = body.get("tokens")
+        size = service.llm.vocabulary_size
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < size for token in tokens):
+            raise UsageError(f"'tokens' is no list of numbers from 0 to {size - 1}", "make it one", setting="tokens")
+        text = text_of(tokens, service.pieces)
+        return {"content": text, "prompt": text}
+
+    found = await service.prepare(read)
+    return await written(lambda: found)
 
 
 async def apply_template(service: Service, body: Body) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -10,9 +11,11 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Any
 
-from abcli.errors import UsageError
-from abcli.serve.problems import refused
+from abcli.errors import AbcliError, UsageError
+from abcli.serve.problems import RefusedError, refused
 from abcli.serve.service import Served, Settings
+
+log = logging.getLogger("abcli.serve")
 
 Open = Callable[[], AbstractContextManager[Served]]
 """Loads a model; it is unloaded when the context ends."""
@@ -129,7 +132,7 @@ class Models:
         return ", ".join(self._models)
 
     async def take(self, name: str) -> Served:
-        """A model, loaded; `give_back` it. Raises RefusedError where it takes too long, and what loading raises."""
+        """A model, loaded; `give_back` it. Raises RefusedError where it takes too long or cannot be loaded."""
         model = self._models[name]
         if model.served is not None and not model.leaving:
             model.users += 1
@@ -160,14 +163,14 @@ class Models:
 
     async def _bring(self, model: _Model) -> None:
         """Load a model, and let those have it that wait for it."""
-        error: BaseException | None = None
+        error: RefusedError | None = None
         async with self._swapping:
             try:
                 if model.served is None:
                     await self._make_room()
                     await self._on_loader(model.load)
-            except Exception as found:  # it is told to those who wait
-                error = found
+            except Exception as found:  # whatever it is, nobody must wait for ever
+                error = _not_loaded(model.name, found)
             waiting, model.waiting, model.coming = model.waiting, [], None
             for granted in waiting:
                 if granted.done():
@@ -199,3 +202,9 @@ class Models:
 
     async def _on_loader(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._loader, work)
+
+
+def _not_loaded(name: str, error: Exception) -> RefusedError:
+    """What those are told who wait for a model: where it lies, and what of the machine it needs, is for the log."""
+    log.error("%s cannot be loaded: %s", name, error, exc_info=None if isinstance(error, AbcliError) else error)
+    return refused(500, "server_error", f"{name} cannot be loaded; the server's log says why", code="model_not_loaded")

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from abcli.serve.events import gone, to_json
+from abcli.serve.events import gone, json_in_pieces, to_json
 from abcli.serve.models import Models
 from abcli.serve.problems import Problem, RefusedError, Shape, openai_error, problem_of, refused
 from abcli.serve.service import Served, Service
@@ -38,13 +38,18 @@ Held: TypeAlias = Callable[[Models, Request, ExitStack], Awaitable[Response]]
 
 
 class JsonResponse(Response):
-    """A JSON value; half a character is spelled with a backslash."""
+    """A JSON value, or its text; half a character is spelled with a backslash."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """The value as bytes."""
-        return to_json(content).encode("utf-8", "backslashreplace")
+        return (content if isinstance(content, str) else to_json(content)).encode("utf-8", "backslashreplace")
+
+
+async def written(value: Callable[[], Any], depth: int = 5) -> JsonResponse:
+    """The response with a value that may be large: it is made, and written, where that keeps nobody waiting."""
+    return await asyncio.to_thread(lambda: JsonResponse(json_in_pieces(value(), depth)))
 
 
 def post(

@@ -178,9 +178,7 @@ class _Contexts:
             self._model.checked.header, neox=self._model.rotation == "halves", context_size=self._cells
         )
         leader = self._stack.enter_context(self._make(base))
-        shared = SharedPrefill(
-            rope, self._model.checked.header.key_length, self._model.vocabulary_size // 2, _one_by_one
-        )
+        shared = SharedPrefill(rope, self._model, _one_by_one)
         self._stack.callback(shared.close)
         furthest_base = max(bases, key=lambda other: abs(np.log(other / base)))
         try:

@@ -1,1 +1,1 @@
-"""Tuning: a gain for every attention head, learned from questions through a torch twin of the model."""
+"""Tuning: numbers for every attention head, learned from questions through a torch twin of the model."""

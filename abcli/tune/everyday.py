@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from abcli.chat.messages import Message
-from abcli.config import Buckets, ContextConfig, Gains
+from abcli.config import Buckets, ContextConfig, Tuning
 from abcli.errors import EvaluationDataError
 from abcli.evals.model_under_test import Subject
 from abcli.evals.prose import read_sentences
@@ -70,8 +70,8 @@ def repeats_itself(tokens: tuple[int, ...]) -> bool:
     return any(count >= _REPETITIONS for count in Counter(windows).values())
 
 
-def opened(subject: Subject, gains: Gains) -> LLM:
-    """The model of `subject` with gains and one bucket, for short texts in several slots."""
+def opened(subject: Subject, tuning: Tuning) -> LLM:
+    """The model of `subject`, tuned, with one bucket, for short texts in several slots."""
     context = ContextConfig(
         context_size=min(_CONTEXT, subject.model.trained_context),
         slots=8,
@@ -80,7 +80,7 @@ def opened(subject: Subject, gains: Gains) -> LLM:
         engine="contexts",
     )
     buckets = Buckets((subject.native_base,), subject.native_base)
-    prepared = Prepared(subject.checked.with_gains(gains), context, buckets)
+    prepared = Prepared(subject.checked.with_tuning(tuning), context, buckets)
     return LLM(prepared, chat_template=subject.chat_template)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abcli.tune.batches import text_rows
-from abcli.tune.twin import Twin
+from abcli.tune.twin import Heads, Twin
 
 
 class Guard:
@@ -22,14 +22,14 @@ class Guard:
         self._twin = twin
         self._rows, self._wanted = rows.to(twin.device), wanted.to(twin.device)
 
-    def divergence(self, gains: Tensor, *, frugal: bool = False) -> Tensor:
+    def divergence(self, heads: Heads, *, frugal: bool = False) -> Tensor:
         """The mean Kullback-Leibler divergence, in nats per token, of the untuned model from the tuned one."""
         known = self._twin.spoken(self._untuned).log_softmax(-1)
-        found = self._twin.logits(self._rows, gains, self._wanted, frugal=frugal).log_softmax(-1)
+        found = self._twin.logits(self._rows, heads, self._wanted, frugal=frugal).log_softmax(-1)
         return (known.exp() * (known - found)).sum(-1).mean()
 
     @cached_property
     def _untuned(self) -> Tensor:
         """What the untuned model makes of the text, float32 [n, embedding]: its logits would take far more memory."""
         with torch.no_grad():
-            return self._twin.hidden(self._rows, None, self._wanted)
+            return self._twin.hidden(self._rows, Heads(), self._wanted)

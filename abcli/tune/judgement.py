@@ -1,4 +1,4 @@
-"""Judges gains in llama.cpp: better where they were learned, no worse elsewhere, and the same model in daily use."""
+"""Judges a tuning in llama.cpp: better where it was learned, no worse elsewhere, and the same model in daily use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from abcli.config import Gains
+from abcli.config import UNTUNED, Tuning
 from abcli.errors import EvaluationDataError, TemplateError, UsageError
 from abcli.evals.configurations import Configuration
 from abcli.evals.evidence import evidence
@@ -34,7 +34,7 @@ _POWERS = (1.25, 1.5, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One bucket without and with the gains, and with those of the controls, on the same held-out questions."""
+    """One bucket untuned and tuned, and with the controls, on the same held-out questions."""
 
     task: str
     length: int
@@ -48,7 +48,7 @@ class TaskResult:
 
     @property
     def difference(self) -> Estimate:
-        """Of the negative log-likelihood with the gains, in nats per token; below 0 they are better."""
+        """Of the negative log-likelihood when tuned, in nats per token; below 0 it is better."""
         difference = self.of(TUNED).difference
         assert difference is not None  # noqa: S101 - the native one is what it is compared with
         return difference.nll
@@ -56,12 +56,12 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Judgement:
-    """All that was found, and what speaks against the gains, in words; nothing if they may be used."""
+    """All that was found, and what speaks against the tuning, in words; nothing if it may be used."""
 
     results: tuple[TaskResult, ...]
     everyday: Everyday
     answers: tuple[tuple[str, str, str], ...]
-    """Everyday prompts with both greedy answers, without the gains and with them."""
+    """Everyday prompts with both greedy answers, untuned and tuned."""
     left_out: tuple[str, ...]
     """What could not be judged, and why."""
     objections: tuple[str, ...]
@@ -73,7 +73,7 @@ def judge(
     subject: Subject,
     on_progress: StageProgress = lambda _what, _done, _all: None,
 ) -> Judgement:
-    """Compare one bucket without and with the gains. Raises what evaluating raises."""
+    """Compare one bucket untuned and tuned. Raises what evaluating raises."""
     results, left_out = [], []
     for task, length, trained in _asked(settings, subject.model.trained_context):
         try:
@@ -83,21 +83,21 @@ def judge(
                 raise
             left_out.append(f"{task_name(task)} at {length:,} tokens: {error.message}")
             continue
-        gains: dict[str, Gains] = {NATIVE: (), TUNED: learned.gains}
+        tunings = {NATIVE: UNTUNED, TUNED: learned.tuning}
         if trained:
-            gains.update(learned.controls)
+            tunings.update(learned.controls)
         what = f"judging: {task_name(task)}, {length:,} tokens"
-        scores = _scores(items, gains, subject, partial(on_progress, what), sharpen=trained)
+        scores = _scores(items, tunings, subject, partial(on_progress, what), sharpen=trained)
         (summary,) = summarise(items, scores, settings.sources.depths, seed=settings.sources.seed)
         results.append(TaskResult(task, length, trained, summary))
-    everyday, answers = _everyday(settings.text, learned.gains, subject, on_progress)
+    everyday, answers = _everyday(settings.text, learned.tuning, subject, on_progress)
     return Judgement(tuple(results), everyday, answers, tuple(left_out), tuple(_objections(results, everyday)))
 
 
 def make_profile(
     name: str, settings: TuningSettings, learned: Learned, judgement: Judgement, subject: Subject
 ) -> Profile:
-    """The gains as a profile with the evidence for it: one bucket of the model's own base."""
+    """The tuning as a profile with the evidence for it: one bucket of the model's own base."""
     first = judgement.results[0]
     return Profile(
         name=name,
@@ -123,8 +123,9 @@ def make_profile(
                 for summary in result.summary.summaries
             ),
         ),
-        gains=learned.gains,
+        gains=learned.tuning.gains,
         everyday=judgement.everyday,
+        head_multipliers=learned.tuning.multipliers,
     )
 
 
@@ -149,13 +150,13 @@ def sharpened(trace: Trace, power: float) -> Trace:
 
 def _scores(
     items: Sequence[Item],
-    gains: Mapping[str, Gains],
+    tunings: Mapping[str, Tuning],
     subject: Subject,
     on_progress: Callable[[int, int], None],
     *,
     sharpen: bool,
 ) -> dict[str, tuple[AnswerScore, ...]]:
-    """The scores of one bucket with each of the gains, by their names.
+    """The scores of one bucket with each of the tunings, by their names.
 
     With `sharpen` also those of the native one raised to the power that suits these very questions best: what of an
     improvement such a power gives as well is not seeing better.
@@ -163,12 +164,12 @@ def _scores(
     base = subject.native_base
     questions = [item.question for item in items]
     scores, controls = {}, {}
-    for number, (name, own) in enumerate(gains.items()):
+    for number, (name, own) in enumerate(tunings.items()):
 
         def progress(done: int, _all: int, before: int = number * len(items)) -> None:
-            on_progress(before + done, len(items) * len(gains))
+            on_progress(before + done, len(items) * len(tunings))
 
-        configuration = Configuration(name, (base,), gains=own)
+        configuration = Configuration(name, (base,), gains=own.gains, head_multipliers=own.multipliers)
         traces = subject.trace(questions, [base], subject.prefill("auto", None, own), progress)
         scores[name] = tuple(score(found, configuration) for found in traces)
         if sharpen and not own:
@@ -195,12 +196,12 @@ def _asked(settings: TuningSettings, longest: int) -> list[tuple[str, int, bool]
 
 
 def _everyday(
-    text: Path | None, gains: Gains, subject: Subject, on_progress: StageProgress
+    text: Path | None, tuning: Tuning, subject: Subject, on_progress: StageProgress
 ) -> tuple[Everyday, tuple[tuple[str, str, str], ...]]:
     texts, asked = prose(text).check, prompts().check
     losses, replies, tokens = [], [], 0
     what = "judging: plain text and everyday prompts"
-    for before, own in ((0, ()), (len(asked), gains)):
+    for before, own in ((0, UNTUNED), (len(asked), tuning)):
         with opened(subject, own) as llm:
             scores = [score.log_probability for passage in texts for score in llm.score_text(passage)]
             losses.append(-sum(scores) / len(scores))
@@ -242,6 +243,6 @@ def _objections(results: Sequence[TaskResult], everyday: Everyday) -> list[str]:
     if everyday.tuned_repeating > everyday.native_repeating:
         found.append(
             f"{everyday.tuned_repeating} of {everyday.prompts} everyday answers repeat themselves, "
-            f"{everyday.native_repeating} without the gains"
+            f"{everyday.native_repeating} untuned"
         )
     return found

@@ -52,7 +52,9 @@ def needed_bytes(model: CheckedModel, tokens: int, wanted: int, *, frugal: bool)
     embedding, forward = header.embedding_length, max(header.per_layer("feed_forward_length"), default=0)
     heads = header.heads[0]
     # For each token: what norms, attention and its scores, and the feed-forward network keep.
-    layer = 4 * embedding + 6 * heads * header.key_length + 4 * forward + 2 * heads * tokens
+    attention = 6 * heads * header.key_length + 2 * heads * tokens
+    # Angles of each head of keys take as much as two keys.
+    layer = 4 * embedding + attention + 2 * header.kv_heads[0] * header.key_length + 4 * forward
     kept = header.layers * embedding + 2 * layer if frugal else header.layers * layer
     outputs = _OUTPUT_COPIES * wanted * header.vocabulary_size
     return _TORCH_BYTES + _FLOAT * (parameters + tokens * kept + outputs)

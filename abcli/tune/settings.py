@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from abcli.config import Gains
+from abcli.config import Tuning
 from abcli.tune.material import Item, Sources
+
+# Fields of a tuning.
+Kind = Literal["gains", "multipliers"]
 
 
 @dataclass(frozen=True)
@@ -18,11 +22,12 @@ class TrainingSettings:
     seconds: float = 3600.0
     contexts: int = 8
     rate: float = 0.03
-    """Of Adam, on logarithms of gains; it falls to 0 along a cosine."""
+    """Of Adam, on logarithms; it falls to 0 along a cosine."""
     guard_weight: float = 1.0
     seed: int = 0
     single: bool = False
-    """Learn one gain for all heads."""
+    """Learn one number for all heads."""
+    learned: tuple[Kind, ...] = ("gains",)
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,13 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class Learned:
-    """Gains, and how they came about."""
+    """A tuning, and how it came about."""
 
-    gains: Gains
+    tuning: Tuning
     steps: tuple[Step, ...]
     twin_divergence: float
     """Mean nats per token between the twin and llama.cpp."""
     items: Mapping[str, Sequence[Item]]
     """What was learned from, by task."""
-    controls: Mapping[str, Gains]
-    """What tells seeing better from answering in another form: gains that were learned so that they cannot see more."""
+    controls: Mapping[str, Tuning]
+    """What tells seeing better from answering in another form: tunings learned so that they cannot see more."""

@@ -1,4 +1,4 @@
-"""Learns a gain for every head: Adam on the logarithms of the gains, through the frozen twin."""
+"""Learns numbers for every head: Adam on their logarithms, through the frozen twin."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abcli.config import Gains
+from abcli.config import HeadNumbers, Tuning
 from abcli.errors import UnsupportedModelError
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.tune.batches import asked_rows
 from abcli.tune.guard import Guard
 from abcli.tune.settings import Step, TrainingSettings
-from abcli.tune.twin import Twin
+from abcli.tune.twin import Heads, Twin
 
-# Gains stay within e^-2 and e^2: beyond, a head is off or drowns the others.
+# They stay within e^-2 and e^2: beyond, a gain turns a head off or lets it drown the others.
 _LARGEST_LOGARITHM = 2.0
 
 
 class Learner:
-    """Gains as they are learned, kept in a file after each step so that the same call goes on where it stopped.
+    """A tuning as it is learned, kept in a file after each step so that the same call goes on where it stopped.
 
     However often it was stopped, the same is learned, if it is the number of steps that ends it and not the time.
     """
@@ -40,19 +40,26 @@ class Learner:
         self._settings = settings
         self._file = file
         self._frugal = frugal
-        shape = (1, 1) if settings.single else (twin.layers, twin.heads)
-        self._logarithms = torch.zeros(shape, device=twin.device, requires_grad=True)
-        self._optimiser = torch.optim.Adam([self._logarithms], lr=settings.rate, betas=(0.9, 0.95))
+        self._logarithms = {
+            kind: torch.zeros((1, 1) if settings.single else twin.shapes[kind], device=twin.device, requires_grad=True)
+            for kind in settings.learned
+        }
+        self._optimiser = torch.optim.Adam(self._logarithms.values(), lr=settings.rate, betas=(0.9, 0.95))
         self._seconds = 0.0
         self.steps: list[Step] = []
         """All that were taken, those before an interruption too."""
         self._restore()
 
     @property
-    def gains(self) -> Gains:
-        """Gains with four decimals: as many as a profile needs, and one may read them."""
-        rows: list[list[float]] = self._gains().detach().cpu().tolist()
-        return tuple(tuple(round(gain, 4) for gain in row) for row in rows)
+    def tuning(self) -> Tuning:
+        """Numbers with four decimals: as many as a profile needs, and one may read them."""
+
+        def rounded(numbers: Tensor | None) -> HeadNumbers:
+            rows: list[list[float]] = [] if numbers is None else numbers.detach().cpu().tolist()
+            return tuple(tuple(round(number, 4) for number in row) for row in rows)
+
+        heads = self._heads()
+        return Tuning(rounded(heads.gains), rounded(heads.multipliers))
 
     @property
     def share(self) -> float:
@@ -64,7 +71,7 @@ class Learner:
         groups: Sequence[Sequence[TokenizedQuestion]],
         guards: Sequence[Sequence[Guard]],
         on_step: Callable[[Step], None] = lambda _step: None,
-    ) -> Gains:
+    ) -> Tuning:
         """Take the steps that are left, on `groups` of questions, each on one context, and `guards` of several kinds.
 
         Raises UnsupportedModelError where the model answers with what is no number.
@@ -83,19 +90,20 @@ class Learner:
                 )
             self._optimiser.step()
             with torch.no_grad():
-                self._logarithms.clamp_(-_LARGEST_LOGARITHM, _LARGEST_LOGARITHM)
+                for logarithms in self._logarithms.values():
+                    logarithms.clamp_(-_LARGEST_LOGARITHM, _LARGEST_LOGARITHM)
             number = len(self.steps) + 1
             self._seconds += monotonic() - begin
             self.steps.append(Step(number, self._share_after(number), loss, divergences))
             self._store()
             on_step(self.steps[-1])
-        return self.gains
+        return self.tuning
 
     def _share_after(self, steps: int) -> float:
         return min(1.0, max(steps / self._settings.steps, self._seconds / self._settings.seconds))
 
-    def _gains(self) -> Tensor:
-        return self._logarithms.exp().expand(self._twin.layers, self._twin.heads)
+    def _heads(self) -> Heads:
+        return Heads(**{kind: of.exp().expand(self._twin.shapes[kind]) for kind, of in self._logarithms.items()})
 
     def _ask(self, groups: Sequence[Sequence[TokenizedQuestion]]) -> float:
         """Add the gradient of the questions' loss, one context after the other: gradients add up, memory does not."""
@@ -106,7 +114,7 @@ class Learner:
             order = list(range(len(groups)))
             Random(f"{self._settings.seed}/{turn}").shuffle(order)  # noqa: S311
             asked = asked_rows([groups[order[place]]]).to(self._twin.device)
-            logits = self._twin.logits(asked.rows, self._gains(), asked.wanted, frugal=self._frugal)
+            logits = self._twin.logits(asked.rows, self._heads(), asked.wanted, frugal=self._frugal)
             one: Tensor = asked.loss(logits) / count
             one.backward()
             loss += float(one.detach())
@@ -115,7 +123,7 @@ class Learner:
     def _guard(self, kind: Sequence[Guard]) -> float:
         """Add the gradient of the divergence from the untuned model on the next text of a kind."""
         guard = kind[len(self.steps) % len(kind)]
-        found = guard.divergence(self._gains(), frugal=self._frugal)
+        found = guard.divergence(self._heads(), frugal=self._frugal)
         (self._settings.guard_weight * found).backward()
         return float(found.detach())
 
@@ -125,7 +133,8 @@ class Learner:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         part = self._file.with_suffix(".part")
         steps = [astuple(step) for step in self.steps]
-        state = {"logarithms": self._logarithms.detach(), "optimiser": self._optimiser.state_dict()}
+        logarithms = {kind: of.detach() for kind, of in self._logarithms.items()}
+        state = {"logarithms": logarithms, "optimiser": self._optimiser.state_dict()}
         torch.save({**state, "steps": steps, "seconds": self._seconds}, part)
         part.replace(self._file)
 
@@ -139,8 +148,11 @@ class Learner:
                 Step(int(number), float(share), float(loss), tuple(map(float, all_)))
                 for number, share, loss, all_ in state["steps"]
             ]
-            seconds, logarithms = float(state["seconds"]), state["logarithms"]
-            if logarithms.shape != self._logarithms.shape or not bool(logarithms.isfinite().all()):
+            seconds = float(state["seconds"])
+            logarithms = {kind: state["logarithms"][kind] for kind in self._logarithms}
+            if any(
+                of.shape != self._logarithms[kind].shape or not of.isfinite().all() for kind, of in logarithms.items()
+            ):
                 return
             self._optimiser.load_state_dict(state["optimiser"])
         except Exception:
@@ -148,5 +160,6 @@ class Learner:
                 self._file.unlink(missing_ok=True)
             return
         with torch.no_grad():
-            self._logarithms.copy_(logarithms)
+            for kind, of in logarithms.items():
+                self._logarithms[kind].copy_(of)
         self.steps, self._seconds = steps, seconds

@@ -1,4 +1,4 @@
-"""Learns gains for a model: makes the questions, checks its twin in torch, and learns; controls are learned alike."""
+"""Learns a tuning for a model: makes the questions, checks its twin in torch, and learns, and learns controls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from abcli.config import Gains
+from abcli.config import UNTUNED, Tuning
 from abcli.engine.workers import available_cores
 from abcli.errors import UnsupportedModelError, UsageError
 from abcli.evals.model_under_test import Subject
@@ -25,9 +25,9 @@ from abcli.tune.material import Item, wrong_answers
 from abcli.tune.memory import LearningMemory, plan_memory
 from abcli.tune.settings import Learned, Step, TrainingSettings, TuningSettings
 from abcli.tune.training import Learner
-from abcli.tune.twin import Twin
+from abcli.tune.twin import Heads, Twin
 
-ONE_GAIN = "one gain for all heads"
+ONE_FOR_ALL = "the same for all heads"
 WRONG_ANSWERS = "learned from wrong answers"
 _GUARD_TOKENS = 256
 # Nats per token. llama.cpp rounds what it multiplies with quantised weights: 0.0044 (SmolLM2, Q4_1) and 0.0076 (Gemma 3
@@ -52,7 +52,7 @@ def learn(
     directory: Path | None,
     listener: Listener = Listener(),
 ) -> Learned:
-    """Learn gains for the model of `subject`; with `directory`, the same call goes on where it stopped.
+    """Learn a tuning for the model of `subject`; with `directory`, the same call goes on where it stopped.
 
     Raises UnsupportedModelError for a model whose twin is not like it, OutOfMemoryError before anything is computed,
     and what making questions raises.
@@ -66,7 +66,7 @@ def learn(
     torch.set_num_threads(subject.config.threads or available_cores())
     twin, guards, divergence = _twin_and_guards(settings, subject, device, listener.progress)
 
-    def learned(what: str, groups: list[list[TokenizedQuestion]], training: TrainingSettings) -> tuple[Gains, Learner]:
+    def learned(what: str, groups: list[list[TokenizedQuestion]], training: TrainingSettings) -> tuple[Tuning, Learner]:
         file = None
         if directory is not None:
             others = [[guard.text for guard in kind] for kind in guards]
@@ -80,14 +80,14 @@ def learn(
 
         return learner.learn(groups, guards, told), learner
 
-    gains, learner = learned("learning", groups, settings.training)
+    tuning, learner = learned("learning", groups, settings.training)
     controls = {}
     if settings.controls:
         wrong = _in_turn({task: wrong_answers(of, settings.sources.seed) for task, of in items.items()})
         single = replace(settings.training, single=True)
-        controls[ONE_GAIN] = learned(f"control: {ONE_GAIN}", groups, single)[0]
+        controls[ONE_FOR_ALL] = learned(f"control: {ONE_FOR_ALL}", groups, single)[0]
         controls[WRONG_ANSWERS] = learned(f"control: {WRONG_ANSWERS}", wrong, settings.training)[0]
-    return Learned(gains, tuple(learner.steps), divergence, items, controls)
+    return Learned(tuning, tuple(learner.steps), divergence, items, controls)
 
 
 def twin_divergence(twin: Twin, llm: LLM, tokens: Sequence[Sequence[int]]) -> float:
@@ -97,7 +97,7 @@ def twin_divergence(twin: Twin, llm: LLM, tokens: Sequence[Sequence[int]]) -> fl
         rows, _ = text_rows([prompt], [1])
         wanted = torch.tensor([[0, len(prompt) - 1]], device=twin.device)
         with torch.no_grad():
-            other = twin.logits(rows.to(twin.device), None, wanted)[0].log_softmax(-1).cpu().double().numpy()
+            other = twin.logits(rows.to(twin.device), Heads(), wanted)[0].log_softmax(-1).cpu().double().numpy()
         own = llm.logits(prompt)[0].astype(np.float64)
         own -= np.logaddexp.reduce(own)
         found.append(float((np.exp(own) * (own - other)).sum()))
@@ -109,7 +109,7 @@ def _twin_and_guards(
 ) -> tuple[Twin, list[list[Guard]], float]:
     """The twin, checked against llama.cpp, and two kinds of guards: prose, and answers to everyday prompts."""
     guarded, passages = prompts().guard, prose(settings.text).guard
-    with opened(subject, ()) as llm:
+    with opened(subject, UNTUNED) as llm:
         what = "answering everyday prompts"
         chats = answered(subject, llm, guarded, lambda done: on_progress(what, done, len(guarded)))
         texts = [llm.tokenize(text)[: _GUARD_TOKENS + 1] for text in passages]

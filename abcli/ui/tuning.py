@@ -18,7 +18,7 @@ def step_line(what: str, step: Step) -> str:
 
 
 def result_lines(judgement: Judgement) -> Iterator[str]:
-    """What the gains, and the controls, are worth on each task, and what becomes of everything else."""
+    """What the tuning, and the controls, are worth on each task, and what becomes of everything else."""
     for result in judgement.results:
         yield from _task_lines(result)
     for what, found in everyday_lines(judgement.everyday):
@@ -28,17 +28,17 @@ def result_lines(judgement: Judgement) -> Iterator[str]:
 
 
 def verdict_lines(judgement: Judgement) -> list[str]:
-    """What speaks against the gains, or that nothing does."""
+    """What speaks against the tuning, or that nothing does."""
     if not judgement.objections:
-        return ["the gains help where they were learned, and harm nothing that was measured"]
+        return ["the tuning helps where it was learned, and harms nothing that was measured"]
     return [f"against it: {objection}" for objection in judgement.objections]
 
 
 def answer_lines(judgement: Judgement) -> Iterator[str]:
-    """The everyday prompts with the answers without the gains and with them, where these differ."""
+    """The everyday prompts with the untuned and the tuned answers, where these differ."""
     for prompt, native, tuned in judgement.answers:
         if native != tuned:
-            yield from ("", f"prompt:  {prompt}", f"without: {native.strip()}", f"with:    {tuned.strip()}")
+            yield from ("", f"prompt:  {prompt}", f"untuned: {native.strip()}", f"tuned:   {tuned.strip()}")
 
 
 def _task_lines(result: TaskResult) -> Iterator[str]:
@@ -46,12 +46,12 @@ def _task_lines(result: TaskResult) -> Iterator[str]:
     summary = result.summary
     yield (
         f"{task_name(result.task)}, {result.length:,} tokens{'' if result.trained else ' (not learned)'}, "
-        f"{counted(summary.questions, 'question')} on {counted(summary.groups, 'context')}: without gains "
+        f"{counted(summary.questions, 'question')} on {counted(summary.groups, 'context')}: untuned "
         f"{native.accuracy.value:.1%} exact, NLL {native.nll.value:.3f}"
     )
     for item in summary.summaries:
         if item.difference is not None and item.configuration != NATIVE:
-            name = "with gains" if item.configuration == TUNED else f"control, {item.configuration}"
+            name = TUNED if item.configuration == TUNED else f"control, {item.configuration}"
             yield (
                 f"  {name}: {item.measures.accuracy.value:.1%} exact ({_points(item.difference.accuracy)}), "
                 f"NLL {_change(item.difference.nll)}"

@@ -159,11 +159,12 @@ def test_show(abcli: Command) -> None:
 
 
 def test_show_a_tuned_profile(abcli: Command) -> None:
-    tuned = replace(SAMPLE, gains=((0.5, 1.0), (1.25, 2.0)), everyday=EVERYDAY)
+    tuned = replace(SAMPLE, gains=((0.5, 1.0), (1.25, 2.0)), everyday=EVERYDAY, head_multipliers=((0.5,), (3.0,)))
     save(tuned, profiles_directory())
     lines = abcli("profiles", "show", "needle-1024").text.split("\n\n")[0].splitlines()
     values = {line.split("  ", 1)[0]: line.split("  ", 1)[1].strip() for line in lines}
     assert values["gains"] == "of 4 heads, 0.5 to 2"
+    assert values["head bases"] == "of 2 heads, 0.5 to 3 times"
     assert values["tuned on"] == "needle, contexts of 1,024 tokens"
     assert values["plain text"] == "NLL 3.000 to 3.010, 1,234 tokens"
     assert values["everyday"] == "20 of 50 answers are the same; 2 repeated themselves, 0 do now"
@@ -177,6 +178,9 @@ def test_what_runs_says_that_a_profile_is_tuned(abcli: Command, tiny_model: Path
     assert outcome.code == 0
     wanted = f"profile tuned: 1 bucket {native:g} with gains of 8 heads (tuned on needle; --profile none to do without)"
     assert wanted in outcome.errors.decode().splitlines()
+    save(replace(tuned, head_multipliers=((0.5, 1.0), (2.0, 1.0))), profiles_directory())
+    outcome = abcli("run", tiny_model, "hello", "-n", 1, "--threads", 1)
+    assert "with gains of 8 heads and bases of 4 heads (tuned on needle;" in outcome.errors.decode()
 
 
 def test_one_name_for_two_models(abcli: Command, tiny_model: Path, fitting: Profile) -> None:

@@ -38,6 +38,15 @@ def test_a_chat_template_that_is_not_there(abcli: Command, tiny_model: Path) -> 
     assert "there is no chat template 'no-such-template'" in outcome.errors.decode()
 
 
+def test_a_chat_template_that_is_broken(abcli: Command, tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for message in messages %}")
+    outcome = abcli("serve", tiny_model, "--port", 0, "--chat-template", broken)
+    assert outcome.code == 1
+    assert "error: the chat template is broken" in outcome.errors.decode()
+    assert "hint: choose another template with --chat-template" in outcome.errors.decode()
+
+
 def test_a_port_that_is_taken(abcli: Command, tiny_model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -63,7 +63,7 @@ def test_a_kept_profile_has_the_gains_and_the_figures(tiny_model: Path, abcli: C
     assert "too few contexts to tell" in said
     assert said.endswith("no profile is stored (--keep stores it in any case)\n")
     assert stored() == []
-    assert "Mine of 2026.jsonl, 200 tokens, 6 questions on 6 contexts: without gains" in outcome.text
+    assert "Mine of 2026.jsonl, 200 tokens, 6 questions on 6 contexts: untuned " in outcome.text
     assert "plain text: NLL " in outcome.text
     found = json.loads(output.read_bytes())
     assert [step["number"] for step in found["steps"]] == [1, 2]
@@ -91,12 +91,12 @@ def test_tasks_of_eval_are_judged_with_their_controls(tiny_model: Path, abcli: C
     arguments = ("--task", "kv", "--length", 400, "--text", text, "--dry-run")
     outcome = abcli("tune", tiny_model, *arguments, *FEW, "--questions", 12)
     assert outcome.code == 0
-    assert "control: one gain for all heads: step 2" in outcome.errors.decode()
+    assert "control: the same for all heads: step 2" in outcome.errors.decode()
     lines = outcome.text.splitlines()
     place = next(number for number, line in enumerate(lines) if line.startswith("kv, 400 tokens, "))
     assert [line.partition(":")[0].strip() for line in lines[place + 1 : place + 4]] == [
-        "with gains",
-        "control, one gain for all heads",
+        "tuned",
+        "control, the same for all heads",
         "control, learned from wrong answers",
     ]
     assert lines[place + 4].startswith("  control, native, sharpened by ")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from abcli.config import Gains, LoraConfig
+from abcli.config import HeadNumbers, LoraConfig, Tuning
 from abcli.errors import UnsupportedModelError
 from abcli.gguf.checked import CheckedModel
 from abcli.native.model import Model
@@ -23,8 +23,8 @@ from tests.support.models import checked_model, set_up
 from tests.support.tiny_gguf import Architecture, write_tiny_model
 
 HEADS = 4
-GAINS: Gains = ((0.5, 1.0, 1.75, 0.0), (1.25, 0.8, 1.0, 2.0))
-ONES: Gains = ((1.0,) * HEADS,) * 2
+GAINS: HeadNumbers = ((0.5, 1.0, 1.75, 0.0), (1.25, 0.8, 1.0, 2.0))
+ONES: HeadNumbers = ((1.0,) * HEADS,) * 2
 TOKENS = [*range(40, 75), *range(60, 80)]
 ENGINES = {"contexts": contexts_engine, "fused": fused_engine}
 BASES = [(10_000.0,), (10_000.0, 14_000.0, 20_000.0)]
@@ -63,7 +63,7 @@ def test_gains_are_factors_in_the_output_weights(
     scaled = write_tiny_model(tmp_path / "scaled.gguf", architecture=architecture, layers=layers, tensors=tensors)
     # Half precision in the cache or in flash attention would turn last digits into visible ones.
     exact = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off", "prefill": "exact"}
-    found = logits(checked_model(path).with_gains(GAINS * (layers // 2)), engine, bases, **exact)
+    found = logits(checked_model(path).with_tuning(Tuning(GAINS * (layers // 2))), engine, bases, **exact)
     wanted = logits(checked_model(scaled), engine, bases, **exact)
     plain = logits(checked_model(path), engine, bases, **exact)
     assert np.abs(found - wanted).max() < 1e-4
@@ -74,15 +74,15 @@ def test_gains_are_factors_in_the_output_weights(
 def test_shared_prompts_have_the_gains(tmp_path: Path, engine: str) -> None:
     path = write_tiny_model(tmp_path / "plain.gguf")
     scaled = write_tiny_model(tmp_path / "scaled.gguf", tensors=scaled_weights(path))
-    found = logits(checked_model(path).with_gains(GAINS), engine, BASES[1], prefill="shared")
+    found = logits(checked_model(path).with_tuning(Tuning(GAINS)), engine, BASES[1], prefill="shared")
     assert np.abs(found - logits(checked_model(scaled), engine, BASES[1], prefill="shared")).max() < 5e-3
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gains_of_one_are_llama_cpp_bit_for_bit(tmp_path: Path, engine: str) -> None:
     checked = checked_model(write_tiny_model(tmp_path / "plain.gguf"))
-    assert checked.with_gains(ONES) == checked
-    np.testing.assert_array_equal(logits(checked.with_gains(ONES), engine), logits(checked, engine))
+    assert checked.with_tuning(Tuning(ONES)) == checked
+    np.testing.assert_array_equal(logits(checked.with_tuning(Tuning(ONES)), engine), logits(checked, engine))
 
 
 def test_an_adapter_of_the_output_weights_gets_the_same_outputs(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_an_adapter_of_the_output_weights_gets_the_same_outputs(tmp_path: Path) 
     plain_file, scaled_file = (
         write_lora(tmp_path / f"{number}.gguf", matrices) for number, matrices in enumerate((lora, scaled_lora))
     )
-    found = logits(checked_model(path, lora=[LoraConfig(plain_file)]).with_gains(GAINS), "fused")
+    found = logits(checked_model(path, lora=[LoraConfig(plain_file)]).with_tuning(Tuning(GAINS)), "fused")
     wanted = logits(checked_model(scaled, lora=[LoraConfig(scaled_file)]), "fused")
     assert np.abs(found - wanted).max() < 5e-3
 
@@ -104,7 +104,7 @@ def test_an_adapter_of_the_output_weights_gets_the_same_outputs(tmp_path: Path) 
 def test_another_model_computes_without_them_meanwhile(tmp_path: Path) -> None:
     checked = checked_model(write_tiny_model(tmp_path / "plain.gguf"))
     alone = logits(checked, "contexts")
-    with Model(checked.with_gains(GAINS)):
+    with Model(checked.with_tuning(Tuning(GAINS))):
         assert product_hook().installed
         np.testing.assert_array_equal(logits(checked, "contexts"), alone)
     assert not product_hook().installed
@@ -112,7 +112,7 @@ def test_another_model_computes_without_them_meanwhile(tmp_path: Path) -> None:
 
 def test_gains_count_as_another_model(tmp_path: Path) -> None:
     checked = checked_model(write_tiny_model(tmp_path / "plain.gguf"))
-    others = [checked.with_gains(GAINS), checked.with_gains(GAINS[::-1])]
+    others = [checked.with_tuning(Tuning(GAINS)), checked.with_tuning(Tuning(GAINS[::-1]))]
     assert len({one.fingerprint for one in (checked, *others)}) == 3
 
 
@@ -120,14 +120,14 @@ def test_gains_of_another_shape_are_refused(tmp_path: Path) -> None:
     checked = checked_model(write_tiny_model(tmp_path / "plain.gguf"))
     for gains in (GAINS[:1], tuple(layer[1:] for layer in GAINS)):
         with pytest.raises(UnsupportedModelError, match="2 layers of 4 heads"):
-            checked.with_gains(gains)
+            checked.with_tuning(Tuning(gains))
 
 
 def test_a_model_without_such_outputs_is_refused(tmp_path: Path) -> None:
     checked = checked_model(write_tiny_model(tmp_path / "plain.gguf"))
     config, buckets = set_up([10_000.0], context_size=256)
     with (
-        Model(replace(checked, gains=(*GAINS, GAINS[0]))) as model,
+        Model(replace(checked, tuning=Tuning((*GAINS, GAINS[0])))) as model,
         pytest.raises(UnsupportedModelError, match="in layer 2"),
         contexts_engine(model, config, buckets),
     ):
@@ -138,4 +138,4 @@ def test_where_functions_cannot_be_replaced_it_says_so(tmp_path: Path, monkeypat
     checked = checked_model(write_tiny_model(tmp_path / "plain.gguf"))
     monkeypatch.setattr(hook, "_obstacle", lambda _hooks: "the system does not allow to write there")
     with pytest.raises(UnsupportedModelError, match="does not allow"):
-        Model(checked.with_gains(GAINS))
+        Model(checked.with_tuning(Tuning(GAINS)))

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES
+from abcli.config import MAX_BUCKETS, MERGE_RULES, PREFILL_MODES, HeadNumbers
 from abcli.errors import ProfileError, UsageError
 from abcli.profiles.profile import (
     MAX_BYTES,
     MAX_GAIN,
+    MAX_HEAD_MULTIPLIER,
     Difference,
     Evidence,
     Profile,
@@ -33,6 +34,11 @@ from tests.profiles.samples import EVERYDAY, SAMPLE, profile
 NUMBERS = st.floats(-1e6, 1e6)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 BASES = st.floats(2, 2**40, width=32)
+
+
+def head_numbers(least: float, most: float) -> st.SearchStrategy[HeadNumbers]:
+    layers = st.lists(st.lists(st.floats(least, most), min_size=1, max_size=4).map(tuple), max_size=3)
+    return layers.map(tuple)
 
 
 @st.composite
@@ -67,7 +73,8 @@ def profiles(draw: st.DrawFn) -> Profile:
         abcli_version=draw(TEXTS),
         evidence=Evidence(draw(st.integers(1, 2**31 - 1)), draw(st.sampled_from(names)), tuple(scores)),
         chosen=draw(st.sampled_from(["", utc_now()])),
-        gains=tuple(map(tuple, draw(st.lists(st.lists(st.floats(0, MAX_GAIN), min_size=1, max_size=4), max_size=3)))),
+        gains=draw(head_numbers(0, MAX_GAIN)),
+        head_multipliers=draw(head_numbers(1 / MAX_HEAD_MULTIPLIER, MAX_HEAD_MULTIPLIER)),
         everyday=draw(st.none() | st.just(EVERYDAY)),
         gate=draw(st.none() | st.floats(0, 1, exclude_min=True)),
     )
@@ -92,10 +99,11 @@ def test_the_file_is_as_documented() -> None:
         "difference": None,
     }
     assert SAMPLE.evidence.own == SAMPLE.evidence.scores[2]
-    # Profiles without gains can be read by versions that know of none.
-    assert not {"gains", "gate", "everyday"} & values.keys()
+    # Profiles of untuned models can be read by versions that know of none.
+    assert not {"gains", "head_multipliers", "gate", "everyday"} & values.keys()
     assert json.loads(encode(profile(gate=0.8)))["gate"] == 0.8
-    assert json.loads(encode(profile(gains=((0.5, 2.0),))))["gains"] == [[0.5, 2.0]]
+    tuned = json.loads(encode(profile(gains=((0.5, 2.0),), head_multipliers=((1.5,),))))
+    assert (tuned["gains"], tuned["head_multipliers"]) == ([[0.5, 2.0]], [[1.5]])
 
 
 def test_bases_are_read_as_llama_cpp_will_use_them() -> None:
@@ -124,6 +132,9 @@ Change = Callable[[dict[str, Any]], object]
         (lambda v: v.update(everyday={**asdict(EVERYDAY), "tuned_loss": "3"}), "tuned_loss has the wrong"),
         (lambda v: v.update(everyday={"prompts": 3}), "everyday: equal is missing"),
         (lambda v: v.update(gains=[[1.0, 101.0]]), "gains is 101.0"),
+        (lambda v: v.update(head_multipliers=[[0.0]]), "head_multipliers is 0.0"),
+        (lambda v: v.update(head_multipliers=[[1001.0]]), "head_multipliers is 1001.0"),
+        (lambda v: v.update(head_multipliers=1.0), "head_multipliers has the wrong type"),
         (lambda v: v.update(gate=0), "gate is 0"),
         (lambda v: v.update(gate=1.5), "gate is 1.5"),
         (lambda v: v.update(gate="auto"), "gate has the wrong type"),

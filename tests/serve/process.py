@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
@@ -83,9 +82,9 @@ def answer_of(connection: socket.socket) -> tuple[int, Any]:
 
 
 @contextmanager
-def served(model: Path, *arguments: object) -> Iterator[Server]:
-    """A server of a model; killed after the block if it still runs."""
-    command = [sys.executable, "-m", "abcli", "serve", str(model), "--port", "0", "-t", "1", *map(str, arguments)]
+def served(*arguments: object) -> Iterator[Server]:
+    """A server with these arguments, of which the first is a model; killed after the block if it still runs."""
+    command = [sys.executable, "-m", "abcli", "serve", *map(str, arguments), "--port", "0", "-t", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
     lines: list[str] = []
     ready = threading.Event()

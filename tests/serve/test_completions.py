@@ -65,8 +65,9 @@ def test_scoring_goes_on_beside_answers(client: TestClient) -> None:
             assert found[1:] == pytest.approx(wanted[1:], abs=1e-4)
 
 
-def test_a_stream_says_the_same_in_pieces(client: TestClient) -> None:
-    request = {"prompt": "Hello there", "echo": True, "logprobs": 1}
+@pytest.mark.parametrize("prompt", ["Hello there", "Höher als 6 Türme 🙂 " * 12], ids=["short", "long"])
+def test_a_stream_says_the_same_in_pieces(client: TestClient, prompt: str) -> None:
+    request = {"prompt": prompt, "echo": True, "logprobs": 1}
     whole = client.post(PATH, json=request).json()["choices"][0]
     request.update(stream=True, stream_options={"include_usage": True})
     lines = [line.removeprefix("data: ") for line in client.post(PATH, json=request).text.split("\n\n") if line]
@@ -78,6 +79,7 @@ def test_a_stream_says_the_same_in_pieces(client: TestClient) -> None:
     told = {name: [item for choice in choices for item in choice["logprobs"][name]] for name in whole["logprobs"]}
     for name in ("tokens", "text_offset"):
         assert told[name] == whole["logprobs"][name]
+    assert max(len(choice["logprobs"]["tokens"]) for choice in choices) <= 128
     assert told["token_logprobs"][1:] == pytest.approx(whole["logprobs"]["token_logprobs"][1:], abs=1e-4)
     assert [choice["finish_reason"] for choice in choices][-2:] == [None, "length"]
 

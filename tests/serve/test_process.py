@@ -16,6 +16,7 @@ from time import monotonic, sleep
 import pytest
 
 from tests.serve.process import PATIENCE, Server, answer_of, served
+from tests.support.tiny_gguf import write_tiny_model
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
@@ -84,6 +85,26 @@ def test_short_answers_and_health_do_not_wait_for_long_ones(server: Server) -> N
         # A single one may be slow on a busy machine.
         assert median(seconds) < 0.1
     server.wait_until_busy(0)
+
+
+def test_health_does_not_wait_for_schemas(server: Server) -> None:
+    """However slow the machine is, many are answered in the time that a large schema takes."""
+    properties = {f"property_{number}": {"type": ("string", "integer")[number % 2]} for number in range(2000)}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": properties}}}
+    begin = monotonic()
+    seconds: list[float] = []
+    with server.send(CHAT, {**HELLO, "response_format": form}) as asking:
+        asking.settimeout(0)
+        while True:
+            seconds.append(health_seconds(server))
+            try:
+                assert asking.recv(12) == b"HTTP/1.1 200"
+                break
+            except BlockingIOError:
+                continue
+    whole = monotonic() - begin
+    assert len(seconds) > 10
+    assert max(seconds) < whole / 2
 
 
 def test_bodies_that_are_too_large_are_refused_early(server: Server) -> None:
@@ -208,3 +229,17 @@ def test_the_prompt_cache_survives_a_kill(tiny_model: Path, tmp_path: Path) -> N
                 server.wait_until_busy(1)
                 server.process.kill()
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"), [("{% for", "the chat template is broken"), (None, "has no chat template")]
+)
+def test_a_model_without_a_template_that_can_be_used_continues_texts(
+    tmp_path: Path, template: str | None, problem: str
+) -> None:
+    path = write_tiny_model(tmp_path / "plain.gguf", chat_template=template)
+    with served(path, "-k", 1, "-np", 1) as server:
+        assert any("plain.gguf only continues texts" in line and problem in line for line in server.lines)
+        assert server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 3})[0] == 200
+        status, answer = server.post(CHAT, HELLO)
+        assert (status, problem in answer["error"]["message"]) == (400, True)

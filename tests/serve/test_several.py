@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,6 +154,90 @@ def test_both_are_loaded_at_once_and_counted_apart(files: tuple[Path, Path, Path
         assert 'abcli:answers_total{model="second"} 2\n' in text
         assert text.count("# TYPE abcli:answers_total counter\n") == 1
         assert server.end() == 0
+
+
+@pytest.fixture(scope="module")
+def on_demand(files: tuple[Path, Path, Path], common_home: Path) -> Iterator[Server]:
+    """A server of whatever is in the folder of models, of which nothing is loaded yet."""
+    folder = common_home / "models"
+    folder.mkdir()
+    for path in files:
+        (folder / path.name).symlink_to(path)
+    whole = files[0].read_bytes()
+    (folder / "torn.gguf").write_bytes(whole[: len(whole) // 2])
+    (folder / "nothing.gguf").write_bytes(b"no model")
+    with served("--models-max", 2, *SMALL) as found:
+        yield found
+
+
+def test_all_models_here_can_be_asked_without_a_name(on_demand: Server) -> None:
+    found = status(on_demand)
+    # There may be more: the checkout has a folder of models, too.
+    assert {"first", "second", "third", "torn"} <= set(found)
+    assert "nothing" not in found
+    assert set(found.values()) == {"unloaded"}
+    assert on_demand.get("/health") == (200, {"status": "ok"})
+    told = len(on_demand.lines)
+    assert on_demand.post("/v1/completions", asking("first"))[0] == 200
+    assert on_demand.post("/v1/embeddings", {"model": "third", "input": "hello"})[0] == 200
+    assert sorted(loaded(on_demand)) == ["first", "third"]
+    # What they need of the memory is told when they are loaded.
+    assert sum("about" in line and "MiB" in line for line in on_demand.lines[told:]) == 2
+    with on_demand.send("/v1/completions", asking("first", 400, stream=True)) as stream:
+        assert b"200 OK" in stream.recv(4096)
+        # The one used least recently would be the first, but it is held.
+        assert on_demand.post("/v1/completions", asking("second"))[0] == 200
+        assert sorted(loaded(on_demand)) == ["first", "second"]
+    assert on_demand.post("/v1/embeddings", {"model": "third", "input": "hello"})[0] == 200
+    assert len(loaded(on_demand)) == 2
+
+
+def test_a_model_that_cannot_be_loaded_takes_nobody_along(on_demand: Server) -> None:
+    assert on_demand.post("/v1/completions", asking("second"))[0] == 200
+    for path in ("/v1/completions", "/v1/embeddings"):
+        code, answer = on_demand.post(path, {**asking("torn"), "input": "hello"})
+        assert (code, answer["error"]["code"]) == (500, "model_not_loaded")
+        # Where it lies concerns nobody.
+        assert answer["error"]["message"] == "torn cannot be loaded; the server's log says why"
+        assert any("torn.gguf is truncated" in line for line in on_demand.lines)
+    assert status(on_demand)["torn"] == "unloaded"
+    assert on_demand.post("/v1/completions", asking("second"))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["first.gguf", "../models/first", "/etc/passwd", "hf:user/repository", "FIRST", "first\0", "\ud800", "x" * 10**5],
+)
+def test_a_name_is_no_path(on_demand: Server, name: str) -> None:
+    code, answer = on_demand.post("/v1/completions", asking(name))
+    error = answer["error"]
+    assert (code, error["code"], error["type"]) == (404, "model_not_found", "not_found_error")
+    assert "first, second" in error["message"]
+    assert len(error["message"]) < 1_000
+
+
+def test_a_broken_template_is_told_at_the_start(on_demand: Server, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jinja"
+    broken.write_text("{% for message in messages %}")
+    command = [
+        sys.executable,
+        "-m",
+        "abcli",
+        "serve",
+        "--models-max",
+        "2",
+        "--port",
+        "0",
+        "--chat-template",
+        str(broken),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: the chat template is broken")
+
+
+def loaded(server: Server) -> list[str]:
+    return [name for name, value in status(server).items() if value == "loaded"]
 
 
 def metrics(server: Server) -> str:

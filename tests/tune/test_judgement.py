@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abcli.config import ContextConfig
+from abcli.config import ContextConfig, Tuning
 from abcli.evals.model_under_test import Subject
 from abcli.evals.prompts import TokenizedQuestion
 from abcli.evals.scores import Score
@@ -68,14 +68,15 @@ CASES: dict[str, tuple[Sequence[TaskResult], Everyday, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_speaks_against_gains(case: str) -> None:
+def test_what_speaks_against_a_tuning(case: str) -> None:
     results, everyday, wanted = CASES[case]
     found = _objections(results, everyday)
     assert len(found) == len(wanted)
     assert all(start in objection for start, objection in zip(wanted, found, strict=True))
 
 
-LEARNED = Learned(((0.5, 1.5), (1.0, 2.0)), (), 0.01, {}, {"control": ((1.1, 1.1),) * 2})
+TUNING = Tuning(((0.5, 1.5), (1.0, 2.0)), ((1.5, 0.5),) * 2)
+LEARNED = Learned(TUNING, (), 0.01, {}, {"control": Tuning(((1.1, 1.1),) * 2)})
 
 
 def subject(**header: Any) -> Subject:
@@ -92,7 +93,7 @@ def test_a_profile_carries_the_figures() -> None:
     profile = make_profile("mine", settings, LEARNED, judgement, subject())
     assert decode(encode(profile), "it") == profile
     assert profile.task == "needle+mine.jsonl"
-    assert profile.gains == LEARNED.gains
+    assert profile.tuning == LEARNED.tuning
     assert profile.bases == (10_000.0,)
     assert profile.everyday == SAME
     assert profile.evidence.own.configuration == "needle 128: tuned"
@@ -111,14 +112,14 @@ def test_a_profile_carries_the_figures() -> None:
 def test_a_report_says_it_all() -> None:
     judgement = Judgement((result("needle", -0.5, control=-0.1),), SAME, (), ("tools: no data",), ())
     text = "\n".join(result_lines(judgement))
-    assert "needle, 128 tokens, 40 questions on 20 contexts: without gains" in text
-    assert "with gains: " in text
+    assert "needle, 128 tokens, 40 questions on 20 contexts: untuned " in text
+    assert "  tuned: " in text
     assert "control, control: " in text
     assert "points)" in text
     assert "plain text: NLL 3.000 to 3.000, 1,000 tokens" in text
     assert "20 of 50 answers are the same; 1 repeated themselves, 1 do now" in text
     assert "not judged: tools: no data" in text
-    assert verdict_lines(judgement) == ["the gains help where they were learned, and harm nothing that was measured"]
+    assert verdict_lines(judgement) == ["the tuning helps where it was learned, and harms nothing that was measured"]
     assert verdict_lines(replace(judgement, objections=("no",))) == ["against it: no"]
 
 
@@ -143,16 +144,17 @@ def test_it_judges_in_llama_cpp(tiny_model: Path, tmp_path: Path, monkeypatch: p
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(f'{{"prompt": "Number {n}?", "answer": "It is {n}."}}\n' for n in range(24)))
     settings = TuningSettings((str(file),), 64, Files(12, 12))
-    ones = ((1.0,) * 4,) * 2
+    ones = Tuning(((1.0,) * 4,) * 2, ((1.0,) * 2,) * 2)
+    tuning = Tuning(((0.25, 2.0, 1.0, 0.5), (2.0, 0.0, 1.5, 0.5)), ((1.5, 0.5), (0.5, 2.0)))
     told: list[tuple[str, int, int]] = []
     with Subject(checked_model(tiny_model), ContextConfig(threads=1)) as opened:
-        learned = Learned(((0.25, 2.0, 1.0, 0.5), (2.0, 0.0, 1.5, 0.5)), (), 0.0, {}, {"ones": ones})
+        learned = Learned(tuning, (), 0.0, {}, {"ones": ones})
         found = judge(settings, learned, opened, lambda *what: told.append(what))
-        same = judge(settings, replace(learned, gains=ones, controls={}), opened)
+        same = judge(settings, replace(learned, tuning=ones, controls={}), opened)
         (result,) = found.results
         native, tuned = result.of("native").measures, result.of("tuned").measures
         items = settings.sources.held(str(file), 64, opened)
-        with everyday.opened(opened, learned.gains) as llm:
+        with everyday.opened(opened, tuning) as llm:
             scores = llm.score([(item.question.prompt, item.question.continuations[0]) for item in items])
     nll = np.mean([-np.mean([token.log_probability for token in answer]) for answer in scores])
     assert tuned.nll.value == pytest.approx(nll, abs=2e-3)

@@ -1,4 +1,4 @@
-"""Gains are learned: better where they are asked to be, near the untuned model elsewhere, however interrupted."""
+"""A tuning is learned: better where they are asked to be, near the untuned model elsewhere, however interrupted."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from abcli.config import UNTUNED, Tuning
 from abcli.errors import UnsupportedModelError
 from abcli.evals.prompts import TokenizedQuestion
-from abcli.tune.settings import Step, TrainingSettings
+from abcli.tune.settings import Kind, Step, TrainingSettings
 from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_model
 
@@ -18,9 +19,10 @@ torch = pytest.importorskip("torch", reason="abcli[tune] is not installed")
 from abcli.tune.batches import asked_rows  # noqa: E402
 from abcli.tune.guard import Guard  # noqa: E402
 from abcli.tune.training import Learner  # noqa: E402
-from abcli.tune.twin import Twin  # noqa: E402
+from abcli.tune.twin import Heads, Twin  # noqa: E402
 
 SETTINGS = TrainingSettings(steps=6, contexts=2, rate=0.1)
+KINDS: list[tuple[Kind, ...]] = [("gains",), ("multipliers",), ("gains", "multipliers")]
 random = np.random.default_rng(11)
 
 
@@ -49,10 +51,15 @@ def guards(twin: Twin) -> list[list[Guard]]:
     return [[Guard(twin, TEXTS[0]), Guard(twin, TEXTS[1], 10)]]
 
 
-def mean_loss(twin: Twin, gains: tuple[tuple[float, ...], ...]) -> float:
+def as_tensors(tuning: Tuning) -> Heads:
+    gains, multipliers = (torch.tensor(numbers) if numbers else None for numbers in (tuning.gains, tuning.multipliers))
+    return Heads(gains, multipliers)
+
+
+def mean_loss(twin: Twin, tuning: Tuning) -> float:
     asked = asked_rows(GROUPS)
     with torch.no_grad():
-        return float(asked.loss(twin.logits(asked.rows, torch.tensor(gains), asked.wanted)))
+        return float(asked.loss(twin.logits(asked.rows, as_tensors(tuning), asked.wanted)))
 
 
 def test_a_row_asks_what_each_question_asks_alone(twin: Twin) -> None:
@@ -62,36 +69,43 @@ def test_a_row_asks_what_each_question_asks_alone(twin: Twin) -> None:
     def loss(of: list[list[TokenizedQuestion]]) -> float:
         asked = asked_rows(of)
         with torch.no_grad():
-            return float(asked.loss(twin.logits(asked.rows, None, asked.wanted)))
+            return float(asked.loss(twin.logits(asked.rows, Heads(), asked.wanted)))
 
     alone = [loss([[question]]) for group in groups for question in group]
     assert loss(groups) == pytest.approx(np.mean(alone), abs=1e-4)
 
 
-def test_learning_lowers_the_loss(twin: Twin, guards: list[list[Guard]]) -> None:
-    ones = ((1.0,) * twin.heads,) * twin.layers
-    gains = Learner(twin, replace(SETTINGS, steps=30)).learn(GROUPS, guards)
-    assert mean_loss(twin, gains) < mean_loss(twin, ones) - 0.05
-    assert all(round(gain, 4) == gain for layer in gains for gain in layer)
+@pytest.mark.parametrize("kinds", KINDS)
+def test_learning_lowers_the_loss(twin: Twin, guards: list[list[Guard]], kinds: tuple[Kind, ...]) -> None:
+    tuning = Learner(twin, replace(SETTINGS, steps=30, learned=kinds)).learn(GROUPS, guards)
+    assert mean_loss(twin, tuning) < mean_loss(twin, UNTUNED) - 0.05
+    for kind, shape in twin.shapes.items():
+        numbers = getattr(tuning, kind)
+        assert [*map(len, numbers)] == ([shape[1]] * shape[0] if kind in kinds else [])
+        assert all(round(number, 4) == number for layer in numbers for number in layer)
 
 
 def test_a_guard_keeps_the_model_what_it_was(twin: Twin, guards: list[list[Guard]]) -> None:
     def divergence(weight: float) -> float:
-        gains = Learner(twin, replace(SETTINGS, steps=30, guard_weight=weight)).learn(GROUPS, guards)
-        return float(sum(guard.divergence(torch.tensor(gains)) for guard in guards[0]))
+        tuning = Learner(twin, replace(SETTINGS, steps=30, guard_weight=weight)).learn(GROUPS, guards)
+        return float(sum(guard.divergence(as_tensors(tuning)) for guard in guards[0]))
 
     loose, tight = divergence(0.0), divergence(100.0)
     assert tight < loose / 4
-    ones = torch.ones(twin.layers, twin.heads)
-    assert float(guards[0][0].divergence(ones)) == pytest.approx(0, abs=1e-6)
-    assert float(guards[0][1].divergence(1.5 * ones)) > 1e-3
+    gains, multipliers = (torch.ones(twin.shapes[kind]) for kind in KINDS[-1])
+    assert float(guards[0][0].divergence(Heads(gains, multipliers))) == pytest.approx(0, abs=1e-6)
+    assert float(guards[0][1].divergence(Heads(1.5 * gains))) > 1e-3
+    assert float(guards[0][1].divergence(Heads(None, 1.5 * multipliers))) > 1e-3
 
 
-def test_one_gain_is_that_of_all_heads(twin: Twin) -> None:
-    gains = Learner(twin, replace(SETTINGS, single=True)).learn(GROUPS, [])
-    assert len(gains) == twin.layers
-    assert {gain for layer in gains for gain in layer} != {1.0}
-    assert len({gain for layer in gains for gain in layer}) == 1
+@pytest.mark.parametrize("kinds", KINDS)
+def test_one_number_is_that_of_all_heads(twin: Twin, kinds: tuple[Kind, ...]) -> None:
+    tuning = Learner(twin, replace(SETTINGS, single=True, learned=kinds)).learn(GROUPS, [])
+    for kind in kinds:
+        numbers = getattr(tuning, kind)
+        assert len(numbers) == twin.shapes[kind][0]
+        assert {number for layer in numbers for number in layer} != {1.0}
+        assert len({number for layer in numbers for number in layer}) == 1
 
 
 class StopError(Exception):
@@ -102,7 +116,8 @@ class StopError(Exception):
 def test_going_on_gives_what_not_stopping_gives(
     twin: Twin, guards: list[list[Guard]], tmp_path: Path, frugal: bool
 ) -> None:
-    whole = Learner(twin, SETTINGS, frugal=frugal)
+    settings = replace(SETTINGS, learned=KINDS[-1])
+    whole = Learner(twin, settings, frugal=frugal)
     wanted = whole.learn(GROUPS, guards)
     file = tmp_path / "folder" / "half.pt"
 
@@ -112,13 +127,13 @@ def test_going_on_gives_what_not_stopping_gives(
 
     for _ in range(2):
         with pytest.raises(StopError):
-            Learner(twin, SETTINGS, file, frugal=frugal).learn(GROUPS, guards, stop)
-    last = Learner(twin, SETTINGS, file, frugal=frugal)
+            Learner(twin, settings, file, frugal=frugal).learn(GROUPS, guards, stop)
+    last = Learner(twin, settings, file, frugal=frugal)
     assert len(last.steps) == 4
     assert last.learn(GROUPS, guards) == wanted
     assert last.steps == whole.steps
     # What is done is not done again.
-    assert Learner(twin, SETTINGS, file).learn(GROUPS, guards, stop) == wanted
+    assert Learner(twin, settings, file).learn(GROUPS, guards, stop) == wanted
 
 
 def test_another_seed_takes_another_order(twin: Twin) -> None:
@@ -132,7 +147,7 @@ def test_a_damaged_file_is_begun_anew(twin: Twin, tmp_path: Path, damage: str) -
     file = tmp_path / "half.pt"
     wanted = Learner(twin, SETTINGS, file).learn(GROUPS, [])
     data = file.read_bytes()
-    file.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"gains"}.get(damage, data))
+    file.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"text"}.get(damage, data))
     if damage == "another model":
         Learner(twin, replace(SETTINGS, single=True), tmp_path / "other.pt").learn(GROUPS, [])
         (tmp_path / "other.pt").replace(file)

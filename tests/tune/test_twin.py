@@ -1,7 +1,8 @@
-"""The twin computes what llama.cpp computes, with gains and without, and its gradients are right."""
+"""The twin computes what llama.cpp computes, tuned and untuned, and its gradients are right."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from abcli.config import UNTUNED, HeadNumbers, Tuning
 from abcli.errors import UsageError
 from abcli.gguf.checked import CheckedModel
 from abcli.native.model import Model
@@ -21,10 +23,10 @@ from tests.support.tiny_gguf import Architecture, write_tiny_model
 torch = pytest.importorskip("torch", reason="abcli[tune] is not installed")
 from abcli.tune.batches import text_rows  # noqa: E402
 from abcli.tune.devices import free_bytes, torch_device  # noqa: E402
-from abcli.tune.twin import Rows, Twin  # noqa: E402
+from abcli.tune.twin import Heads, Rows, Twin  # noqa: E402
 
 CPU = torch.device("cpu")
-HEADS = 4
+HEADS, KEY_HEADS = 4, 2
 # Nats; ggml looks GELU up in a table of half-precision numbers.
 AGREES = {"gemma3": 1e-6}
 TOKENS = [int(token) for token in np.random.default_rng(7).integers(40, 300, 100)]
@@ -48,9 +50,20 @@ def tiny(folder: Path, architecture: Architecture = "llama", **settings: Any) ->
     return checked_model(write_tiny_model(folder / "model.gguf", architecture=architecture, **settings))
 
 
-def gains_for(checked: CheckedModel) -> tuple[tuple[float, ...], ...]:
+def tuning_for(checked: CheckedModel) -> Tuning:
     random = np.random.default_rng(3)
-    return tuple(tuple(random.uniform(0.3, 2.0, HEADS).round(3).tolist()) for _ in range(checked.header.layers))
+
+    def numbers(heads: int) -> HeadNumbers:
+        return tuple(tuple(random.uniform(0.3, 2.0, heads).round(3).tolist()) for _ in range(checked.header.layers))
+
+    return Tuning(numbers(HEADS), numbers(KEY_HEADS))
+
+
+def as_tensors(tuning: Tuning, **options: Any) -> Heads:
+    gains, multipliers = (
+        torch.tensor(numbers, **options) if numbers else None for numbers in (tuning.gains, tuning.multipliers)
+    )
+    return Heads(gains, multipliers)
 
 
 def by_llama_cpp(checked: CheckedModel) -> NDArray[np.float64]:
@@ -62,10 +75,10 @@ def by_llama_cpp(checked: CheckedModel) -> NDArray[np.float64]:
     return logits - np.logaddexp.reduce(logits)
 
 
-def by_torch(checked: CheckedModel, gains: tuple[tuple[float, ...], ...] = ()) -> NDArray[np.float64]:
+def by_torch(checked: CheckedModel, tuning: Tuning = UNTUNED) -> NDArray[np.float64]:
     rows, wanted = text_rows([[*TOKENS, 0]], [len(TOKENS)])
     with torch.no_grad():
-        logits = Twin(checked, CPU).logits(rows, torch.tensor(gains) if gains else None, wanted)
+        logits = Twin(checked, CPU).logits(rows, as_tensors(tuning), wanted)
     found: NDArray[np.float64] = logits[0].double().log_softmax(-1).numpy()
     return found
 
@@ -77,12 +90,13 @@ def divergence(known: NDArray[np.float64], found: NDArray[np.float64]) -> float:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_it_agrees_with_llama_cpp(tmp_path: Path, architecture: Architecture) -> None:
     checked = tiny(tmp_path, architecture)
-    gains = gains_for(checked)
-    plain, tuned = by_llama_cpp(checked), by_llama_cpp(checked.with_gains(gains))
-    bound = AGREES.get(architecture, 1e-8)
+    whole = tuning_for(checked)
+    plain, bound = by_llama_cpp(checked), AGREES.get(architecture, 1e-8)
     assert divergence(plain, by_torch(checked)) < bound
-    assert divergence(tuned, by_torch(checked, gains)) < bound
-    assert divergence(plain, tuned) > 1e-3
+    for tuning in (Tuning(whole.gains), Tuning((), whole.multipliers), whole):
+        tuned = by_llama_cpp(checked.with_tuning(tuning))
+        assert divergence(tuned, by_torch(checked, tuning)) < bound
+        assert divergence(plain, tuned) > 1e-3
 
 
 CASES: dict[str, tuple[Architecture, dict[str, Any]]] = {
@@ -137,10 +151,10 @@ def test_answers_in_one_row_do_not_see_each_other(tmp_path: Path, architecture: 
     rows = Rows(*(torch.tensor([part + more]) for part, more in zip((tokens, positions, segments), fill, strict=True)))
     ends = torch.tensor([[0, 79], [0, 94]])
     with torch.no_grad():
-        together = twin.logits(rows, None, ends)
+        together = twin.logits(rows, Heads(), ends)
         for found, answer in zip(together, answers, strict=True):
             alone, wanted = text_rows([[*context, *answer, 0]], [70 + len(answer)])
-            assert (twin.logits(alone, None, wanted)[0] - found).abs().max() < 1e-4
+            assert (twin.logits(alone, Heads(), wanted)[0] - found).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("frugal", [False, True])
@@ -148,18 +162,21 @@ def test_the_gradient_is_that_of_finite_differences(tmp_path: Path, frugal: bool
     checked = tiny(tmp_path, "gemma3")
     twin = Twin(checked, CPU)
     rows, wanted = text_rows([[*TOKENS[:30], 0]], [20])
-    gains = torch.tensor(gains_for(checked), requires_grad=True)
+    heads = as_tensors(tuning_for(checked), requires_grad=True)
 
-    def loss(at: Any) -> Any:
+    def loss(at: Heads) -> Any:
         return twin.logits(rows, at, wanted, frugal=frugal).log_softmax(-1)[:, 99].mean()
 
-    loss(gains).backward()
-    for layer, head in ((0, 1), (3, 2), (5, 0)):
-        step = torch.zeros_like(gains)
-        step[layer, head] = 1e-2
-        with torch.no_grad():
-            slope = (loss(gains + step) - loss(gains - step)) / 2e-2
-        assert gains.grad[layer, head] == pytest.approx(float(slope), rel=0.02, abs=1e-4)
+    loss(heads).backward()
+    for kind, places in {"gains": ((0, 1), (3, 2), (5, 0)), "multipliers": ((0, 1), (5, 0))}.items():
+        numbers = getattr(heads, kind)
+        for layer, head in places:
+            step = torch.zeros_like(numbers)
+            step[layer, head] = 1e-2
+            with torch.no_grad():
+                more, less = (replace(heads, **{kind: numbers + sign * step}) for sign in (1, -1))
+                slope = (loss(more) - loss(less)) / 2e-2
+            assert numbers.grad[layer, head] == pytest.approx(float(slope), rel=0.02, abs=1e-4)
 
 
 def test_a_device_that_is_not_there_is_a_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:

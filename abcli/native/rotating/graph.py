@@ -109,22 +109,36 @@ class Observer:
 def rope_node(node: TensorStruct) -> RopeNode:
     """What a ROPE operation does. Raises UnsupportedModelError for a rotation of another kind than plain RoPE."""
     dimensions, mode, original, base, scale, extrapolation, _, fast, slow, first = rope_numbers(node)
+    parameters = parameters_of(node.src[2], dimensions, mode, original, scale, extrapolation, fast, slow)
+    return RopeNode(base, parameters, first, node.ne[0], node.ne[1], node.type)
+
+
+def parameters_of(
+    factors: int | None,
+    dimensions: int,
+    mode: int,
+    original: int,
+    scale: float,
+    extrapolation: float,
+    fast: float,
+    slow: float,
+) -> RopeParameters:
+    """What the arguments of `ggml_rope_ext` say; `factors` is its tensor of them. Raises UnsupportedModelError."""
     if mode not in (api.MODE_NORMAL, api.MODE_NEOX):
         raise UnsupportedModelError(
             f"the model's positions have several parts (ggml's RoPE mode {mode}), which one batch cannot vary",
             "use `engine=contexts` with this model",
         )
-    parameters = RopeParameters(
+    return RopeParameters(
         dimensions=dimensions,
         neox=mode == api.MODE_NEOX,
         frequency_scale=scale,
-        factors=_floats(node.src[2])[: dimensions // 2] if node.src[2] else None,
+        factors=_floats(factors)[: dimensions // 2] if factors else None,
         extrapolation_factor=extrapolation,
         beta_fast=fast,
         beta_slow=slow,
         original_context=original,
     )
-    return RopeNode(base, parameters, first, node.ne[0], node.ne[1], node.type)
 
 
 def _cache(root: int, transposed: bool, rope: int | None) -> CacheTensor:

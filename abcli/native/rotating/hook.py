@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import llama_cpp.llama_cpp as llama
@@ -46,6 +46,13 @@ class Actor(Protocol):
         """In place of `ggml_backend_tensor_copy`."""
 
 
+class Rotator(Protocol):
+    """Whoever rotates numbers in its own way on its thread. What it raises must not leave the method."""
+
+    def rotate(self, original: Callable[..., int], *arguments: Any) -> int:
+        """In place of `ggml_rope_ext`, also where an actor calls what it takes for the original."""
+
+
 class Multiplier(Protocol):
     """Whoever acts in place of ggml's product of matrices on its thread. What it raises must not leave the method."""
 
@@ -64,6 +71,11 @@ def acting(actor: Actor) -> AbstractContextManager[None]:
 def multiplying(multiplier: Multiplier) -> AbstractContextManager[None]:
     """The same for `ggml_mul_mat` alone, whoever acts besides."""
     return _set("multiplier", multiplier)
+
+
+def rotating(rotator: Rotator) -> AbstractContextManager[None]:
+    """The same for the rotation itself, below the actor."""
+    return _set("rotator", rotator)
 
 
 @contextmanager
@@ -134,8 +146,10 @@ def rope_hook() -> Hook:
     """The hook of `ggml_rope_ext`. Raises PointerError where it cannot be had."""
 
     def replacement(original: Callable[..., int], *arguments: Any) -> int:
+        rotator: Rotator | None = getattr(_threads, "rotator", None)
+        rotate = original if rotator is None else partial(rotator.rotate, original)
         actor: Actor | None = getattr(_threads, "actor", None)
-        return original(*arguments) if actor is None else actor.rope(original, arguments)
+        return rotate(*arguments) if actor is None else actor.rope(rotate, arguments)
 
     return Hook(api.rope, _ROPE, replacement)
 

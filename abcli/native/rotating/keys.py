@@ -30,7 +30,7 @@ class KeyBlock:
     """Keys of `layers` layers with the same shape, `stride` bytes from layer to layer.
 
     `offset` (bytes) is where the first key of the first layer starts; each layer holds `cells` rows of `heads` x
-    `width` numbers of ggml type `type_id` (0 = f32, 1 = f16).
+    `width` numbers of ggml type `type_id` (0 = f32, 1 = f16). `head` is the only one that is meant, if one is.
     """
 
     offset: int
@@ -40,6 +40,7 @@ class KeyBlock:
     heads: int
     width: int
     type_id: int
+    head: int | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -203,9 +204,9 @@ def _place_keys(context: int, buffer: int, address: int, block: KeyBlock) -> int
     view = api.view_4d(
         context,
         vector,
-        *(block.width, block.heads, block.cells, block.layers),
+        *(block.width, block.heads if block.head is None else 1, block.cells, block.layers),
         *(block.width * number, block.row_bytes, block.stride),
-        0,
+        (block.head or 0) * block.width * number,
     )
     api.check(api.view_init(view))
     return int(view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from functools import partial
@@ -17,8 +18,11 @@ from abcli.serve.events import EventStream, event
 from abcli.serve.problems import problem_of
 from abcli.serve.responses.events import ResponseEvents
 from abcli.serve.responses.request import chat_request
-from abcli.serve.routing import Body, JsonResponse, post
+from abcli.serve.routing import Body, post, written
 from abcli.serve.service import Answering, Service
+
+# How deep the log-probabilities of an event stand.
+_DEPTH = 7
 
 
 def routes() -> list[Route]:
@@ -37,11 +41,11 @@ async def create_response(service: Service, body: Body) -> Response:
     told = ResponseEvents(body, request.model)
     events = _events(service, told, answering)
     if request.stream:
-        wire = (event(item, item["type"]) async for item in _whole(told, events))
+        wire = (await asyncio.to_thread(event, item, item["type"], depth=_DEPTH) async for item in _whole(told, events))
         return EventStream(wire, ping_seconds=service.settings.ping_seconds, on_close=answering.close)
     async for _item in events:
         pass
-    return JsonResponse(told.response)
+    return await written(lambda: told.response, _DEPTH)
 
 
 async def _events(service: Service, told: ResponseEvents, answering: Answering) -> AsyncIterator[dict[str, Any]]:
@@ -51,7 +55,9 @@ async def _events(service: Service, told: ResponseEvents, answering: Answering) 
         async for piece in answering:
             news = answering.chosen[taken:]
             taken += len(news)
-            for item in told.add(piece, logprobs_of(news, service.pieces)["content"] if news else ()):
+            logprobs = logprobs_of(news, service.pieces)["content"] if news else ()
+            # What ends a part repeats all of it, where that keeps nobody waiting.
+            for item in await asyncio.to_thread(list, told.add(piece, logprobs)):
                 yield item
 
 
