@@ -195,8 +195,6 @@ def check_servable(model: Model, config: ContextConfig, buckets: int) -> None:
         reason = "has positions of several parts (M-RoPE)"
     elif model.checked.header.integer(_MLA_KEY):
         reason = "keeps compressed keys and values (MLA)"
-    elif buckets > 1 and model.checked.tuning.multipliers:
-        reason = "has heads with bases of their own, and several buckets of these need contexts of their own"
     elif buckets > 1 and not model.has_rope:
         reason = "does not use RoPE, so there is no base to vary"
     elif buckets > min(config.ubatch_size, config.batch_size):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any
 
@@ -104,10 +104,14 @@ class FusedContext(Sequences):
         parameters.kv_unified = False
         self._token = model.vocabulary_size // 2
         self.follows: frozenset[int] = frozenset()
+        # The graph of a model whose heads have bases of their own, as it is without these.
+        self._untuned: Observation | None = None
         obstacle = hook_obstacle()
         turns = any(other != base for other in self.bases)
         if turns:
-            self.follows, obstacle = following_rotations(model, config, base, cancel, obstacle)
+            self.follows, untuned, obstacle = following_rotations(model, config, base, cancel, obstacle)
+            if model.checked.tuning.multipliers:
+                self._untuned = untuned
         self._open(model, parameters, base, cancel, obstacle)
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -122,11 +126,17 @@ class FusedContext(Sequences):
 
     def _open(self, model: Model, parameters: Any, base: float, cancel: CancelFlag, obstacle: str) -> None:
         """Make the context; `obstacle` says why rows cannot be turned inside the graph."""
+        multipliers = model.checked.tuning.multipliers
+        if self.follows and obstacle and multipliers:
+            raise UnsupportedModelError(
+                f"rows of heads with bases of their own are turned inside the graph only: {obstacle}",
+                "use `engine=contexts`",
+            )
         with ExitStack() as stack:
             # A graph may be reserved for as many rows as make whole sequences.
             rows = parameters.n_ubatch + parameters.n_seq_max
             self.devices = stack.enter_context(Devices())
-            tables = Tables(self.devices, base, rows) if self.follows else None
+            tables = Tables(self.devices, base, rows, multipliers) if self.follows else None
             way: Turning = ByCallback(base, tables, self.devices) if obstacle else InGraph(base, tables)
             stack.callback(way.close)
             self._stack = ExitStack()
@@ -141,7 +151,7 @@ class FusedContext(Sequences):
             self._mirrored = self._copied = False
             self._mixer = stack.enter_context(LogitsMixer(self.devices, self.buckets, model.vocabulary_size))
             self.observation = self._observe()
-            self._cells = DeviceCache(self.observation, self.follows, self.devices)
+            self._cells = DeviceCache(self.observation, self.follows, self.devices, multipliers)
             self._stack = stack.pop_all()
 
     def sequence(self, slot: int, column: int) -> int:
@@ -372,7 +382,13 @@ class FusedContext(Sequences):
         part = BatchPart(sequence, 0, (self._token,), output=False)
         self._way.run(lambda: self.decode([part]), visit=observer.visit)
         self.truncate(sequence, 0)
-        return observer.result()
+        found = observer.result()
+        if self._untuned is None:
+            return found
+        # Between a rotation by the bases of heads and the cache lie more operations than views.
+        ropes = {layer: keys.rope for layer, keys in self._untuned.keys.items()}
+        own = {layer: replace(keys, rope=ropes.get(layer)) for layer, keys in found.keys.items()}
+        return Observation(self._untuned.ropes, own, found.values)
 
     def _wrong_turn(self) -> str:
         """Why the keys that come out are not those of their base; empty if they are, or cannot be read.
