@@ -31,6 +31,8 @@ Warn: TypeAlias = Callable[[str], None]
 
 # llama.cpp reads a quantised value cache only in its flash attention.
 _PLAIN_CACHE_TYPES = ("f32", "f16", "bf16")
+# More crash ggml (its GGML_MAX_N_THREADS).
+_MAX_THREADS = 512
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,17 @@ def prepare(
 
 def check_context(context: ContextConfig) -> None:
     """Raise UsageError for settings that make no sense, or do not go together."""
-    for name, value, least in (
-        ("ctx_size", context.context_size, 0),
-        ("slots", context.slots, 1),
-        ("batch_size", context.batch_size, 1),
-        ("ubatch_size", context.ubatch_size, 1),
-        ("threads", context.threads, 0),
+    largest = 2**31 - 1
+    for name, value, least, most in (
+        ("ctx_size", context.context_size, 0, largest),
+        ("slots", context.slots, 1, largest),
+        ("batch_size", context.batch_size, 1, largest),
+        ("ubatch_size", context.ubatch_size, 1, largest),
+        ("threads", context.threads, 0, _MAX_THREADS),
     ):
-        if not least <= value < 2**31:
-            raise UsageError(f"`{name}` {value} is impossible", f"choose {least} or more", setting=name)
+        if not least <= value <= most:
+            hint = f"choose {least} or more" if most == largest else f"choose {least} to {most}"
+            raise UsageError(f"`{name}` {value} is impossible", hint, setting=name)
     for name, choice, known in (
         ("flash_attn", context.flash_attention, get_args(FlashAttention)),
         ("cache_type_k", context.cache_type_k, get_args(CacheType)),

@@ -17,12 +17,7 @@ import abcli
 from tests.support.tiny_gguf import write_tiny_mamba
 
 PROMPTS = ("The capital of France is", "def add(a, b):", "Ω and naïve 🙂 are", "One, two, three,")
-MORE_PROMPTS = (
-    *("Once upon a time", "Dear Sir or Madam,", "SELECT name FROM", "The quick brown fox", "Water boils at"),
-    *("Q: What is 7 times 6?\nA:", '{"name": "Ada",', "Roses are red,", "<html>\n<body>", "Il fait beau et"),
-    *("To be, or not to be", "def fibonacci(n):\n    if n < 2:", "The president of", "My favourite colour is"),
-    *("import os", "1 2 3 5 8"),
-)
+MORE_PROMPTS = ("SELECT name FROM", '{"name": "Ada",', "Roses are red,", "def fibonacci(n):\n    if n < 2:")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 10}
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "seed": 5, "repeat_penalty": 1.3, "top_k": 20, "max_tokens": 10}
 DOG = {"type": "object", "properties": {"name": {"enum": ["Rex", "Ada"]}}, "required": ["name"]}
@@ -50,8 +45,8 @@ def same(real_model: Path) -> Iterator[tuple[llama_cpp.Llama, llama_cpp.Llama]]:
 
 
 @pytest.fixture(scope="module")
-def several(real_model: Path) -> Iterator[abcli.Llama]:
-    llama = abcli.Llama(str(real_model), buckets=3, n_ctx=512, verbose=False)
+def several(tiny_model: Path) -> Iterator[abcli.Llama]:
+    llama = abcli.Llama(str(tiny_model), buckets=3, n_ctx=2048, verbose=False)
     yield llama
     llama.close()
 
@@ -134,7 +129,8 @@ def test_below_the_text(several: abcli.Llama) -> None:
     generated = several.generate(tokens, temp=0)
     first = [next(generated) for _ in range(4)]
     assert (
-        several.detokenize(first).decode() == several(PROMPTS[0], **{**GREEDY, "max_tokens": 4})["choices"][0]["text"]
+        several.detokenize(first).decode(errors="ignore")
+        == several(PROMPTS[0], **{**GREEDY, "max_tokens": 4})["choices"][0]["text"]
     )
     state = several.save_state()
     several("Something else", **GREEDY)
@@ -158,7 +154,7 @@ def test_a_cache_is_used(several: abcli.Llama) -> None:
 @pytest.mark.filterwarnings("ignore:the chat template")
 def test_schemas_and_tools(several: abcli.Llama) -> None:
     messages = [{"role": "user", "content": "Add three"}]
-    limits: dict[str, Any] = {"temperature": 0, "max_tokens": 90}
+    limits: dict[str, Any] = {"temperature": 0, "max_tokens": 300, "thinking_budget": 0}
     for form in ({"type": "json_object", "schema": DOG}, {"type": "json_schema", "json_schema": {"schema": DOG}}):
         done = several.create_chat_completion(messages, response_format=form, logprobs=True, top_logprobs=2, **limits)
         assert '"name"' in done["choices"][0]["message"]["content"]
@@ -180,13 +176,13 @@ def test_schemas_and_tools(several: abcli.Llama) -> None:
     # The conversation goes on with what else is asked.
     assert several(PROMPTS[0], **GREEDY)["choices"][0]["text"]
     with closing(abcli.Llama(several.model_path, buckets=1, n_ctx=256, chat_format="chatml", verbose=False)) as named:
-        assert named.create_chat_completion(messages, **limits)["choices"]
+        assert named.create_chat_completion(messages, **GREEDY)["choices"]
 
 
 def test_what_cannot_be_is_said(several: abcli.Llama, real_model: Path) -> None:
     with pytest.raises(abcli.UsageError, match="ctx"):
         _ = several.ctx
-    with pytest.raises(ValueError, match="context window of 512"):
+    with pytest.raises(ValueError, match="context window of 2048"):
         several("long " * 600)
     with pytest.raises(abcli.UsageError, match="embedding"):
         several.embed("x")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from math import log
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from abcli.config import MergeRule
 from abcli.engine.backend import Backend, Part, Sharing
 from abcli.engine.prompt_cache import Piece, PromptCache
+from abcli.engine.waiting import Waiting
 from abcli.errors import ContextFullError
 from abcli.native.llama import CancelFlag
 from abcli.native.owner import Owner
@@ -28,19 +28,6 @@ Progress = Callable[[int, int], None]
 # Called with the native bucket's logits [vocab]: whether they decide alone.
 Gate = Callable[[NDArray[np.float32]], bool]
 NO_GATES: Mapping[int, Gate] = {}
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """What is to be appended to a slot, of which the first `done` tokens are there."""
-
-    tokens: tuple[int, ...]
-    shared: bool
-    done: int = 0
-
-    @property
-    def left(self) -> int:
-        return len(self.tokens) - self.done
 
 
 class Engine(Owner):
@@ -79,8 +66,7 @@ class Engine(Owner):
         self._cache = cache
         self._cancellable = False
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
-        self._waiting: dict[int, _Prompt] = {}
-        self._oldest_first = False
+        self._waiting = Waiting(lambda shared: backend.piece(1 if shared else backend.buckets))
         self._agreements: Mapping[int, float] = {}
         self._logits: NDArray[np.float32] = np.empty((slots, len(backend.bases), vocabulary_size), np.float32)
         self.forgets = forgets
@@ -124,7 +110,7 @@ class Engine(Owner):
 
     def waiting(self, slot: int) -> int:
         """How many tokens of the slot's prompt are yet to be computed."""
-        return self._waiting[slot].left if slot in self._waiting else 0
+        return self._waiting.left(slot)
 
     def begin(self, slot: int, tokens: Sequence[int]) -> int:
         """Let the steps to come append `tokens` (one or more) to `slot`; how many of them have to be computed.
@@ -138,7 +124,7 @@ class Engine(Owner):
         self._check_room(len(held) + len(tokens))
         with self._computing():
             left = self._restore(slot, tokens)
-        self._waiting[slot] = _Prompt(tuple(left), self.sharing.shared and len(left) >= self._least_shared)
+        self._waiting.add(slot, left, shared=self.sharing.shared and len(left) >= self._least_shared)
         return len(left)
 
     def step(
@@ -163,12 +149,13 @@ class Engine(Owner):
             rows = dict(tokens)
             complete = self._advance(rows)
             decided = self._append(rows, merge, gates)
-            for slot in complete:
+            for slot, computed in complete.items():
                 # Every bucket has computed the end of an exact prompt, but the gate is asked all the same.
                 gated = slot in gates and slot not in rows and self._backend.native in self._buckets
                 if gated and gates[slot](self._logits[slot, self._backend.native]):
                     decided.add(slot)
-                self._store(slot, len(self._waiting.pop(slot).tokens))
+                self._waiting.drop(slot)
+                self._store(slot, computed)
         return {slot: self._logits[slot, self._given(slot, decided)] for slot in (*tokens, *complete)}
 
     def _given(self, slot: int, decided: Collection[int]) -> slice:
@@ -248,7 +235,7 @@ class Engine(Owner):
 
     def drop(self, slot: int) -> None:
         """Compute no more of the slot's prompt; what it holds stays."""
-        self._waiting.pop(slot, None)
+        self._waiting.drop(slot)
 
     def truncate(self, slot: int, length: int) -> int:
         """Forget what follows the first `length` tokens, and a prompt that waits; the number of tokens kept.
@@ -272,52 +259,28 @@ class Engine(Owner):
         if self._cancellable:
             self._cancel.set()
 
-    def _advance(self, rows: dict[int, int]) -> list[int]:
-        """Compute a piece of what waits; the slots that are then complete.
+    def _advance(self, rows: dict[int, int]) -> dict[int, int]:
+        """Compute a piece of what waits; the slots whose prompts are then complete, and how many tokens these have.
 
         The last token of a shared prompt is left to every bucket: it is put into `rows`.
         """
-        pieces = self._next_pieces()
-        exact, led, complete = [], [], []
-        for slot, piece in pieces.items():
-            prompt = self._waiting[slot]
-            ends = len(piece) + prompt.shared == prompt.left
-            if ends:
-                complete.append(slot)
+        exact, led, complete = [], [], {}
+        for piece in self._waiting.advance():
+            slot, prompt = piece.slot, piece.prompt
             if prompt.shared:
-                led.append(self._part(slot, piece, output=False))
+                led.append(self._part(slot, piece.tokens, output=False))
             else:
-                exact.append(self._part(slot, piece, output=ends))
-            if ends and prompt.shared:
-                rows[slot] = prompt.tokens[-1]
-            self._waiting[slot] = replace(prompt, done=prompt.done + len(piece))
+                exact.append(self._part(slot, piece.tokens, output=piece.ends))
+            if piece.ends:
+                complete[slot] = len(prompt.tokens)
+                if prompt.shared:
+                    rows[slot] = prompt.tokens[-1]
         for parts, columns in ((exact, self._buckets), (led, [self._backend.leader])):
             if parts:
                 for part in parts:
                     self._catch_up(part.slot, columns)
                 self._compute(parts, columns)
         return complete
-
-    def _next_pieces(self) -> dict[int, Sequence[int]]:
-        """What one step computes of which prompt: a piece of one, and beside it whole ends of others if they fit.
-
-        The oldest prompt and the one with the least left take turns, so that a short one does not wait for a long one
-        to end, nor a long one for ever. Where a prompt is cut depends on nothing but itself.
-        """
-        pieces: dict[int, Sequence[int]] = {}
-        if not self._waiting:
-            return pieces
-        self._oldest_first = not self._oldest_first
-        first = next(iter(self._waiting)) if self._oldest_first else min(self._waiting, key=self.waiting)
-        room = 1.0
-        for slot in dict.fromkeys((first, *self._waiting)):
-            prompt = self._waiting[slot]
-            size = self._backend.piece(1 if prompt.shared else len(self._buckets))
-            end = min(prompt.done + size, len(prompt.tokens) - prompt.shared)
-            if not pieces or (end - prompt.done) / size <= room:
-                pieces[slot] = prompt.tokens[prompt.done : end]
-                room -= (end - prompt.done) / size
-        return pieces
 
     def _append(self, rows: Mapping[int, int], merge: MergeRule | None, gates: Mapping[int, Gate]) -> set[int]:
         """Append a token to each slot; those whose native bucket decides alone, so that it alone has the token."""
@@ -433,21 +396,17 @@ class Engine(Owner):
     @contextmanager
     def _computing(self) -> Iterator[None]:
         """Allow `cancel` while the block runs; if it fails, put back what the slots held and what was waiting."""
-        within, before, waiting = self._cancellable, [len(held) for held in self._tokens], dict(self._waiting)
+        within, before, waiting = self._cancellable, [len(held) for held in self._tokens], self._waiting.snapshot()
         if not within:
             self._cancel.clear()
         self._cancellable = True
         try:
             yield
         except BaseException:
-            self._waiting = waiting
-            for slot, length in enumerate(before):
-                held = self._tokens[slot][:length]
-                self._keep(slot, len(held))
-                lost = held[len(self._tokens[slot]) :]
-                if slot in waiting and lost:
-                    prompt = waiting[slot]
-                    waiting[slot] = replace(prompt, tokens=(*lost, *prompt.tokens[prompt.done :]), done=0)
+            held = [tokens[:length] for tokens, length in zip(self._tokens, before, strict=True)]
+            for slot, tokens in enumerate(held):
+                self._keep(slot, len(tokens))
+            self._waiting.restore(waiting, lambda slot: held[slot][len(self._tokens[slot]) :])
             raise
         finally:
             self._cancellable = within

@@ -86,6 +86,7 @@ def _find(parameters: RopeParameters, native_base: float, context: int, search: 
     """The multiples of the native base that the search chooses, ascending."""
     # The ends of the range must be possible bases; then all between them are.
     choose_bases(BucketConfig(multipliers=(search.low, search.high)), native_base)
+    _check_size(search.candidates + 1, context)
     multipliers = candidate_multipliers(search.low, search.high, search.candidates)
     table = _shares(parameters, [multiplier * native_base for multiplier in multipliers], context)
     find = search_paper if search.objective == "paper" else search_envelope
@@ -95,12 +96,17 @@ def _find(parameters: RopeParameters, native_base: float, context: int, search: 
 
 def _shares(parameters: RopeParameters, bases: Sequence[float], context: int) -> Floats:
     """The waves of `bases` as shares of A(0), float64 [bases, context]."""
-    if len(bases) * context > MAX_VALUES:
-        raise UsageError(
-            f"{len(bases)} bases over {context} tokens are too much to compute",
-            f"choose a `ctx_size` of {MAX_VALUES // len(bases)} or less, or fewer bases",
-        )
+    _check_size(len(bases), context)
     frequencies = np.array([angular_frequencies(parameters, base) for base in bases])
     table = waveforms(frequencies, context)
     table /= value_at_zero(frequencies.shape[1])
     return table
+
+
+def _check_size(bases: int, context: int) -> None:
+    """Raise UsageError for more than can be computed."""
+    if bases * context > MAX_VALUES:
+        raise UsageError(
+            f"{bases} bases over {context} tokens are too much to compute",
+            f"choose a `ctx_size` of {MAX_VALUES // bases} or less, or fewer bases",
+        )

@@ -64,7 +64,7 @@ def test_text_blocks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ordered", "format", "suffix", "step"),
     # The journals of all kinds are alike.
-    [(*kind, step) for kind, step in zip(KINDS, (1, 1, 1, 13, 13, 13), strict=True)],
+    [(*kind, step) for kind, step in zip(KINDS, (1, 7, 1, 13, 13, 13), strict=True)],
 )
 def test_a_run_that_was_cut_at_any_byte_is_continued(
     tmp_path: Path, ordered: bool, format: Any, suffix: str, step: int

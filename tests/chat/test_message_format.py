@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abcli.chat.message_format import message_fields, read_messages
@@ -16,6 +16,7 @@ from tests.chat.strategies import MESSAGES
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
+@settings(max_examples=50)
 @given(st.lists(MESSAGES, min_size=1))
 def test_what_is_written_is_read_back(messages: list[Message]) -> None:
     written = json.loads(json.dumps([message_fields(message) for message in messages]))

@@ -70,7 +70,7 @@ def test_windows_say_what_the_whole_says(line: object, turns: int, opened: bool)
         assert WindowedRendering(render).text(messages, PLAIN, opened, ANCHOR) == render(messages, PLAIN, opened)
 
 
-@settings(deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.sampled_from(["assistant", "system"]), max_size=3), min_size=MIN_TURNS, max_size=90))
 def test_turns_of_any_length_are_joined(turns: list[list[str]]) -> None:
     messages = []

@@ -142,6 +142,7 @@ def test_a_model_that_was_sound_yesterday(tiny_model: Path, tmp_path: Path, proc
         (["-c", "99999999999"], 2, "--ctx-size"),
         (["-b", "0"], 2, "--batch-size 0"),
         (["-t", "-1"], 2, "--threads -1"),
+        (["-t", "513"], 2, "--threads 513"),
         (["-n", "-2"], 2, "--predict -2"),
         (["--stop", ""], 2, "stop string"),
         (["--temp", "nan"], 2, "--temp nan"),

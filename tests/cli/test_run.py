@@ -216,20 +216,6 @@ def test_json_schema(tiny_model: Path, abcli: Command) -> None:
     assert isinstance(made["b"], bool)
 
 
-def test_the_real_model_fills_a_schema(real_model: Path, abcli: Command) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 20}, "capital": {"type": "boolean"}},
-        "required": ["city", "capital"],
-        "additionalProperties": False,
-    }
-    text = answer(
-        abcli, real_model, "Name the capital of France.", "-j", json.dumps(schema), "-k", 2, "-n", 60, "--temp", 0
-    )
-    made = json.loads(text)
-    assert (type(made["city"]), type(made["capital"])) == (str, bool)
-
-
 def test_escapes_are_read_as_in_llama_cpp(tiny_model: Path, abcli: Command) -> None:
     arguments = (tiny_model, "hello", "--grammar", 'root ::= "ab\\ncd"', "-k", 1)
     assert report(abcli, *arguments, "-r", r"\n")["text"] == "ab"

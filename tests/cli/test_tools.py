@@ -15,7 +15,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "get_weather", "description": "Weather", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "stop"}},
 ]
-FEW = ("-k", 1, "-c", 1024, "--temp", 0, "-n", 80)
+FEW = ("-k", 1, "-c", 4096, "--temp", 0, "-n", 300, "--thinking-budget", 0)
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def tools(tmp_path: Path) -> Path:
     return file
 
 
-def test_run_prints_calls(real_model: Path, abcli: Command, tools: Path) -> None:
-    arguments = ("run", real_model, "Weather in Paris?", *FEW, "--tools", tools, "--tool-choice", "get_weather")
+def test_run_prints_calls(tiny_model: Path, abcli: Command, tools: Path) -> None:
+    arguments = ("run", tiny_model, "Weather in Paris?", *FEW, "--tools", tools, "--tool-choice", "get_weather")
     outcome = abcli(*arguments)
     assert outcome.code == 0
     assert b"knows no tools, so the system message lists them" in outcome.errors
@@ -40,7 +40,7 @@ def test_run_prints_calls(real_model: Path, abcli: Command, tools: Path) -> None
     assert {"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"])} == calls[0]
 
 
-def test_a_batch_has_tools_for_all_lines_or_some(real_model: Path, abcli: Command, tools: Path, tmp_path: Path) -> None:
+def test_a_batch_has_tools_for_all_lines_or_some(tiny_model: Path, abcli: Command, tools: Path, tmp_path: Path) -> None:
     prompt = [{"role": "user", "content": "Weather in Rome?"}]
     lines = [
         {"id": "run's", "messages": prompt, "tool_choice": "get_weather", "parallel_tool_calls": False},
@@ -50,7 +50,7 @@ def test_a_batch_has_tools_for_all_lines_or_some(real_model: Path, abcli: Comman
     ]
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ("batch", real_model, source, "-o", output, *FEW, "--slots", 2)
+    command = ("batch", tiny_model, source, "-o", output, *FEW, "--slots", 2)
     outcome = abcli(*command, "--tools", tools)
     assert outcome.code == 1
     results = {result["id"]: result for result in map(json.loads, output.read_text().splitlines())}
@@ -78,13 +78,13 @@ def test_a_batch_has_tools_for_all_lines_or_some(real_model: Path, abcli: Comman
     ],
 )
 def test_what_is_wrong(
-    real_model: Path, abcli: Command, tools: Path, tmp_path: Path, arguments: tuple[object, ...], problem: str
+    tiny_model: Path, abcli: Command, tools: Path, tmp_path: Path, arguments: tuple[object, ...], problem: str
 ) -> None:
     files = {"missing": tmp_path / "missing", "tools": tools}
     for name, text in (("broken", "["), ("nameless", '[{"name": "f"}, {"type": "function", "function": {}}]')):
         files[name] = tmp_path / name
         files[name].write_text(text)
     words = [word.format(**files) if isinstance(word, str) else word for word in arguments]
-    outcome = abcli("run", real_model, "Hi", "-k", 1, "-n", 4, *words)
+    outcome = abcli("run", tiny_model, "Hi", "-k", 1, "-n", 4, *words)
     assert outcome.code in (1, 2)
     assert problem in outcome.problem()[0]

@@ -1,4 +1,4 @@
-"""Tools in a chat on a pseudo-terminal: the real model calls, a real program runs."""
+"""Tools in a chat on a pseudo-terminal: a model calls as it has to, a real program runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.cli.pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal
 TOOL = {
     "name": "get_weather",
     "description": "The weather of a city.",
-    "parameters": {"properties": {"city": {"type": "string", "maxLength": 12}}, "required": ["city"]},
+    "parameters": {"properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]},
 }
 # Each run does the next thing.
 PROGRAM = r"""
@@ -32,6 +32,7 @@ else:
     time.sleep(100)
 """
 ASK = "y/n/always>"
+SETTINGS = ("-k", 1, "-c", 4096, "--temp", 0, "-n", 200, "--thinking-budget", 0, "--no-parallel-tool-calls")
 
 
 def stored(home: Path) -> list[dict[str, object]]:
@@ -48,14 +49,14 @@ def tools(tmp_path: Path) -> Path:
 
 
 def test_a_tool_is_run_refused_stopped_and_fails(
-    real_model: Path, terminal: Callable[..., PseudoTerminal], tools: Path, tmp_path: Path, own_home: Path
+    tiny_model: Path, terminal: Callable[..., PseudoTerminal], tools: Path, tmp_path: Path, own_home: Path
 ) -> None:
     program = tmp_path / "weather.py"
     program.write_text(PROGRAM)
     line = f"{sys.executable} {program}"
-    settings = ("-k", 1, "-c", 2048, "--temp", 0, "-n", 40, "--no-stats", "--no-parallel-tool-calls")
+    settings = (*SETTINGS, "--no-stats", "--session", "work")
     choice = ("--tools", tools, "--tool-choice", "get_weather", "--tool-exec", f"get_weather={line}")
-    screen = terminal("chat", real_model, *settings, *choice, "--session", "work")
+    screen = terminal("chat", tiny_model, *settings, *choice)
     screen.until_prompt()
 
     screen.begin("What is the weather in Paris?")
@@ -101,33 +102,32 @@ def test_a_tool_is_run_refused_stopped_and_fails(
     assert screen.until_end()[1] == 0
 
 
-def test_a_script_gives_results_on_its_lines(real_model: Path, abcli: Command, tools: Path, own_home: Path) -> None:
-    settings = ("-k", 1, "-c", 1024, "--temp", 0, "-n", 60, "--tools", tools, "--no-parallel-tool-calls")
+def test_a_script_gives_results_on_its_lines(tiny_model: Path, abcli: Command, tools: Path, own_home: Path) -> None:
+    settings = (*SETTINGS, "--tools", tools, "--tool-choice", "required", "--session", "s")
     script = b"Weather in Rome?\nSunny.\n"
-    outcome = abcli("chat", real_model, *settings, "--tool-choice", "required", "--session", "s", stdin=script)
+    outcome = abcli("chat", tiny_model, *settings, stdin=script)
     assert outcome.code == 0
     assert outcome.output
     assert [message["role"] for message in stored(own_home)] == ["user", "assistant", "tool", "assistant"]
     assert stored(own_home)[2]["content"] == "Sunny."
 
 
-def test_a_servers_tools_run_in_a_script(real_model: Path, abcli: Command, tmp_path: Path, own_home: Path) -> None:
+def test_a_servers_tools_run_in_a_script(tiny_model: Path, abcli: Command, tmp_path: Path, own_home: Path) -> None:
     pytest.importorskip("mcp")
     server = tmp_path / "server.py"
     server.write_text(
         "import os\nfrom mcp.server import MCPServer\nserver = MCPServer('test')\n"
-        "@server.tool()\ndef stop(reason: int) -> str:\n    'Stops.'\n    os._exit(3)\nserver.run('stdio')\n"
+        "@server.tool()\ndef stop(reason: bool) -> str:\n    'Stops.'\n    os._exit(3)\nserver.run('stdio')\n"
     )
     command = f"{sys.executable} {server}"
-    settings = ("-k", 1, "-c", 1024, "--temp", 0, "-n", 30, "--no-parallel-tool-calls", "--session", "s")
-    arguments = ("chat", real_model, *settings, "--mcp", command, "--tool-choice", "stop", "--yes")
+    arguments = ("chat", tiny_model, *SETTINGS, "--session", "s", "--mcp", command, "--tool-choice", "stop", "--yes")
     outcome = abcli(*arguments, stdin=b"Stop.\n/set tool_choice none\nAre you there?\n")
     assert outcome.code == 0
     assert b"stop failed: " in outcome.errors
     said = stored(own_home)
     assert [message["role"] for message in said] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
     assert str(said[2]["content"]).startswith("error: ")
-    assert "no/such" in abcli("chat", real_model, "--mcp", "no/such", "--yes").problem()[0]
+    assert "no/such" in abcli("chat", tiny_model, "--mcp", "no/such", "--yes").problem()[0]
 
 
 @pytest.mark.parametrize(
