@@ -98,6 +98,19 @@ def test_a_guard_keeps_the_model_what_it_was(twin: Twin, guards: list[list[Guard
     assert float(guards[0][1].divergence(Heads(None, 1.5 * multipliers))) > 1e-3
 
 
+def test_within_a_bound_the_weight_is_the_least_and_beyond_it_rises(twin: Twin, guards: list[list[Guard]]) -> None:
+    def last(bound: float | None) -> list[float]:
+        learner = Learner(twin, replace(SETTINGS, steps=60, guard_weight=0.01, bound=bound))
+        learner.learn(GROUPS, guards)
+        return [step.divergences[0] for step in learner.steps[-20:]]
+
+    free = last(None)
+    bound = max(free) / 8
+    assert np.mean(last(bound)) < 1.5 * bound
+    # One that is never reached changes nothing.
+    assert last(1e3 * max(free)) == free
+
+
 @pytest.mark.parametrize("kinds", KINDS)
 def test_one_number_is_that_of_all_heads(twin: Twin, kinds: tuple[Kind, ...]) -> None:
     tuning = Learner(twin, replace(SETTINGS, single=True, learned=kinds)).learn(GROUPS, [])
