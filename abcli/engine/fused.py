@@ -21,8 +21,6 @@ from abcli.native.rotating.context import FusedContext, SlotPart
 from abcli.rope.bases import nearest_base
 
 _HINT = "use `engine=contexts` with this model"
-# What names the rank of compressed keys and values in a GGUF header.
-_MLA_KEY = "attention.kv_lora_rank"
 _EXPERTS_KEY = "expert_count"
 # A further batch takes as long as about so many further tokens in the same one (135M, Q8_0, 2 cores: 20).
 _BATCH_ROWS = 16
@@ -193,10 +191,8 @@ def check_servable(model: Model, config: ContextConfig, buckets: int) -> None:
         reason = "keeps a recurrent state, of which the buckets of one batch cannot drop a part"
     elif model.has_rope and model.rotation is None:
         reason = "has positions of several parts (M-RoPE)"
-    elif model.checked.header.integer(_MLA_KEY):
+    elif model.checked.header.compresses_keys:
         reason = "keeps compressed keys and values (MLA)"
-    elif buckets > 1 and model.checked.tuning.multipliers:
-        reason = "has heads with bases of their own, and several buckets of these need contexts of their own"
     elif buckets > 1 and not model.has_rope:
         reason = "does not use RoPE, so there is no base to vary"
     elif buckets > min(config.ubatch_size, config.batch_size):

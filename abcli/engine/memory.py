@@ -248,6 +248,8 @@ def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
         workers = plan_workers(buckets, config.threads or available_cores()).workers
         scratch = min(workers, contexts - 1) * tokens * per_token
         idle = (contexts - 1) * (graph + masks - _few_tokens(shape, stream_cells, config, sequences))
+    # Where rows are turned, and as they are made up.
+    tables = shape.table_bytes * (tokens + sequences) if fused and buckets > 1 else 0
     items = (
         _split("weights", shape.weight_bytes, round(share * weights)),
         _split("caches", caches, round(share * caches)),
@@ -256,6 +258,7 @@ def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
         Item("logits", _array_bytes(buckets, config.slots, shape), merging),
         _split("device", device, device),
         _split("transfer", scratch, 0),
+        _split("tables", 2 * tables, round(share * tables)),
         _split("working", contexts * (shape.graph_overhead + shape.work_bytes(tokens)), 0),
         _split("tokenizer", shape.tokenizer_bytes, 0),
         _split("adapters", shape.adapter_bytes, round(share * shape.adapter_bytes)),

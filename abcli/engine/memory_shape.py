@@ -63,6 +63,8 @@ class MemoryShape:
     adapts_logits: bool
     multiplies_floats: bool
     """Whether a matrix of a layer is of a type that is not quantised."""
+    table_bytes: int
+    """Cosines and sines of all layers for a row of several bases, where heads have bases of their own."""
 
     @classmethod
     def of(cls, model: CheckedModel) -> MemoryShape:
@@ -104,6 +106,10 @@ class MemoryShape:
                 for tensor in header.tensors
             ),
             adapts_logits=any(pair.target == _OUTPUT for pair in pairs),
+            table_bytes=2
+            * _FLOAT
+            * key_length
+            * sum(len(layer) for layer in model.tuning.multipliers if len(set(layer)) > 1),
         )
 
     def kv_bytes(self, type_k: CacheType, type_v: CacheType, *, flash: bool) -> int:

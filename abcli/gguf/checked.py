@@ -63,6 +63,11 @@ class CheckedModel:
                     f"of {max(map(len, numbers))}",
                     "use a profile that was tuned for this model",
                 )
+        if tuning.multipliers and self.header.compresses_keys:
+            raise UnsupportedModelError(
+                f"{self.name} keeps compressed keys and values (MLA), whose heads share their rotation",
+                "use a profile without bases of heads",
+            )
 
         def changing(numbers: HeadNumbers) -> HeadNumbers:
             return numbers if any(number != 1 for layer in numbers for number in layer) else ()

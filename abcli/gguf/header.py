@@ -156,6 +156,11 @@ class Header:
         return self.per_layer("attention.head_count_kv")
 
     @property
+    def compresses_keys(self) -> bool:
+        """Whether keys and values are kept as one compressed vector for all heads (MLA)."""
+        return self.integer("attention.kv_lora_rank") > 0
+
+    @property
     def key_length(self) -> int:
         """Elements of one head's key; 0 for a model without attention."""
         return self.integer("attention.key_length", self._head_width())

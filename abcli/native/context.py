@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,14 +109,14 @@ def context_parameters(model: Model, base: float, config: ContextConfig, threads
 class Sequences(Owner):
     """Owns one `llama_context`, whatever its sequences are used for. One thread at a time may call it."""
 
-    def __init__(self, model: Model, parameters: Any, cancel: CancelFlag) -> None:
-        """A context made with `parameters` (`llama_context_params`).
+    def __init__(self, model: Model, parameters: Any, cancel: CancelFlag, *, tuned: bool = True) -> None:
+        """A context made with `parameters` (`llama_context_params`); unless `tuned`, as if the model were not.
 
         Raises NativeError if llama.cpp cannot make it (too little memory, an impossible combination).
         """
         clear_log()
         with ExitStack() as stack:
-            with model.making():
+            with model.making() if tuned else nullcontext():
                 handle = llama.llama_init_from_model(model.handle, parameters)
             if not handle:
                 raise NativeError(
@@ -132,7 +132,7 @@ class Sequences(Owner):
         self._last: list[int] = []
         self._memory = llama.llama_get_memory(handle)
         self._cancel = cancel
-        self._computing = model.computing
+        self._computing = model.computing if tuned else nullcontext
         self._row_bytes = model.vocabulary_size * 4
         self.base = float(parameters.rope_freq_base)
         self.batch_size: int = llama.llama_n_batch(handle)

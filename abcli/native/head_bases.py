@@ -8,7 +8,6 @@ keys. llama.cpp computes, keeps and reuses that graph like any other.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -24,13 +23,11 @@ from abcli.errors import UnsupportedModelError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.layer_change import LayerChange
-from abcli.native.rotating.graph import parameters_of
+from abcli.native.rotating.graph import asked_parameters
 from abcli.native.rotating.hook import rope_hook, rotating
-from abcli.native.rotating.tables import weights_of
+from abcli.native.rotating.tables import layer_of, weights_of
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 
-# What queries and keys are computed with, in one matrix or in several.
-_ROTATED_WEIGHTS = re.compile(rb"blk\.(\d+)\.attn_(?:q|k|qkv)\.weight")
 # What follows the last layer takes fewer nodes than this.
 _SPARE_NODES = 64
 
@@ -56,7 +53,7 @@ class HeadBases(LayerChange):
         changed = [layer for layer, numbers in enumerate(self._multipliers) if np.any(numbers != 1)]
         super().__init__("bases of heads", "rotation of heads", changed, rope_hook)
         self._changed = frozenset(changed)
-        # By thread: a layer of the graph that it builds, and the room for nodes before it.
+        # By thread: the last layer of the graph that it builds, and the room for nodes before that one.
         self._rooms: dict[int, tuple[int, int]] = {}
 
     def replacing(self) -> AbstractContextManager[None]:
@@ -74,14 +71,7 @@ class HeadBases(LayerChange):
     def _rotated(self, original: Callable[..., int], arguments: tuple[Any, ...]) -> int:
         context, numbers, positions = arguments[:3]
         weights = weights_of(numbers)
-        found = _ROTATED_WEIGHTS.fullmatch(weights.name)
-        if found is None:
-            raise UnsupportedModelError(
-                f"llama.cpp rotates what comes from {weights.name.decode(errors='replace')!r}, which has no heads of "
-                "known bases",
-                "use `profile=none`",
-            )
-        layer = int(found[1])
+        layer = layer_of(weights)
         if layer not in self._changed:
             return original(*arguments)
         self._check_room(context, layer)
@@ -112,13 +102,14 @@ class HeadBases(LayerChange):
         """Raise UnsupportedModelError if the graph would not have room for all layers: ggml would end the process."""
         free = api.memory_size(context) - api.used_memory(context)
         thread = threading.get_ident()
-        first, before = self._rooms.get(thread, (layer, free))
-        if layer <= first:
-            self._rooms[thread] = (layer, max(free, before) if layer == first else free)
+        last, before = self._rooms.get(thread, (layer, 0))
+        if layer == last and free <= before:
             return
-        needed = (before - free) / (layer - first) * (len(self._multipliers) - layer)
-        if needed + _SPARE_NODES * api.tensor_overhead() > free:
-            raise UnsupportedModelError("llama.cpp's graph has no room for bases of heads", "use `profile=none`")
+        self._rooms[thread] = (layer, free)
+        if layer > last:
+            needed = (before - free) / (layer - last) * (len(self._multipliers) - layer)
+            if needed + _SPARE_NODES * api.tensor_overhead() > free:
+                raise UnsupportedModelError("llama.cpp's graph has no room for bases of heads", "use `profile=none`")
 
 
 def inverse_frequencies(parameters: RopeParameters, bases: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -175,7 +166,6 @@ def _joined(context: int, parts: Sequence[int], dimension: int) -> int:
 
 def _rotation(arguments: tuple[Any, ...]) -> _Rotation:
     """What the arguments of `ggml_rope_ext` say; YaRN's factor on the numbers is that of `rope_yarn` in ggml."""
-    factors, dimensions, mode, original, base, scale, extrapolation, attention, fast, slow = arguments[3:]
-    parameters = parameters_of(factors, dimensions, mode, original, scale, extrapolation, fast, slow)
+    base, scale, extrapolation, attention = arguments[7:11]
     magnitude = attention * (1 + 0.1 * log(1 / scale)) if extrapolation else attention
-    return _Rotation(parameters, base, magnitude)
+    return _Rotation(asked_parameters(arguments), base, magnitude)

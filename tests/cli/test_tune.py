@@ -85,6 +85,26 @@ def test_a_kept_profile_has_the_gains_and_the_figures(tiny_model: Path, abcli: C
 
 
 @needs_torch
+@pytest.mark.parametrize(("flags", "gains"), [(["--bases"], True), (["--bases", "--no-gains"], False)])
+def test_bases_are_learned_with_gains_or_alone(
+    tiny_model: Path, abcli: Command, tmp_path: Path, flags: list[str], gains: bool
+) -> None:
+    file = examples(tmp_path / "mine.jsonl")
+    outcome = abcli("tune", tiny_model, "--task", file, "--length", 200, *FEW, *flags, "--no-controls", "--keep")
+    assert outcome.code == 0
+    (made,) = stored()
+    assert bool(made.gains) == gains
+    assert [*map(len, made.head_multipliers)] == [2, 2]
+    assert {number for layer in made.head_multipliers for number in layer} != {1.0}
+    untuned, tuned = (score.mean_nll for score in made.evidence.scores[:2])
+    assert untuned != tuned
+    assert "head bases" in abcli("profiles", "show", made.name).text
+    run = abcli("run", tiny_model, "hello", "-n", 2, "--threads", 1)
+    wanted = "with gains of 8 heads and bases of 4 heads" if gains else "with bases of 4 heads"
+    assert wanted in run.errors.decode()
+
+
+@needs_torch
 def test_tasks_of_eval_are_judged_with_their_controls(tiny_model: Path, abcli: Command, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"This is sentence number {number} of a long text." for number in range(120)))
@@ -124,6 +144,7 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "half of what tools need": (["--tools-answers", "x"], "tools needs --tools-data FILE"),
     "answers": (["--answers", "x"], "--answers x has no say in needle,kv"),
     "device": (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda', 'mps'"),
+    "nothing": (["--no-gains"], "--no-gains without --bases leaves nothing to learn"),
     "both": (["--keep", "--dry-run"], "--keep and --dry-run contradict each other"),
     "length": (["--length", "0"], "--length 0 is impossible"),
     "rate": (["--rate", "nan"], "--rate nan is impossible"),

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from abcli.config import LoraConfig, MergeRule
+from abcli.config import LoraConfig, MergeRule, Tuning
 from abcli.engine import memory
 from abcli.engine.choose import verify_fused
 from abcli.engine.engine import Engine
@@ -29,7 +29,7 @@ from abcli.native.llama import devices, initialise, supports_offload
 from abcli.native.model import Model
 from tests.support.engines import contexts_engine, fused_engine
 from tests.support.lora import random_lora, write_lora
-from tests.support.models import open_model, set_up
+from tests.support.models import checked_model, open_model, set_up
 from tests.support.tiny_gguf import write_tiny_model
 
 SERVER = "ABCLI_TEST_RPC_SERVER"
@@ -40,6 +40,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "halves": {"layers": 7, "architecture": "qwen2"},
     "sliding window": {"layers": 7, "architecture": "gemma3"},
 }
+
+
+TUNING = Tuning(((0.5, 1.0, 1.75, 0.8),) * 7, ((0.5, 1.0), (1.5, 0.7), (1.0, 1.0), (2.0, 0.5), *((1.2, 0.6),) * 3))
 
 
 def has_device() -> bool:
@@ -63,10 +66,12 @@ def layers(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=[*MODELS, *(f"{kind}, tuned" for kind in MODELS)])
 def model(request: pytest.FixtureRequest, layers: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     path = tmp_path_factory.mktemp("device") / "model.gguf"
-    with open_model(write_tiny_model(path, **MODELS[request.param]), gpu_layers=layers) as loaded:
+    kind, _, tuned = request.param.partition(", ")
+    checked = checked_model(write_tiny_model(path, **MODELS[kind]), gpu_layers=layers)
+    with Model(checked.with_tuning(TUNING) if tuned else checked) as loaded:
         yield loaded
 
 

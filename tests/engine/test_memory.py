@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abcli.config import CONTEXT_STEP, Buckets, ContextConfig, LoraConfig
+from abcli.config import CONTEXT_STEP, Buckets, ContextConfig, LoraConfig, Tuning
 from abcli.engine import memory
 from abcli.engine.memory import Prediction, Room, available_memory, check_memory, predict
 from abcli.errors import OutOfMemoryError
 from abcli.gguf.checked import CheckedModel
 from abcli.native.llama import Device, echo_log
 from abcli.native.model import Model
+from abcli.native.rotating.devices import Device as TableDevice
 from abcli.text import gibibytes
 from tests.support.engines import contexts_engine, fused_engine
 from tests.support.lora import is_projection, random_lora, write_lora
@@ -99,6 +101,26 @@ def test_one_context_for_all_buckets(tmp_path: Path, log: list[str]) -> None:
     largest = {kind: max(sizes(log, kind)) for kind in ("KV", "compute", "output")}
     for part, kind in (("caches", "KV"), ("compute", "compute"), ("outputs", "output")):
         assert prediction.item(part).host / 2**20 == pytest.approx(largest[kind], rel=0.1, abs=0.02)
+
+
+def test_tables_of_heads_with_bases_of_their_own_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", layers=3)
+    checked, context, buckets = asked(path, BASES[:2], context_size=1000, engine="fused")
+    # The last layer has one base, and shares the table of all such layers.
+    tuned = checked.with_tuning(Tuning(multipliers=((0.5, 2.0), (1.5, 1.0), (1.0, 1.0))))
+    taken: list[int] = []
+    own = TableDevice.memory
+
+    def counted(device: TableDevice, size: int, stack: ExitStack | None = None) -> int:
+        taken.append(size)
+        return own(device, size, stack)
+
+    monkeypatch.setattr(TableDevice, "memory", counted)
+    with Model(tuned) as model, fused_engine(model, context, buckets):
+        pass
+    assert predict(checked, context, buckets).item("tables").total == 0
+    assert predict(tuned, context, buckets).item("tables").total / 2 == pytest.approx(2 * max(taken), rel=0.02)
+    assert sorted(taken)[-2] == max(taken)
 
 
 def test_the_engine_that_is_still_to_be_chosen_may_be_the_larger_one(tiny_model: Path) -> None:

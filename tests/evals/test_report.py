@@ -30,7 +30,7 @@ from abcli.evals.scores import Score
 
 CONFIGURATIONS = (
     Configuration("native", (1e4,)),
-    Configuration("bases=5000,10000;merge=mean", (5000.0, 1e4), "mean", "shared", 1e4),
+    Configuration("bases=5000,10000;merge=mean", (5000.0, 1e4), "mean", "shared", 1e4, (), ((0.5, 2.0),), ((1.5,),)),
 )
 
 

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from abcli.config import HeadNumbers, LoraConfig, Tuning
+from abcli.engine.choose import verify_fused
 from abcli.errors import UnsupportedModelError
 from abcli.gguf.checked import CheckedModel
 from abcli.native import ggml_api as api
 from abcli.native.model import Model
 from abcli.native.rotating import hook
+from abcli.native.rotating.context import FusedContext
 from abcli.native.rotating.hook import rope_hook
 from tests.support.engines import computed, contexts_engine, fused_engine
 from tests.support.lora import random_lora, write_lora
@@ -66,12 +68,17 @@ def test_it_is_what_an_independent_implementation_computes(
     assert np.abs(found - logits(checked_model(path), engine)[:, 0]).max() > 0.1
 
 
-def test_several_buckets_have_multiples_of_their_own_bases(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "model.gguf")
+@pytest.mark.parametrize(("architecture", "neox"), [("llama", False), ("qwen2", True)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_several_buckets_have_multiples_of_their_own_bases(
+    tmp_path: Path, architecture: Architecture, neox: bool, engine: str
+) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture)
     bases = (NATIVE, 14_000.0, 20_000.0)
-    found = logits(checked_model(path).with_tuning(TUNING), bases=bases)[0]
-    for row, base in zip(found, bases, strict=True):
-        assert np.abs(row - reference_logits(path, TOKENS, under(base))).max() < 1e-4
+    found = logits(checked_model(path).with_tuning(TUNING), engine, bases)
+    for rows, tokens in zip(found, (TOKENS, [*TOKENS, 50]), strict=True):
+        for row, base in zip(rows, bases, strict=True):
+            assert np.abs(row - reference_logits(path, tokens, under(base), neox=neox)).max() < 1e-4
 
 
 CASES: dict[str, dict[str, object]] = {
@@ -120,21 +127,37 @@ def test_layers_with_a_base_of_their_own_have_multiples_of_that(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-@pytest.mark.parametrize("cache", ["f16", "bf16", "f32"])
-def test_shared_prompts_are_turned_head_by_head(tmp_path: Path, architecture: Architecture, cache: str) -> None:
+@pytest.mark.parametrize(
+    ("engine", "cache"),
+    [("contexts", "f16"), ("contexts", "bf16"), ("contexts", "f32"), ("fused", "f16"), ("fused", "f32")],
+)
+def test_shared_prompts_are_turned_head_by_head(
+    tmp_path: Path, architecture: Architecture, engine: str, cache: str
+) -> None:
     """Where one layer follows the base, its keys depend on nothing else: what is shared is exact."""
     layers = 6 if architecture == "gemma3" else 1
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=layers)
     checked = checked_model(path).with_tuning(Tuning(multipliers=(MULTIPLIERS * 3)[-layers:]))
     tokens = [*TOKENS * 3]
     config, buckets = set_up((NATIVE, 14_000.0), context_size=512, prefill="shared", cache_type_k=cache)
-    with Model(checked) as model, contexts_engine(model, config, buckets) as engine:
-        assert engine.sharing.shared, engine.sharing.reason
-        shared = engine.prefill(0, tokens).copy()
-    with Model(checked) as model, contexts_engine(model, replace(config, prefill="exact"), buckets) as engine:
-        exact = engine.prefill(0, tokens)
+    with Model(checked) as model, ENGINES[engine](model, config, buckets) as opened:
+        assert opened.sharing.shared, opened.sharing.reason
+        shared = opened.prefill(0, tokens).copy()
+    with Model(checked) as model, ENGINES[engine](model, replace(config, prefill="exact"), buckets) as opened:
+        exact = opened.prefill(0, tokens)
     apart = np.abs(exact[0] - exact[1]).max()
     assert np.abs(shared - exact).max() < apart / 20
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_the_fused_engine_proves_itself_with_them(tmp_path: Path, architecture: Architecture) -> None:
+    layers = 6 if architecture == "gemma3" else 2
+    path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=layers)
+    checked = checked_model(path).with_tuning(Tuning(multipliers=MULTIPLIERS * (layers // 2)))
+    config, _ = set_up((NATIVE,), context_size=512)
+    with Model(checked) as model:
+        verdict = verify_fused(model, config, (NATIVE, 14_000.0, 20_000.0))
+    assert verdict.sound, verdict.reason
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -191,9 +214,19 @@ def test_those_of_another_shape_are_refused(tmp_path: Path) -> None:
             checked.with_tuning(Tuning(multipliers=multipliers))
 
 
-def test_several_buckets_in_one_batch_are_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_a_model_whose_heads_share_their_rotation_is_refused(tmp_path: Path) -> None:
+    metadata = {"llama.attention.kv_lora_rank": 8}
+    checked = checked_model(write_tiny_model(tmp_path / "model.gguf", metadata=metadata))
+    with pytest.raises(UnsupportedModelError, match="MLA"):
+        checked.with_tuning(TUNING)
+
+
+def test_where_rows_cannot_be_turned_inside_the_graph_several_buckets_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checked = checked_model(write_tiny_model(tmp_path / "model.gguf")).with_tuning(TUNING)
-    with pytest.raises(UnsupportedModelError, match="bases of their own") as caught:
+    monkeypatch.setattr(FusedContext, "_wrong_turn", lambda _self: "the keys of layer 1 came out wrong")
+    with pytest.raises(UnsupportedModelError, match="the keys of layer 1 came out wrong") as caught:
         logits(checked, "fused", (NATIVE, 14_000.0))
     assert "engine=contexts" in caught.value.hint
 

@@ -14,11 +14,12 @@ import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
+from abcli.config import HeadNumbers
 from abcli.errors import NativeError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.rotating.devices import Device, Devices
-from abcli.native.rotating.giving import Gift, Giver, Range, stack_up
+from abcli.native.rotating.giving import Gift, Giver, Range, Turn, stack_up
 from abcli.native.rotating.graph import CacheTensor, Observation, RopeNode
 from abcli.native.rotating.keys import aligned_bytes
 from abcli.native.rotating.turning import Visit, input_of
@@ -41,12 +42,15 @@ class _Section:
 class DeviceCache:
     """Keys and values of all layers of a fused context."""
 
-    def __init__(self, observation: Observation, follows: frozenset[int], devices: Devices) -> None:
-        """`follows` are the ROPE operations that use the context's base."""
+    def __init__(
+        self, observation: Observation, follows: frozenset[int], devices: Devices, multipliers: HeadNumbers = ()
+    ) -> None:
+        """`follows` are the ROPE operations that use the context's base, `multipliers` as those of `Tables`."""
         self._keys = observation.keys
         self._values = observation.values
         self._ropes = observation.ropes
         self._follows = follows
+        self._multipliers = multipliers
         self._devices = devices
         self._givers: list[Giver] = []
         # By the number of a graph's nodes, the places of those that write keys.
@@ -73,11 +77,11 @@ class DeviceCache:
     def give(self, gift: Gift) -> None:
         """Copy what a gift says. Raises NativeError."""
         if not self._givers:
-            tensors: dict[Device, list[tuple[CacheTensor, RopeNode | None]]] = {}
-            items = [(keys, self._rope(keys)) for keys in self._keys.values()]
-            for tensor, rope in [*items, *((values, None) for values in self._values.values())]:
+            tensors: dict[Device, list[tuple[CacheTensor, Turn | None]]] = {}
+            items = [(keys, self._turn(layer)) for layer, keys in self._keys.items()]
+            for tensor, turn in [*items, *((values, None) for values in self._values.values())]:
                 device = self._devices.of(TensorStruct.from_address(tensor.pointer))
-                tensors.setdefault(device, []).append((tensor, rope))
+                tensors.setdefault(device, []).append((tensor, turn))
             self._givers = [Giver(device, stack_up(chosen)) for device, chosen in tensors.items()]
         for giver in self._givers:
             giver.give(gift)
@@ -86,11 +90,15 @@ class DeviceCache:
         self, layer: int, key: NDArray[np.float32], position: int, bases: tuple[float, float]
     ) -> NDArray[np.float32]:
         """What the layer's `key` (float32 [numbers]) at `position` under the first base is under the second one."""
-        rope = self._rope(self._keys[layer])
-        if rope is None:
+        turn = self._turn(layer)
+        if turn is None:
             return key
-        old, new = (angular_frequencies(rope.parameters, base) for base in bases)
-        half = len(new)
+        rope = turn.rope
+        old, new = (
+            np.array([angular_frequencies(rope.parameters, base * multiplier) for multiplier in turn.multipliers])
+            for base in bases
+        )
+        half = new.shape[1]
         heads = key.reshape(-1, rope.width)
         pairs = heads[:, : 2 * half].reshape(len(heads), *((2, half) if rope.parameters.neox else (half, 2)))
         axis = 1 if rope.parameters.neox else 2
@@ -180,6 +188,14 @@ class DeviceCache:
     def _rope(self, keys: CacheTensor) -> RopeNode | None:
         """The rotation that keys of this layer take part in, None if they do not follow the base."""
         return self._ropes[keys.rope] if keys.rope in self._follows and keys.rope is not None else None
+
+    def _turn(self, layer: int) -> Turn | None:
+        """How keys of this layer are turned, None if they do not follow the base."""
+        rope = self._rope(self._keys[layer])
+        if rope is None:
+            return None
+        multipliers = self._multipliers[layer] if self._multipliers else (1.0,)
+        return Turn(rope, multipliers[:1] if len(set(multipliers)) == 1 else multipliers)
 
     def _sections(self, where: Range) -> Iterator[_Section]:
         transposed = any(values.transposed for values in self._values.values())

@@ -104,10 +104,11 @@ class FusedContext(Sequences):
         parameters.kv_unified = False
         self._token = model.vocabulary_size // 2
         self.follows: frozenset[int] = frozenset()
+        self._untuned: Observation | None = None
         obstacle = hook_obstacle()
         turns = any(other != base for other in self.bases)
         if turns:
-            self.follows, obstacle = following_rotations(model, config, base, cancel, obstacle)
+            self.follows, self._untuned, obstacle = following_rotations(model, config, base, cancel, obstacle)
         self._open(model, parameters, base, cancel, obstacle)
         with ExitStack() as stack:
             stack.callback(self.close)
@@ -122,11 +123,15 @@ class FusedContext(Sequences):
 
     def _open(self, model: Model, parameters: Any, base: float, cancel: CancelFlag, obstacle: str) -> None:
         """Make the context; `obstacle` says why rows cannot be turned inside the graph."""
+        multipliers = model.checked.tuning.multipliers
+        if self.follows and obstacle and multipliers:
+            reason = f"rows of heads with bases of their own are turned inside the graph only: {obstacle}"
+            raise UnsupportedModelError(reason, "use `engine=contexts`")
         with ExitStack() as stack:
             # A graph may be reserved for as many rows as make whole sequences.
             rows = parameters.n_ubatch + parameters.n_seq_max
             self.devices = stack.enter_context(Devices())
-            tables = Tables(self.devices, base, rows) if self.follows else None
+            tables = Tables(self.devices, base, rows, multipliers) if self.follows else None
             way: Turning = ByCallback(base, tables, self.devices) if obstacle else InGraph(base, tables)
             stack.callback(way.close)
             self._stack = ExitStack()
@@ -141,7 +146,7 @@ class FusedContext(Sequences):
             self._mirrored = self._copied = False
             self._mixer = stack.enter_context(LogitsMixer(self.devices, self.buckets, model.vocabulary_size))
             self.observation = self._observe()
-            self._cells = DeviceCache(self.observation, self.follows, self.devices)
+            self._cells = DeviceCache(self.observation, self.follows, self.devices, multipliers)
             self._stack = stack.pop_all()
 
     def sequence(self, slot: int, column: int) -> int:
@@ -372,7 +377,8 @@ class FusedContext(Sequences):
         part = BatchPart(sequence, 0, (self._token,), output=False)
         self._way.run(lambda: self.decode([part]), visit=observer.visit)
         self.truncate(sequence, 0)
-        return observer.result()
+        found = observer.result()
+        return found if self._untuned is None else found.rotated_as(self._untuned)
 
     def _wrong_turn(self) -> str:
         """Why the keys that come out are not those of their base; empty if they are, or cannot be read.

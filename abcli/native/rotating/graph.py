@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,12 @@ class Observation:
     keys: Mapping[int, CacheTensor]
     values: Mapping[int, CacheTensor]
 
+    def rotated_as(self, other: Observation) -> Observation:
+        """This, with the rotations of another graph of the model, where more than views lies behind them here."""
+        ropes = {layer: keys.rope for layer, keys in other.keys.items()}
+        own = {layer: replace(keys, rope=ropes.get(layer)) for layer, keys in self.keys.items()}
+        return Observation(other.ropes, own, self.values)
+
 
 class Observer:
     """Takes down the nodes of a graph before llama.cpp computes it."""
@@ -109,11 +116,17 @@ class Observer:
 def rope_node(node: TensorStruct) -> RopeNode:
     """What a ROPE operation does. Raises UnsupportedModelError for a rotation of another kind than plain RoPE."""
     dimensions, mode, original, base, scale, extrapolation, _, fast, slow, first = rope_numbers(node)
-    parameters = parameters_of(node.src[2], dimensions, mode, original, scale, extrapolation, fast, slow)
+    parameters = _parameters(node.src[2], dimensions, mode, original, scale, extrapolation, fast, slow)
     return RopeNode(base, parameters, first, node.ne[0], node.ne[1], node.type)
 
 
-def parameters_of(
+def asked_parameters(arguments: tuple[Any, ...]) -> RopeParameters:
+    """What the arguments of `ggml_rope_ext` say. Raises UnsupportedModelError as `rope_node`."""
+    factors, dimensions, mode, original, _, scale, extrapolation, _, fast, slow = arguments[3:]
+    return _parameters(factors, dimensions, mode, original, scale, extrapolation, fast, slow)
+
+
+def _parameters(
     factors: int | None,
     dimensions: int,
     mode: int,
@@ -123,7 +136,6 @@ def parameters_of(
     fast: float,
     slow: float,
 ) -> RopeParameters:
-    """What the arguments of `ggml_rope_ext` say; `factors` is its tensor of them. Raises UnsupportedModelError."""
     if mode not in (api.MODE_NORMAL, api.MODE_NEOX):
         raise UnsupportedModelError(
             f"the model's positions have several parts (ggml's RoPE mode {mode}), which one batch cannot vary",

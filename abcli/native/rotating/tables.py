@@ -8,20 +8,26 @@ operations there are.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.errors import NativeError
+from abcli.config import HeadNumbers
+from abcli.errors import NativeError, UnsupportedModelError
 from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.rotating.devices import Device, Devices
 from abcli.rope.frequencies import RopeParameters, angular_frequencies
 
-# A rotation, a product, a sum and four views.
-NODES_PER_ROTATION = 7
+# A rotation, a product, a sum and five views at most.
+NODES_PER_ROTATION = 8
+# What queries and keys are computed with, in one matrix or in several.
+_ROTATED_WEIGHTS = re.compile(rb"blk\.(\d+)\.attn_(?:q|k|qkv)\.weight")
+# The multipliers of a layer whose heads all have the bucket's base.
+_ONE_BASE = (1.0,)
 # More steps than this lie nowhere between a rotation and the weights that its numbers come from.
 _MAX_STEPS = 16
 
@@ -48,7 +54,7 @@ class Rotation:
     width: int
 
     def fill(self, out: NDArray[np.float32], angles: NDArray[np.float64]) -> None:
-        """Write cosines and sines of `angles` [rows, pairs] to `out` [2, rows, width], which held 1 and 0 at first."""
+        """Write cosines and sines of `angles` [..., pairs] to `out` [2, ..., width], which held 1 and 0 at first."""
         dimensions = self.parameters.dimensions
         half = dimensions // 2
         first, second = (
@@ -56,11 +62,15 @@ class Rotation:
             if self.parameters.neox
             else (slice(0, dimensions, 2), slice(1, dimensions, 2))
         )
-        for table, numbers in zip(out, (np.cos(angles), np.sin(angles)), strict=True):
-            table[:, first] = table[:, second] = numbers
+        # Within half a turn single precision loses nothing that is kept, and is many times as fast.
+        turns = angles / (2 * np.pi)
+        reduced = ((turns - np.rint(turns)) * (2 * np.pi)).astype(np.float32)
+        for table, numbers in zip(out, (np.cos(reduced), np.sin(reduced)), strict=True):
+            table[..., first] = table[..., second] = numbers
 
     def turn(self, context: int, rows: int, table: int, turns: int) -> int:
-        """The tensor f32 [width, heads, rows] `rows`, turned by `table`, f32 [width, 1, 2 * rows]: cosines, then sines.
+        """The tensor f32 [width, heads, rows] `rows`, turned by `table`, f32 [width, kv heads, 2 * rows]: cosines, then
+        sines, for one head of keys and the queries that meet it, or for all.
 
         `turns` is a tensor i32 [2] that holds 0 and 1. It takes `NODES_PER_ROTATION` nodes.
         """
@@ -75,7 +85,19 @@ class Rotation:
         both = api.rope(
             context, twice, turns, None, self.parameters.dimensions, mode, 0, 1.0, np.pi / 2, 0.0, 1.0, 0.0, 0.0
         )
-        both = api.multiply(context, api.reshape_3d(context, both, self.width, heads, 2 * count), table)
+        kv_heads = TensorStruct.from_address(table).ne[1]
+        if kv_heads == 1:
+            both = api.reshape_3d(context, both, self.width, heads, 2 * count)
+        else:
+            group = heads // kv_heads
+            both = api.view_4d(
+                *(context, both, self.width, group, kv_heads, 2 * count),
+                *(step, step * group, step * heads, 0),
+            )
+            table = api.view_4d(
+                *(context, table, self.width, 1, kv_heads, 2 * count), *(step, step, step * kv_heads, 0)
+            )
+        both = api.multiply(context, both, table)
         parts = [
             api.view_4d(context, both, self.width, heads, count, 1, step, step * heads, whole, offset)
             for offset in (0, whole)
@@ -84,29 +106,29 @@ class Rotation:
 
 
 class _Table:
-    """The tables of one rotation on one device, for any number of rows up to `capacity`."""
+    """The tables of one rotation on one device, for any number of rows up to `capacity`; `multipliers` as `Tables`."""
 
-    def __init__(self, device: Device, rotation: Rotation, capacity: int) -> None:
-        self.rotation = rotation
+    def __init__(self, device: Device, rotation: Rotation, multipliers: tuple[float, ...], capacity: int) -> None:
+        self.rotation, self.multipliers = rotation, multipliers
         self._device = device
-        count = 2 * capacity * rotation.width
+        count = 2 * capacity * rotation.width * len(multipliers)
         self._buffer = device.memory(4 * count)
         self._whole = device.tensor(llama.GGML_TYPE_F32, (count,), self._buffer)
         self._tensors: dict[int, int] = {}
-        # Cosines and sines [2, rows, width], as they are uploaded.
-        self._numbers: NDArray[np.float32] = np.empty((2, 0, rotation.width), np.float32)
+        # Cosines and sines [2, rows, kv heads, width], as they are uploaded.
+        self._numbers: NDArray[np.float32] = np.empty((2, 0, len(multipliers), rotation.width), np.float32)
 
     def tensor(self, rows: int) -> int:
-        """The tensor f32 [width, 1, 2 * rows] over the cosines and sines of so many rows."""
+        """The tensor f32 [width, kv heads, 2 * rows] over the cosines and sines of so many rows."""
         if rows not in self._tensors:
-            shape = (self.rotation.width, 1, 2 * rows)
+            shape = (self.rotation.width, len(self.multipliers), 2 * rows)
             self._tensors[rows] = self._device.tensor(llama.GGML_TYPE_F32, shape, self._buffer)
         return self._tensors[rows]
 
     def upload(self, angles: NDArray[np.float64]) -> None:
-        """Fill the tables with what belongs to `angles` [rows, pairs]."""
+        """Fill the tables with what belongs to `angles` [rows, kv heads, pairs]."""
         if len(angles) != self._numbers.shape[1]:
-            self._numbers = np.zeros((2, len(angles), self.rotation.width), np.float32)
+            self._numbers = np.zeros((2, len(angles), *self._numbers.shape[2:]), np.float32)
             self._numbers[0] = 1.0
         self.rotation.fill(self._numbers, angles)
         api.tensor_set(self._whole, self._numbers.ctypes.data, 0, self._numbers.nbytes)
@@ -115,16 +137,20 @@ class _Table:
 class Tables:
     """The tables of all rotations on all devices, made when they are first needed; `devices` own the memory."""
 
-    def __init__(self, devices: Devices, base: float, capacity: int) -> None:
-        """`base` is that by which llama.cpp turns; `capacity` is the largest number of rows."""
+    def __init__(self, devices: Devices, base: float, capacity: int, multipliers: HeadNumbers = ()) -> None:
+        """`base` is that by which llama.cpp turns; `capacity` is the largest number of rows.
+
+        `multipliers` are factors on all bases, of each head of keys of each layer; none are all 1.
+        """
         self._devices = devices
         self._base = base
         self._capacity = capacity
-        self._tables: dict[tuple[Device, Rotation], _Table] = {}
+        self._multipliers = multipliers
+        self._tables: dict[tuple[Device, Rotation, tuple[float, ...]], _Table] = {}
         # The rows to be computed next, and radians per position of each, by rotation.
         self._layout = Layout((base,), 1, 1)
         self._positions: NDArray[np.int32] = np.zeros(1, np.int32)
-        self._deltas: dict[RopeParameters, NDArray[np.float64]] = {}
+        self._deltas: dict[tuple[RopeParameters, tuple[float, ...]], NDArray[np.float64]] = {}
 
     def turn(self, context: int, rows: int, rotation: Rotation, weights: TensorStruct) -> int:
         """The tensor f32 [width, heads, rows] `rows`, turned; it is computed where `weights` lie.
@@ -135,10 +161,14 @@ class Tables:
         if count > self._capacity:
             raise NativeError(f"llama.cpp computes {count} rows at once where {self._capacity} were expected")
         device = self._devices.of(weights)
-        table = self._tables.get((device, rotation))
+        multipliers = self._multipliers[layer_of(weights)] if self._multipliers else _ONE_BASE
+        if len(set(multipliers)) == 1:
+            multipliers = multipliers[:1]
+        key = (device, rotation, multipliers)
+        table = self._tables.get(key)
         if table is None:
-            table = self._tables[device, rotation] = _Table(device, rotation, self._capacity)
-            table.upload(self._angles(rotation))
+            table = self._tables[key] = _Table(*key, self._capacity)
+            table.upload(self._angles(table))
         return rotation.turn(context, rows, table.tensor(count), device.turns)
 
     def fill(self, layout: Layout, positions: NDArray[np.int32]) -> None:
@@ -148,16 +178,31 @@ class Tables:
             self._deltas.clear()
         self._positions = positions
         for table in self._tables.values():
-            table.upload(self._angles(table.rotation))
+            table.upload(self._angles(table))
 
-    def _angles(self, rotation: Rotation) -> NDArray[np.float64]:
-        """The angles float64 [rows, pairs]; exactly 0 for rows of the context's base."""
-        parameters, layout = rotation.parameters, self._layout
-        if parameters not in self._deltas:
-            native = angular_frequencies(parameters, self._base)
-            deltas = np.array([angular_frequencies(parameters, base) - native for base in layout.bases])
-            self._deltas[parameters] = np.tile(np.repeat(deltas, layout.tokens, axis=0), (layout.slots, 1))
-        return np.asarray(self._positions[:, None] * self._deltas[parameters])
+    def _angles(self, table: _Table) -> NDArray[np.float64]:
+        """The angles float64 [rows, kv heads, pairs]; exactly 0 for rows of the context's base."""
+        parameters, layout = table.rotation.parameters, self._layout
+        key = (parameters, table.multipliers)
+        if key not in self._deltas:
+            native, *others = (
+                np.array([angular_frequencies(parameters, base * multiplier) for multiplier in table.multipliers])
+                for base in (self._base, *layout.bases)
+            )
+            deltas = np.array([other - native for other in others])
+            self._deltas[key] = np.tile(np.repeat(deltas, layout.tokens, axis=0), (layout.slots, 1, 1))
+        return np.asarray(self._positions[:, None, None] * self._deltas[key])
+
+
+def layer_of(weights: TensorStruct) -> int:
+    """The layer whose queries or keys `weights` give. Raises UnsupportedModelError if they are called otherwise."""
+    found = _ROTATED_WEIGHTS.fullmatch(weights.name)
+    if found is None:
+        raise UnsupportedModelError(
+            f"llama.cpp rotates what comes from {weights.name.decode(errors='replace')!r}, whose heads have no bases",
+            "use `profile=none`",
+        )
+    return int(found[1])
 
 
 def weights_of(tensor: int) -> TensorStruct:

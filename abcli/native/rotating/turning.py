@@ -19,7 +19,7 @@ from abcli.native import ggml_api as api
 from abcli.native.ggml_api import TensorStruct
 from abcli.native.owner import Owner
 from abcli.native.rotating.devices import nodes_of
-from abcli.native.rotating.graph import rope_node
+from abcli.native.rotating.graph import asked_parameters
 from abcli.native.rotating.hook import acting, compute_hook, copy_hook, rope_hook
 from abcli.native.rotating.tables import Rotation, Tables, weights_of
 
@@ -155,7 +155,7 @@ class InGraph(Owner):
         if not self._turns:
             return rotated
         try:
-            return self._turned(arguments[0], rotated, self._tables)
+            return self._turned(arguments, rotated, self._tables)
         except BaseException as error:
             # Nothing may be raised through llama.cpp; the graph is as good as any that is dropped.
             self._failure.keep(error)
@@ -185,13 +185,13 @@ class InGraph(Owner):
         """llama.cpp's tensor of the logits that the last graph computed; 0 if there is none to be found."""
         return int((self._graph and api.graph_tensor(self._graph, _LOGITS)) or 0)
 
-    def _turned(self, context: int, rotated: int, tables: Tables) -> int:
+    def _turned(self, arguments: tuple[Any, ...], rotated: int, tables: Tables) -> int:
         node = TensorStruct.from_address(rotated)
-        rope = rope_node(node)
-        if (node.type, node.ne[3], rope.first_dimension) != (llama.GGML_TYPE_F32, 1, 0):
+        if (node.type, node.ne[3]) != (llama.GGML_TYPE_F32, 1):
             raise UnsupportedModelError("the model rotates numbers in a form that one batch cannot vary", "")
         self._rows = node.ne[2]
-        return tables.turn(context, rotated, Rotation(rope.parameters, rope.width), weights_of(node.src[0]))
+        rotation = Rotation(asked_parameters(arguments), node.ne[0])
+        return tables.turn(arguments[0], rotated, rotation, weights_of(arguments[1]))
 
 
 def input_of(source: int, graph: int) -> int:
