@@ -9,6 +9,7 @@ from typing import Literal
 from abcli.chat.calls.events import Event
 from abcli.chat.messages import ToolCall
 from abcli.generate import Answer as RunningAnswer
+from abcli.generate import Statistics
 from abcli.trace.trace import Trace
 
 EndReason = Literal["stop", "length", "tool_calls"]
@@ -22,6 +23,11 @@ class Usage:
     cached_tokens: int
     completion_tokens: int
 
+    @classmethod
+    def of(cls, statistics: Statistics) -> Usage:
+        """Those of an answer so far."""
+        return cls(statistics.prompt_tokens, statistics.cached_tokens, statistics.completion_tokens)
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -29,6 +35,11 @@ class Timings:
 
     prefill: float
     decode: float
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> Timings:
+        """Those of an answer so far."""
+        return cls(statistics.prefill_seconds, statistics.decode_seconds)
 
 
 @dataclass(frozen=True)
@@ -99,8 +110,8 @@ def finished_answer(
         text=answer.text if text is None else text,
         tokens=tuple(answer.tokens),
         finish_reason="tool_calls" if tool_calls and answer.finish_reason == "stop" else answer.finish_reason,
-        usage=Usage(statistics.prompt_tokens, statistics.cached_tokens, statistics.completion_tokens),
-        timings=Timings(statistics.prefill_seconds, statistics.decode_seconds),
+        usage=Usage.of(statistics),
+        timings=Timings.of(statistics),
         agreement=statistics.agreement,
         asked=statistics.asked,
         seed=answer.seed,

@@ -168,7 +168,18 @@ def _with_buckets(fields: Fields, service: Service, config: GenerationConfig) ->
 
 
 def read_wanted(fields: Fields) -> Wanted:
-    """What a chat request wants beside the text. Raises UsageError."""
+    """What a request wants beside the text and log-probabilities. Raises UsageError."""
+    timings, progress = fields.flag("timings_per_token"), fields.flag("return_progress")
+    streams = fields.flag("stream")
+    return Wanted(
+        fresh=not fields.flag("cache_prompt", default=True),
+        timings=streams and timings,
+        progress=streams and progress,
+    )
+
+
+def read_chat_wanted(fields: Fields) -> Wanted:
+    """The same with the log-probabilities that a chat request wants. Raises UsageError."""
     top: int | None = None
     if fields.flag("logprobs"):
         top = fields.whole("top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
@@ -176,8 +187,4 @@ def read_wanted(fields: Fields) -> Wanted:
         raise UsageError("'top_logprobs' needs logprobs", "set 'logprobs' to true", setting="top_logprobs")
     elif "n_probs" in fields:
         top = fields.whole("n_probs", 0, 0, MAX_TOP_LOGPROBS) or None
-    return Wanted(
-        fresh=not fields.flag("cache_prompt", default=True),
-        top=top,
-        each_bucket=fields.inner("abcli").flag("show_buckets"),
-    )
+    return replace(read_wanted(fields), top=top, each_bucket=fields.inner("abcli").flag("show_buckets"))

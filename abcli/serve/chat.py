@@ -17,7 +17,7 @@ from abcli.chat.messages import Message
 from abcli.chat.options import ChatOptions, chat_options
 from abcli.errors import ContextFullError, UsageError
 from abcli.sampling import GenerationConfig
-from abcli.serve.asking import check_constraint, read_generation, read_wanted, with_seed
+from abcli.serve.asking import check_constraint, read_chat_wanted, read_generation, with_seed
 from abcli.serve.chat_shapes import ChatShape
 from abcli.serve.fields import Fields
 from abcli.serve.gathering import chunks_of, respond
@@ -77,7 +77,7 @@ def read_chat(service: Service, body: Mapping[str, Any]) -> ChatRequest:
     fields = Fields(body)
     stream_options = fields.inner("stream_options")
     choices = fields.whole("n", 1, 1, min(MAX_CHOICES, service.capacity))
-    wanted = read_wanted(fields)
+    wanted = read_chat_wanted(fields)
     generation = read_generation(fields, service)
     options = read_options(fields, service.settings.options)
     if wanted.top is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from time import time
 from typing import Any
 
-from abcli.chat.answer import Answer, Piece
+from abcli.chat.answer import Answer, Piece, Timings, Usage
 from abcli.chat.calls.events import ArgumentsText, CallBegun
 from abcli.chat.message_format import call_fields
 from abcli.serve.chosen import Chosen, Likely
@@ -30,13 +30,13 @@ def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def timings_of(answer: Answer) -> dict[str, Any]:
+def timings_of(usage: Usage, timings: Timings) -> dict[str, Any]:
     """llama-server's `timings`: numbers of tokens, milliseconds, and tokens per second."""
-    computed = answer.usage.prompt_tokens - answer.usage.cached_tokens
-    predicted = answer.usage.completion_tokens
-    prefill, decode = answer.timings.prefill, answer.timings.decode
+    computed = usage.prompt_tokens - usage.cached_tokens
+    predicted = usage.completion_tokens
+    prefill, decode = timings.prefill, timings.decode
     return {
-        "cache_n": answer.usage.cached_tokens,
+        "cache_n": usage.cached_tokens,
         "prompt_n": computed,
         "prompt_ms": prefill * 1e3,
         "prompt_per_second": computed / prefill if prefill > 0 else 0.0,
@@ -82,7 +82,7 @@ class ChatShape:
                 for number, (answer, found) in enumerate(zip(answers, chosen, strict=True))
             ],
             "usage": usage_of(answers),
-            "timings": timings_of(answers[0]),
+            "timings": timings_of(answers[0].usage, answers[0].timings),
             "abcli": {**self._buckets, **own_fields(answers[0])},
         }
 
@@ -93,7 +93,7 @@ class ChatShape:
 
     def usage_chunk(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The last chunk, where the numbers of tokens are wanted."""
-        timings = {"timings": timings_of(answers[0])} if answers else {}
+        timings = {"timings": timings_of(answers[0].usage, answers[0].timings)} if answers else {}
         return {**self._chunk([]), "usage": usage_of(answers), **timings}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -121,6 +121,10 @@ class Chunks:
         """The chunk that says who speaks."""
         return self._of({"role": "assistant", "content": None})
 
+    def blank(self) -> dict[str, Any]:
+        """A chunk that says nothing."""
+        return self._of({})
+
     def add(self, piece: Piece, chosen: Sequence[Chosen]) -> Iterator[dict[str, Any]]:
         """The chunks that a piece makes; `chosen` has all tokens so far."""
         deltas: list[dict[str, Any]] = []
@@ -145,7 +149,7 @@ class Chunks:
         if piece.answer is not None:
             last = self._of({}, () if deltas else news, piece.answer.finish_reason)
             own = {**self._buckets, **own_fields(piece.answer)}
-            yield {**last, "timings": timings_of(piece.answer), "abcli": own}
+            yield {**last, "timings": timings_of(piece.answer.usage, piece.answer.timings), "abcli": own}
 
     def _of(
         self, delta: dict[str, Any], chosen: Sequence[Chosen] = (), finish_reason: str | None = None

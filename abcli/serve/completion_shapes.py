@@ -77,7 +77,7 @@ class CompletionShape:
                 "total_tokens": prompt + completion,
                 "prompt_tokens_details": {"cached_tokens": sum(answer.usage.cached_tokens for answer in firsts)},
             },
-            "timings": timings_of(answers[0]),
+            "timings": timings_of(answers[0].usage, answers[0].timings),
         }
 
     def chunks(self, number: int, kept: Answers, prompt: Sequence[int] | None, *, logprobs: bool) -> CompletionChunks:
@@ -117,7 +117,12 @@ class CompletionChunks:
             yield self._shape.chunk(self._number, piece.text, self._take(), None)
             return
         last = self._shape.chunk(self._number, piece.text, self._take(), piece.answer.finish_reason)
-        yield {**last, "timings": timings_of(piece.answer), "abcli": own_fields(piece.answer)}
+        timings = timings_of(piece.answer.usage, piece.answer.timings)
+        yield {**last, "timings": timings, "abcli": own_fields(piece.answer)}
+
+    def blank(self) -> dict[str, Any]:
+        """A chunk that says nothing."""
+        return self._shape.chunk(self._number, "", None, None)
 
     def _echo(self, prompt: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The prompt in parts: how likely all its tokens are is much to tell at once."""

@@ -14,7 +14,7 @@ from abcli.chat.answer import Answer
 from abcli.chat.asking import Asked, plain_asked
 from abcli.chat.message_format import read_text
 from abcli.errors import UsageError
-from abcli.serve.asking import MAX_TOP_LOGPROBS, check_constraint, read_generation, with_seed
+from abcli.serve.asking import MAX_TOP_LOGPROBS, check_constraint, read_generation, read_wanted, with_seed
 from abcli.serve.chat import check_length
 from abcli.serve.completion_shapes import CompletionShape
 from abcli.serve.fields import Fields
@@ -105,11 +105,7 @@ def read_completion(service: Service, body: Body) -> CompletionRequest:
         stream=fields.flag("stream"),
         include_usage=fields.inner("stream_options").flag("include_usage"),
         echo=echo,
-        wanted=Wanted(
-            fresh=not fields.flag("cache_prompt", default=True),
-            top=top,
-            score=echo and top is not None,
-        ),
+        wanted=replace(read_wanted(fields), top=top, score=echo and top is not None),
     )
 
 

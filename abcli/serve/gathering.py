@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from starlette.responses import Response
 
-from abcli.chat.answer import Answer, Piece
+from abcli.chat.answer import Answer, Piece, Timings, Usage
+from abcli.serve.chat_shapes import timings_of
 from abcli.serve.chosen import Chosen
 from abcli.serve.events import DONE, EventStream, event
 from abcli.serve.routing import written
@@ -22,6 +23,9 @@ class Wire(Protocol):
 
     def add(self, piece: Piece, chosen: Sequence[Chosen], /) -> Iterator[Mapping[str, Any]]:
         """The chunks that a piece makes; `chosen` has all tokens so far."""
+
+    def blank(self) -> Mapping[str, Any]:
+        """A chunk that says nothing."""
 
 
 async def respond(
@@ -54,13 +58,27 @@ async def chunks_of(
         yield event(chunk)
     async with aclosing(merged_events(answers)) as pieces:
         async for number, piece in pieces:
+            more = telemetry_of(answers[number])
+            if answers[number].progress is not None:
+                yield event({**wires[number].blank(), **more})
+                continue
             for chunk in wires[number].add(piece, answers[number].chosen):
-                yield event(chunk)
+                yield event({**more, **chunk})
             if piece.answer is not None:
                 finished[number] = piece.answer
     if last is not None:
         yield event(last([finished[number] for number in sorted(finished)]))
     yield DONE
+
+
+def telemetry_of(answering: Answering) -> dict[str, Any]:
+    """llama-server's `timings` and `prompt_progress` beside the last piece, where they are wanted."""
+    if (progress := answering.progress) is not None:
+        counts = {"total": progress.total, "cache": progress.cached, "processed": progress.processed}
+        return {"prompt_progress": {**counts, "time_ms": round(progress.seconds * 1e3)}}
+    if (statistics := answering.statistics) is not None:
+        return {"timings": timings_of(Usage.of(statistics), Timings.of(statistics))}
+    return {}
 
 
 async def finished_answer(answering: Answering) -> Answer:

@@ -18,12 +18,14 @@ from abcli.chat.messages import ToolCall
 from abcli.chat.options import ChatOptions
 from abcli.embedder import Embedder
 from abcli.errors import AbcliError
+from abcli.generate import Statistics
 from abcli.gguf.checked import CheckedModel
 from abcli.llm import LLM
 from abcli.sampling import GenerationConfig, SamplingConfig
 from abcli.serve.chosen import Chosen, Watcher
 from abcli.serve.problems import refused
-from abcli.serve.worker import Delivery, Ticket, Worker
+from abcli.serve.tickets import Delivery, Progress, Ticket
+from abcli.serve.worker import Worker
 
 # Templates and grammars take processor time: more threads would only slow each other down.
 _READERS = 2
@@ -54,13 +56,16 @@ class Wanted:
 
     `fresh`: nothing is taken over of other prompts. With `top`, log-probabilities are kept of every token and of so
     many of the likeliest; with `each_bucket` also what each bucket would have said, with `score` also of the prompt's
-    tokens.
+    tokens. With `timings` every chunk of a stream tells them as they are then, with `progress` it tells how much of the
+    prompt is computed.
     """
 
     fresh: bool = False
     top: int | None = None
     each_bucket: bool = False
     score: bool = False
+    timings: bool = False
+    progress: bool = False
 
 
 USUAL = Wanted()
@@ -233,11 +238,16 @@ class Answering(AsyncIterator[Piece]):
         """What was kept of the tokens so far, where log-probabilities are wanted."""
         self.scored: tuple[Chosen, ...] = ()
         """The same of the prompt's tokens after the first, before the first piece comes."""
+        self.statistics: Statistics | None = None
+        """Numbers and times as they were with the last piece, where they are wanted of each."""
+        self.progress: Progress | None = None
+        """How much of the prompt is computed, where that is what the last piece, an empty one, has to tell."""
         self._service = service
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Delivery] = asyncio.Queue()
         self._ids: dict[int, str] = {}
         self._ended = False
+        self._timings = wanted.timings
         top = wanted.top
         watcher = None if top is None else Watcher(top, each_bucket=wanted.each_bucket)
         generation = asked.generation if watcher is None else replace(asked.generation, observer=watcher)
@@ -249,6 +259,7 @@ class Answering(AsyncIterator[Piece]):
             monotonic() + service.settings.seconds,
             fresh=wanted.fresh,
             score=top if wanted.score else None,
+            progress=wanted.progress,
             watcher=watcher,
         )
         service.worker.submit(self._ticket)
@@ -261,9 +272,13 @@ class Answering(AsyncIterator[Piece]):
         if delivery.scored:
             self.scored = delivery.scored
             delivery = await self._queue.get()
+        self.progress = delivery.progress
+        if delivery.progress is not None:
+            return Piece("")
         if delivery.error is not None:
             self._end()
             raise delivery.error
+        self.statistics = delivery.statistics if self._timings else None
         assert delivery.piece is not None  # noqa: S101 - it is the one or the other
         if delivery.piece.answer is not None:
             self._end()

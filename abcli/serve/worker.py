@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abcli.chat.answer import Piece
-from abcli.chat.asking import AnswerReader
 from abcli.errors import AbcliError, CancelledError
 from abcli.generate import Answer as RunningAnswer
 from abcli.generate import Generator, common_prefix
-from abcli.sampling import GenerationConfig
-from abcli.serve.chosen import Chosen, Watcher, scored
+from abcli.serve.chosen import scored
 from abcli.serve.problems import out_of_time, refused
+from abcli.serve.tickets import Delivery, Progress, Ticket
 
 log = logging.getLogger("abcli.serve")
 
@@ -52,42 +51,6 @@ class Slots(Protocol):
 
     def read(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, NDArray[np.float32]]:
         """Append tokens to slots; the logits [tokens, buckets, vocabulary] after each."""
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What a step gave one answer: a piece and the tokens chosen in it, the error that ends it, or, before all pieces,
-    how likely the prompt's tokens are after the first.
-    """
-
-    piece: Piece | None = None
-    chosen: tuple[Chosen, ...] = ()
-    error: AbcliError | None = None
-    scored: tuple[Chosen, ...] = ()
-
-
-@dataclass(eq=False)
-class Ticket:
-    """An answer that is wanted. `deliver` is called by the worker's thread, until a piece has the answer or an error.
-
-    `deadline` is the time (`time.monotonic`) at which it is given up; `fresh` takes over nothing of other prompts. With
-    `score` it is told how likely the prompt's tokens are, and so many of the likeliest at each place.
-    """
-
-    tokens: Sequence[int]
-    config: GenerationConfig
-    reader: AnswerReader
-    deliver: Callable[[Delivery], None]
-    deadline: float
-    fresh: bool = False
-    score: int | None = None
-    watcher: Watcher | None = None
-    gone: bool = False
-    """Nobody waits for it any more."""
-    running: RunningAnswer | None = None
-    begun: bool = False
-    """Its prompt is complete."""
-    scored: list[Chosen] = field(default_factory=list)
 
 
 @dataclass
@@ -287,13 +250,24 @@ class Worker:
             self._running[slot] = ticket
             return True
         try:
-            ticket.running = self._generator.start(slot, ticket.tokens, ticket.config)
+            on_progress = partial(self._progressed, ticket, monotonic()) if ticket.progress else None
+            ticket.running = self._generator.start(slot, ticket.tokens, ticket.config, on_progress)
         except AbcliError as error:
             self._end_with_error(ticket, error)
             return False
+        if on_progress is not None:
+            on_progress(0, 0)
         self._running[slot] = ticket
         self._used[slot] = monotonic()
         return True
+
+    def _progressed(self, ticket: Ticket, begin: float, computed: int, _all: int) -> None:
+        """Tell how much of a prompt is computed."""
+        assert ticket.running is not None  # noqa: S101 - it was started
+        statistics = ticket.running.statistics
+        cached = statistics.cached_tokens
+        progress = Progress(statistics.prompt_tokens, cached, cached + computed, monotonic() - begin)
+        self._deliver(ticket, Delivery(progress=progress))
 
     def _score(self) -> None:
         """Read on in the prompts of which it is asked how likely they are."""
@@ -339,7 +313,8 @@ class Worker:
                 self._leave(piece.answer.slot)
                 self._count(piece.answer)
             chosen = ticket.watcher.take(len(piece.answer.tokens)) if ticket.watcher is not None else ()
-            self._deliver(ticket, Delivery(ticket.reader.add(piece), chosen))
+            statistics = replace(piece.answer.statistics)
+            self._deliver(ticket, Delivery(ticket.reader.add(piece), chosen, statistics=statistics))
 
     def _count(self, answer: RunningAnswer) -> None:
         counts, statistics = self.counts, answer.statistics

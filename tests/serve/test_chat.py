@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,30 @@ def test_another_merge_rule_for_one_answer(client: TestClient) -> None:
         request = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 1, "abcli": own}
         tokens = client.post(PATH, json=request).json()["choices"][0]["logprobs"]["content"]
         assert {view["weight"] for token in tokens for view in token["buckets"]} == wanted
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_stream_tells_its_progress_and_timings_where_that_is_wanted(client: TestClient, path: str) -> None:
+    text = "a prompt of this test alone " * 8
+    request = {"messages": [{"role": "user", "content": text}], "prompt": text, "stream": True, "n": 2}
+    wanted = {"return_progress": True, "timings_per_token": True}
+    chunks = chunks_of(client.post(path, json={**request, **wanted}).text)
+    for number in range(2):
+        mine = [chunk for chunk in chunks if chunk["choices"][0]["index"] == number]
+        told = [chunk["prompt_progress"] for chunk in mine if "prompt_progress" in chunk]
+        assert told[0]["processed"] == told[0]["cache"] < told[-1]["processed"] == told[-1]["total"]
+        assert all(before["processed"] < after["processed"] for before, after in pairwise(told))
+        assert all(progress["time_ms"] >= 0 for progress in told)
+        timings = [chunk["timings"] for chunk in mine if "timings" in chunk]
+        assert timings[-1]["predicted_n"] == 8
+        counts = [item["predicted_n"] for item in timings]
+        assert len(counts) > 2
+        assert counts == sorted(counts)
+        assert timings[-1]["prompt_n"] + timings[-1]["cache_n"] == told[-1]["total"]
+    # Nobody else gets them, nor what is no stream.
+    chunks = chunks_of(client.post(path, json=request).text)
+    assert not any("prompt_progress" in chunk for chunk in chunks)
+    assert sum("timings" in chunk for chunk in chunks) == 2
+    answer = client.post(path, json={**request, **wanted, "stream": False})
+    assert answer.status_code == 200
+    assert client.post(path, json={**request, "return_progress": 1}).json()["error"]["param"] == "return_progress"

@@ -6,6 +6,7 @@ import base64
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from abcli.embedder import Embedder
 from abcli.serve.app import make_app
 from abcli.serve.embeddings import MAX_TEXTS, EmbeddingService
 from abcli.serve.service import Settings
+from tests.support.bert import bert_states
 from tests.support.tiny_gguf import write_tiny_bert
 
 PATH = "/v1/embeddings"
@@ -68,6 +70,29 @@ def test_texts_and_tokens_in_every_form(embedding: TestClient, embedder: Embedde
         np.testing.assert_allclose(vectors(embedding, input=given), expected, atol=1e-5)
     for given in (texts[0], tokens[0], [texts[0]], [tokens[0]]):
         np.testing.assert_allclose(vectors(embedding, input=given), expected[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [(1, None), (2, None), (3, None), (1, "cls"), (2, "last"), (3, "mean")])
+def test_the_numbers_are_berts(tmp_path: Path, kind: int, pooling: Any) -> None:
+    """Against an implementation in float64: pooled as the file says (mean, first, last token), or as a flag does."""
+    path = write_tiny_bert(tmp_path / "bert.gguf", pooling_type=kind)
+    texts = ["hello world", "a", "Zebras, and 3 more!"]
+    expected = []
+    for text in texts:
+        # [CLS], the letters of words as the model knows them, [SEP]; signs are words of their own.
+        words = "".join(f" {sign} " if sign in ",!" else sign for sign in text.lower()).split()
+        letters = [ord(letter) - 33 + (99 if number else 5) for word in words for number, letter in enumerate(word)]
+        states = bert_states(path, [2, *letters, 3])
+        way = pooling or {1: "mean", 2: "cls", 3: "last"}[kind]
+        pooled = {"mean": states.mean(axis=0), "cls": states[0], "last": states[-1]}[way]
+        expected.append(pooled / np.linalg.norm(pooled))
+    context = ContextConfig(threads=1, flash_attention="off")
+    with (
+        Embedder(ModelConfig(path), context, pooling=pooling) as embedder,
+        closing(EmbeddingService(embedder, Settings("bert"))) as service,
+    ):
+        client = TestClient(make_app(service), base_url="http://localhost")
+        np.testing.assert_allclose(vectors(client, input=texts), expected, atol=2e-3)
 
 
 def test_an_answer_tells_model_and_usage(embedding: TestClient, embedder: Embedder) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.serve.live import running_server
+from tests.serve.process import served
+from tests.support.tiny_gguf import write_tiny_bert, write_tiny_model
 
 pytestmark = pytest.mark.peers
 
+WINDOWS = [(1400, "light"), (400, "dark")]
 QUESTION = "Name three colours and say why."
 
 
@@ -34,9 +38,21 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
-@pytest.fixture(params=[(1400, "light"), (400, "dark")], ids=["wide", "narrow"])
-def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:
-    width, scheme = request.param
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory, common_home: Path) -> Iterator[str]:
+    """The address of a server of three models, of which one at a time is loaded, and one makes embeddings."""
+    folder = tmp_path_factory.mktemp("several")
+    files = [write_tiny_model(folder / "first.gguf"), write_tiny_model(folder / "second.gguf", seed=1)]
+    files.append(write_tiny_bert(folder / "third.gguf"))
+    with served(*files, "--models-max", 1, "-k", 2, "-c", 512, "-n", 20, "--temp", 0) as server:
+        yield f"http://127.0.0.1:{server.port}"
+
+
+@contextmanager
+def opened(
+    browser: Any, address: str, width: int, scheme: str, *, shown: str = "2 buckets", allowed: str = ""
+) -> Iterator[Any]:
+    """The page in a window of its own, as soon as it shows a model. Nothing but what is allowed may go wrong in it."""
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     context.set_default_timeout(90_000)
     page = context.new_page()
@@ -45,10 +61,16 @@ def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(address)
-    page.wait_for_selector("#model:has-text('2 buckets')")
+    page.wait_for_selector(f"#model:has-text('{shown}')")
     yield page
     context.close()
-    assert problems == []
+    assert [text for text in problems if not allowed or allowed not in text] == []
+
+
+@pytest.fixture(params=WINDOWS, ids=["wide", "narrow"])
+def page(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Any]:
+    with opened(browser, address, *request.param) as found:
+        yield found
 
 
 def ask(page: Any, text: str) -> None:
@@ -151,3 +173,32 @@ def test_calls_of_tools_are_shown_and_their_results_given(page: Any) -> None:
     page.click(".call button")
     page.wait_for_selector(".body:has-text('It rains.')")
     assert asked[1]["messages"][-1] == {"role": "tool", "tool_call_id": "a", "content": "rain"}
+
+
+@pytest.mark.parametrize(("width", "scheme"), WINDOWS, ids=["wide", "narrow"])
+def test_a_model_is_chosen(browser: Any, several: str, width: int, scheme: str) -> None:
+    """Of several models: who answers is shown, and kept; one that makes embeddings says so, and is not offered then."""
+    with opened(browser, several, width, scheme, shown="first", allowed="501") as page:
+        page.click("#settings-toggle")
+        assert page.locator("#which option").all_inner_texts()[:2] == ["first", "second"]
+        # The keyboard is enough.
+        page.locator("#which").focus()
+        page.locator("#which").press("ArrowDown")
+        assert page.input_value("#which") == "second"
+        page.wait_for_selector("#model:has-text('second')")
+        check_for_everybody(page)
+        page.click("#settings-toggle")
+        ask(page, "Hello")
+        page.wait_for_selector(".message.assistant h2:has-text('second')")
+        # It was loaded for the question, and its buckets are known now.
+        page.wait_for_selector("#model:has-text('second · 2 buckets')")
+        check_for_everybody(page)
+        page.reload()
+        page.wait_for_selector("#model:has-text('second · 2 buckets')")
+        page.click("#settings-toggle")
+        page.select_option("#which", "third")
+        ask(page, "Hello")
+        page.wait_for_selector("#problem:has-text('third is an embedding model')")
+        page.wait_for_selector("#model:has-text('first')")
+        assert page.locator("#which option").all_inner_texts() == ["first", "second"]
+        check_for_everybody(page)

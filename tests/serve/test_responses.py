@@ -268,3 +268,18 @@ def test_tokens_are_counted(client: TestClient, path: str) -> None:
     counted = client.post(f"{path}/input_tokens", json=request).json()["input_tokens"]
     usage = client.post(PATH, json={"input": "Hello"}).json()["usage"]
     assert counted == usage["input_tokens"]
+
+
+def test_a_stream_tells_its_progress_and_timings_where_that_is_wanted(client: TestClient) -> None:
+    request = {"input": "another prompt of this test alone", "stream": True}
+    wanted = {"return_progress": True, "timings_per_token": True}
+    events = [value for _name, value in events_in(client.post("/v1/responses", json={**request, **wanted}).text)]
+    told = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+    assert told[0]["processed"] == told[0]["cache"] < told[-1]["processed"] == told[-1]["total"]
+    assert {event["type"] for event in events if "prompt_progress" in event} == {"response.in_progress"}
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert all("timings" in event for event in deltas)
+    assert events[-1]["timings"]["predicted_n"] == 8
+    events = [value for _name, value in events_in(client.post("/v1/responses", json=request).text)]
+    assert not any("timings" in event or "prompt_progress" in event for event in events)

@@ -16,8 +16,9 @@ from abcli.errors import AbcliError, CancelledError, NativeError
 from abcli.generate import Generator
 from abcli.sampling import GenerationConfig
 from abcli.serve.problems import RefusedError
-from abcli.serve.worker import Delivery, Ticket, Worker
-from tests.support.fakes import ByteTokenizer, FakeEngine, GreedySampler
+from abcli.serve.tickets import Delivery, Ticket
+from abcli.serve.worker import Worker
+from tests.support.fakes import PIECE, ByteTokenizer, FakeEngine, GreedySampler
 
 # Nothing waits for it to pass.
 PATIENCE = 30
@@ -98,12 +99,20 @@ class Rig:
         fresh: bool = False,
         seconds: float = PATIENCE,
         score: int | None = None,
+        progress: bool = False,
     ) -> Heard:
         reader = AnswerReader(None, ChatOptions())
         config = GenerationConfig(max_tokens=tokens)
         heard: list[Heard] = []
         ticket = Ticket(
-            list(prompt), config, reader, lambda delivery: heard[0].hear(delivery), monotonic() + seconds, fresh, score
+            list(prompt),
+            config,
+            reader,
+            lambda delivery: heard[0].hear(delivery),
+            monotonic() + seconds,
+            fresh,
+            score,
+            progress,
         )
         heard.append(Heard(ticket))
         self.worker.submit(ticket)
@@ -275,3 +284,32 @@ def test_a_worker_drains_or_stops(make: Callable[..., Rig]) -> None:
         with pytest.raises(CancelledError):
             _ = heard.answer
     assert rig.worker.join(PATIENCE)
+
+
+def test_how_much_of_a_prompt_is_computed(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.valve.open()
+    rig.worker.start()
+    prompt = b"x" * 3 * PIECE
+    assert rig.ask(prompt, 2).answer.usage.cached_tokens == 0
+    heard = rig.ask(prompt + b"y" * 2 * PIECE, 2, progress=True)
+    usage = heard.answer.usage
+    told = [delivery.progress for delivery in heard.deliveries if delivery.progress is not None]
+    # They come before everything else; the first one tells what was there already.
+    assert all(delivery.progress is None for delivery in heard.deliveries[len(told) :])
+    assert {(progress.total, progress.cached) for progress in told} == {(5 * PIECE, usage.cached_tokens)}
+    processed = [progress.processed for progress in told]
+    assert (processed[0], processed[-1]) == (3 * PIECE, 5 * PIECE)
+    assert processed == sorted(set(processed))
+    assert len(processed) > 2
+    assert told[0].seconds <= told[-1].seconds < PATIENCE
+
+
+def test_each_piece_comes_with_the_numbers_so_far(make: Callable[..., Rig]) -> None:
+    rig = make()
+    rig.valve.open()
+    rig.worker.start()
+    heard = rig.ask(b"abc", 4)
+    assert heard.answer.usage.completion_tokens == 4
+    statistics = [delivery.statistics for delivery in heard.deliveries]
+    assert [item.completion_tokens for item in statistics if item is not None] == [1, 2, 3, 4]

@@ -254,11 +254,12 @@ def write_tiny_bert(path: Path, *, context_length: int = 64, seed: int = 0, **me
     shapes |= {f"attn_{part}": (embedding, embedding) for part in ("q", "k", "v", "output")}
     norms = [f"blk.{layer}.{part}_output_norm" for layer in range(layers) for part in ("attn", "layer")]
     for norm in ["token_embd_norm", *norms]:
-        weights |= {norm + ".weight": np.ones(embedding, np.float32), norm + ".bias": np.zeros(embedding, np.float32)}
+        weights[norm + ".weight"] = (1 + 0.3 * random.standard_normal(embedding)).astype(np.float32)
+        weights[norm + ".bias"] = (0.3 * random.standard_normal(embedding)).astype(np.float32)
     for layer in range(layers):
         for part, shape in shapes.items():
             weights[f"blk.{layer}.{part}.weight"] = 2 * _normal(random, *shape)
-            weights[f"blk.{layer}.{part}.bias"] = np.zeros(shape[0], np.float32)
+            weights[f"blk.{layer}.{part}.bias"] = (0.3 * random.standard_normal(shape[0])).astype(np.float32)
     keys = {
         "context_length": context_length,
         "embedding_length": embedding,

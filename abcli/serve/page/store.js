@@ -1,6 +1,6 @@
 // Chats and settings, kept in this browser only.
 
-const SETTINGS = ["system", "buckets", "temperature", "most", "theme", "tools"];
+const SETTINGS = ["system", "which", "buckets", "temperature", "most", "theme", "tools"];
 
 const opened = new Promise((resolve, reject) => {
   const request = indexedDB.open("abcli", 1);
@@ -39,6 +39,8 @@ function keepSettings(fields) {
 function restoreSettings(fields) {
   try {
     const kept = JSON.parse(localStorage.getItem("abcli") ?? "{}");
+    // The other models are not known yet.
+    if (kept.which) fields.which.append(make("option", {}, kept.which));
     for (const name of SETTINGS) if (typeof kept[name] === "string") fields[name].value = kept[name];
     fields.key.value = sessionStorage.getItem("abcli-key") ?? "";
   } catch { /* As they are in the page. */ }

@@ -40,7 +40,11 @@ class ResponseEvents(Blocks):
     def begin(self) -> Events:
         """The events before the first piece."""
         yield self._lifecycle("created")
-        yield self._lifecycle("in_progress")
+        yield self.goes_on()
+
+    def goes_on(self) -> dict[str, Any]:
+        """The event that nothing is new."""
+        return self._lifecycle("in_progress")
 
     def add(self, piece: Piece, logprobs: Sequence[Mapping[str, Any]] = ()) -> Events:
         """The events of a piece; those of the last one end the stream.

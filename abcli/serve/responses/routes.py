@@ -15,6 +15,7 @@ from abcli.serve.chat import ask_chat
 from abcli.serve.chat_shapes import logprobs_of
 from abcli.serve.counting import counting
 from abcli.serve.events import EventStream, event
+from abcli.serve.gathering import telemetry_of
 from abcli.serve.problems import problem_of
 from abcli.serve.responses.events import ResponseEvents
 from abcli.serve.responses.request import chat_request
@@ -57,8 +58,11 @@ async def _events(service: Service, told: ResponseEvents, answering: Answering) 
             taken += len(news)
             logprobs = logprobs_of(news, service.pieces)["content"] if news else ()
             # What ends a part repeats all of it, where that keeps nobody waiting.
-            for item in await asyncio.to_thread(list, told.add(piece, logprobs)):
-                yield item
+            found = await asyncio.to_thread(list, told.add(piece, logprobs))
+            if answering.progress is not None:
+                found.append(told.goes_on())
+            for item in found:
+                yield {**item, **telemetry_of(answering)}
 
 
 async def _whole(told: ResponseEvents, events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
