@@ -12,7 +12,14 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, readable by the user only. Raises OSError, with the old file untouched."""
+    """Replace `path`, or what it is a link to, by `data`, readable by the user only; pipes and devices just get it.
+
+    Raises OSError, with the old file untouched.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     # In the same directory: a rename is atomic only inside one file system.
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:40]}-", suffix=".tmp", dir=path.parent)
     temporary = Path(name)

@@ -186,7 +186,7 @@ def check_sampling(config: SamplingConfig, vocabulary_size: int) -> None:
     for name, setting in SETTINGS.items():
         value = getattr(config, name)
         if not setting.least <= value <= setting.largest:  # NaN too
-            hint = f"use a value from {setting.least:g} to {setting.largest:.10g}"
+            hint = f"use a value from {setting.least:.10g} to {setting.largest:.10g}"
             raise UsageError(f"`{name}` {value} is not possible", hint, setting=name)
     if config.mirostat == 1:
         raise UsageError("`mirostat` 1 is not possible", "use 0 (off) or 2", setting="mirostat")

@@ -167,7 +167,7 @@ def export_session(session: Session, path: Path) -> None:
     """
     if path.suffix.lower() not in _EXPORT_SUFFIXES:
         raise UsageError(
-            f"a conversation cannot be written as {path.suffix!r:.40}",
+            f"a conversation cannot be written as {path.name!r:.80}",
             "end the name in .json, or in .md or .txt to read",
         )
     as_transcript = path.suffix.lower() in TRANSCRIPT_SUFFIXES

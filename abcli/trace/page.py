@@ -75,7 +75,7 @@ def save_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
 def check_name(path: Path) -> None:
     """Raise UsageError for a name that promises something else than a trace is written as."""
     if path.suffix.lower() not in (".html", ".htm", ".json"):
-        raise UsageError(f"a trace cannot be written as {path.suffix!r:.40}", "end the name in .html or .json")
+        raise UsageError(f"a trace cannot be written as {path.name!r:.80}", "end the name in .html or .json")
 
 
 def bucket_names(bases: Sequence[float], native_base: float, native: int) -> list[str]:

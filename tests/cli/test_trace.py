@@ -32,7 +32,7 @@ def test_a_trace_is_written_beside_the_answer(tiny_model: Path, abcli: Command, 
 
 @pytest.mark.parametrize("command", [("trace", "-o"), ("run", "--trace")])
 @pytest.mark.parametrize(
-    ("name", "what"), [("a.pdf", "cannot be written as '.pdf'"), ("no/a.html", "cannot be written")]
+    ("name", "what"), [("a.pdf", "cannot be written as 'a.pdf'"), ("no/a.html", "cannot be written")]
 )
 def test_a_name_that_cannot_be_is_refused_before_the_work(
     tiny_model: Path, abcli: Command, tmp_path: Path, command: tuple[str, str], name: str, what: str
@@ -49,6 +49,6 @@ def test_a_chat_writes_the_trace_of_its_last_answer(tiny_model: Path, abcli: Com
     errors = outcome.errors.decode()
     assert "there is no answer to trace" in errors
     assert "/trace needs a file name" in errors
-    assert "cannot be written as '.txt'" in errors
+    assert "cannot be written as 'chat.txt'" in errors
     assert f"written to {path}" in errors
     assert "What the buckets saw" in path.read_text()
