@@ -24,10 +24,9 @@ def write(directory: Path, content: str | bytes | list[Any], name: str = "input"
 
 
 def jobs(path: Path, **options: Any) -> list[Job | BadLine]:
-    parts = {
-        name: options.pop(name) for name in ("format", "separator", "template", "context", "system") if name in options
-    }
-    return list(JobReader(path, InputParts(**parts), options.pop("defaults", RUN), **options))
+    names = InputParts.__dataclass_fields__
+    parts = InputParts(**{name: options.pop(name) for name in names if name in options})
+    return list(JobReader(path, parts, options.pop("defaults", RUN), **options))
 
 
 def job(path: Path, **options: Any) -> Job:
