@@ -103,6 +103,7 @@ class Task:
             buckets=self.found.buckets,
             template=template_source(choice) if choice is not None else None,
             slots=slots,
+            tuning=self.found.model.tuning,
         )
 
     def _read(self, seed: int) -> JobReader:

@@ -28,6 +28,8 @@ class TrainingSettings:
     single: bool = False
     """Learn one number for all heads."""
     learned: tuple[Kind, ...] = ("gains",)
+    bound: float | None = None
+    """In nats per token: where the tuned model is further from the untuned one, the guard's weight rises."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ import pytest
 from abcli.batch.cluster.pool import Done, Opened, Refusal, WorkerSetup
 from abcli.batch.cluster.worker import Worker
 from abcli.batch.jobs import Job, Result
+from abcli.batch.task import InputParts, Task
 from abcli.chat.messages import Message
-from abcli.config import ContextConfig
+from abcli.config import ContextConfig, Tuning
+from abcli.prepare import Prepared
 from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.models import buckets_at, checked_model
 
@@ -63,6 +65,30 @@ def test_it_answers_what_comes_whenever_it_comes(setup: WorkerSetup, worker: Wor
     assert sorted((item.index, bool(item.error)) for item in found) == [(5, False), (6, True)]
     totals = worker.exchange([]).totals
     assert (totals.answered, totals.errors, totals.completion_tokens) == (6, 1, 24)
+
+
+def test_it_tunes_its_model_as_the_others(tiny_model: Path, setup: WorkerSetup, worker: Worker) -> None:
+    tuning = Tuning(((0.2, 1.0, 1.75, 0.0),) * 2, ((0.2, 5.0),) * 2)
+    tuned = checked_model(tiny_model).with_tuning(tuning).fingerprint
+    assert isinstance(worker.open(replace(setup, fingerprint=tuned, tuning=tuning), 1, 1), Opened)
+    plain = Worker()
+    try:
+        assert isinstance(plain.open(setup, 1, 1), Opened)
+        texts = []
+        for each in (worker, plain):
+            first = [*each.exchange([job(0, tokens=20)]).results]
+            texts.append([item.text for item in (first or results_of(each, 1))])
+    finally:
+        plain.close()
+    assert texts[0] != texts[1]
+
+
+def test_workers_are_told_of_the_tuning(tiny_model: Path) -> None:
+    tuned = checked_model(tiny_model).with_tuning(Tuning(multipliers=((0.2, 5.0),) * 2))
+    found = Prepared(tuned, ContextConfig(), buckets_at(1e4))
+    parts = InputParts("auto", None, None, "", None, None)
+    told = Task(tiny_model, parts, GenerationConfig(), found, None).worker_setup(str(tiny_model), None)
+    assert checked_model(tiny_model).with_tuning(told.tuning).fingerprint == told.fingerprint
 
 
 def test_it_finishes_what_is_begun_when_it_is_stopped(setup: WorkerSetup, worker: Worker) -> None:

@@ -148,6 +148,8 @@ WRONG: dict[str, tuple[list[object], str]] = {
     "both": (["--keep", "--dry-run"], "--keep and --dry-run contradict each other"),
     "length": (["--length", "0"], "--length 0 is impossible"),
     "rate": (["--rate", "nan"], "--rate nan is impossible"),
+    "guard": (["--guard", "0", "--bound", "0.01"], "--guard 0 is impossible"),
+    "bound": (["--bound", "0"], "--bound 0 is impossible"),
     "minutes": (["--minutes", "0"], "--minutes 0 is impossible"),
     "name": (["--name", "../x"], "cannot be the name of a profile"),
     "prefill": (["--prefill", "exact"], "--prefill has no say in tuning"),

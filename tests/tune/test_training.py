@@ -98,6 +98,19 @@ def test_a_guard_keeps_the_model_what_it_was(twin: Twin, guards: list[list[Guard
     assert float(guards[0][1].divergence(Heads(None, 1.5 * multipliers))) > 1e-3
 
 
+def test_within_a_bound_the_weight_is_the_least_and_beyond_it_rises(twin: Twin, guards: list[list[Guard]]) -> None:
+    def divergences(steps: int, bound: float | None) -> list[float]:
+        learner = Learner(twin, replace(SETTINGS, steps=steps, contexts=1, guard_weight=0.01, bound=bound))
+        learner.learn(GROUPS, guards)
+        return [step.divergences[0] for step in learner.steps]
+
+    free = divergences(60, None)
+    bound = max(free) / 4
+    assert np.mean(divergences(60, bound)[-10:]) < 1.5 * bound
+    # One that is never reached changes nothing.
+    assert divergences(4, 1e3) == divergences(4, None)
+
+
 @pytest.mark.parametrize("kinds", KINDS)
 def test_one_number_is_that_of_all_heads(twin: Twin, kinds: tuple[Kind, ...]) -> None:
     tuning = Learner(twin, replace(SETTINGS, single=True, learned=kinds)).learn(GROUPS, [])

@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 
 from abcli.batch.jobs import Job, Result
 from abcli.batch.scheduler import Totals
-from abcli.config import Buckets, ContextConfig, LoraConfig
+from abcli.config import UNTUNED, Buckets, ContextConfig, LoraConfig, Tuning
 from abcli.errors import AbcliError
 
 
@@ -30,6 +30,7 @@ class WorkerSetup:
     """The chat template's source; None for the model's own."""
     slots: int | None
     """None for as many as the worker's memory allows."""
+    tuning: Tuning = UNTUNED
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class Worker:
             self._opened.put(Refusal(self._failure))
 
     def _answer(self, setup: WorkerSetup, processors: int, processes: int) -> None:
-        model = check_model(ModelConfig(_locate(setup.model), setup.gpu_layers, setup.lora))
+        model = check_model(ModelConfig(_locate(setup.model), setup.gpu_layers, setup.lora)).with_tuning(setup.tuning)
         if model.fingerprint != setup.fingerprint:
             raise ModelFileError(
                 f"{model.path} is another model than the one of that name where the batch is run",
