@@ -199,7 +199,7 @@ def check_together(options: ChatOptions, sampling: SamplingConfig) -> None:
     """Raise UsageError for tools beside something else that the answer has to follow."""
     kind = next((kind for kind in KINDS if getattr(sampling, kind)), None)
     if kind is not None and options.usable_tools:
-        raise UsageError(f"both tools and {NAMES[kind]} are given", "give only one of them")
+        raise UsageError(f"both tools and {NAMES[kind]} are given", "give only one of them", setting="tools")
 
 
 def check_tools(tools: Sequence[Tool]) -> None:

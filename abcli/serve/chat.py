@@ -48,7 +48,7 @@ def routes() -> list[Route]:
 async def chat_completions(service: Service, body: Body) -> Response:
     """Answer a chat request."""
     request, answers = await ask_chat(service, body)
-    shape, chunks = ChatShape(service, request.model), None
+    shape, chunks = ChatShape(service, request.model, request.asked[0].generation), None
     if request.stream:
         wires = [shape.chunks(number, request.wanted) for number in range(len(answers))]
         last = shape.usage_chunk if request.include_usage else None

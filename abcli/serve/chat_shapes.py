@@ -10,6 +10,7 @@ from typing import Any
 from abcli.chat.answer import Answer, Piece, Timings, Usage
 from abcli.chat.calls.events import ArgumentsText, CallBegun
 from abcli.chat.message_format import call_fields
+from abcli.sampling import GenerationConfig
 from abcli.serve.chosen import Chosen, Likely
 from abcli.serve.service import Service, Wanted
 from abcli.version import __version__
@@ -54,14 +55,15 @@ def own_fields(answer: Answer) -> dict[str, Any]:
 class ChatShape:
     """The objects of one request."""
 
-    def __init__(self, service: Service, model: str) -> None:
+    def __init__(self, service: Service, model: str, generation: GenerationConfig) -> None:
+        """`generation` is how the answers are decoded."""
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(16)}",
             "created": int(time()),
             "model": model,
             "system_fingerprint": FINGERPRINT,
         }
-        self._buckets = {"bases": list(service.llm.bases), "merge": service.llm.buckets.merge}
+        self._buckets = service.buckets_of(generation)
         self._service = service
 
     def completion(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import time
 from typing import Any, Protocol
 
@@ -31,9 +31,13 @@ class Answers(Protocol):
 class CompletionShape:
     """The objects of one request."""
 
-    def __init__(self, pieces: Sequence[bytes], model: str) -> None:
-        """`pieces` are the bytes of every token, which only echoes and log-probabilities need."""
+    def __init__(self, pieces: Sequence[bytes], model: str, buckets: Mapping[str, Any]) -> None:
+        """`pieces` are the bytes of every token, which only echoes and log-probabilities need.
+
+        `buckets` is what the answer tells of bases and merge rule.
+        """
         self.pieces = pieces
+        self.buckets = buckets
         self._head = {
             "id": f"cmpl-{secrets.token_hex(16)}",
             "object": "text_completion",
@@ -78,6 +82,7 @@ class CompletionShape:
                 "prompt_tokens_details": {"cached_tokens": sum(answer.usage.cached_tokens for answer in firsts)},
             },
             "timings": timings_of(answers[0].usage, answers[0].timings),
+            "abcli": {**self.buckets, **own_fields(answers[0])},
         }
 
     def chunks(self, number: int, kept: Answers, prompt: Sequence[int] | None, *, logprobs: bool) -> CompletionChunks:
@@ -118,7 +123,7 @@ class CompletionChunks:
             return
         last = self._shape.chunk(self._number, piece.text, self._take(), piece.answer.finish_reason)
         timings = timings_of(piece.answer.usage, piece.answer.timings)
-        yield {**last, "timings": timings, "abcli": own_fields(piece.answer)}
+        yield {**last, "timings": timings, "abcli": {**self._shape.buckets, **own_fields(piece.answer)}}
 
     def blank(self) -> dict[str, Any]:
         """A chunk that says nothing."""

@@ -50,7 +50,8 @@ async def completions(service: Service, body: Body) -> Response:
     request = await service.prepare(partial(read_completion, service, body))
     answers = service.answers(request.asked, request.wanted)
     logprobs = request.wanted.top is not None
-    shape, chunks = CompletionShape(service.pieces if request.echo or logprobs else (), request.model), None
+    buckets, chunks = service.buckets_of(request.asked[0].generation), None
+    shape = CompletionShape(service.pieces if request.echo or logprobs else (), request.model, buckets)
     prompts = [asked.tokens if request.echo else None for asked in request.asked]
 
     def whole(finished: list[Answer]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ async def chunks_of(
                 yield event({**wires[number].blank(), **more})
                 continue
             for chunk in wires[number].add(piece, answers[number].chosen):
-                yield event({**more, **chunk})
+                yield event({**chunk, **more})
             if piece.answer is not None:
                 finished[number] = piece.answer
     if last is not None:

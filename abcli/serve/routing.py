@@ -138,11 +138,12 @@ def _check_key(request: Request) -> None:
     keys: Sequence[bytes] = request.app.state.keys
     if not keys:
         return
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        given = request.headers.get("X-Api-Key", "")
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    # Clients that send both may mean either.
+    given = [bearer if scheme.lower() == "bearer" else "", request.headers.get("X-Api-Key", "")]
+    words = [word.strip().encode("utf-8", "surrogateescape") for word in given]
     # Every key is compared, each in constant time.
-    found = [hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), key) for key in keys]
+    found = [hmac.compare_digest(word, key) for word in words for key in keys]
     if not any(found):
         raise refused(
             401,
@@ -168,7 +169,7 @@ async def _read_body(request: Request, seconds: float) -> Body:
             408, "timeout_error", f"the body did not come within {seconds:g} seconds", Connection="close"
         ) from None
     if data.count(b"[") + data.count(b"{") > _MAX_CONTAINERS or data.count(b",") > _MAX_VALUES:
-        raise _too_large()
+        raise _too_large(f"at most {_MAX_CONTAINERS:,} objects and lists, and {_MAX_VALUES:,} values")
     try:
         # A thread, so that others have their turn in between.
         value = await asyncio.get_running_loop().run_in_executor(None, partial(json.loads, data.decode()))
@@ -190,11 +191,11 @@ async def _whole_body(request: Request) -> bytes:
     return bytes(data)
 
 
-def _too_large() -> RefusedError:
+def _too_large(most: str = f"at most {MAX_BODY_BYTES:,} bytes") -> RefusedError:
     return refused(
         413,
         "invalid_request_error",
-        f"the body is too large: at most {MAX_BODY_BYTES:,} bytes",
+        f"the body is too large: {most}",
         code="body_too_large",
         Connection="close",
     )

@@ -196,6 +196,13 @@ class Service(Served):
             "profile": llm.profile.name if llm.profile is not None else None,
         }
 
+    def buckets_of(self, generation: GenerationConfig) -> dict[str, Any]:
+        """The bases and the merge rule of an answer, as clients are told of them."""
+        bases, native = self.llm.bases, self.llm.model.header.native_base
+        if generation.gate == 0:
+            bases = (min(bases, key=lambda base: abs(base - native)),)
+        return {"bases": list(bases), "merge": generation.merge or self.llm.buckets.merge}
+
     @property
     def pieces(self) -> Sequence[bytes]:
         """The bytes that each token stands for; the first use takes its time."""

@@ -29,6 +29,9 @@ def test_a_key_is_asked_for_everywhere_but_for_health(serving: Serving) -> None:
     for key in KEYS:
         for headers in ({"Authorization": f"Bearer {key}"}, {"authorization": f"bearer {key}"}, {"X-Api-Key": key}):
             assert client.post(CHAT, json={"messages": MESSAGES}, headers=headers).status_code == 200
+    # Clients that send both may mean either.
+    for value in ("Bearer ", "Bearer none"):
+        assert client.get("/v1/models", headers={"Authorization": value, "X-Api-Key": KEYS[0]}).status_code == 200
 
 
 def test_without_keys_any_key_will_do(client: TestClient) -> None:

@@ -232,6 +232,12 @@ def test_what_constraints_need_is_made_before_a_request_comes(
         assert response.status_code == 200
 
 
+def test_tools_beside_a_grammar_are_blamed(client: TestClient) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    response = client.post(PATH, json={"messages": MESSAGES, "tools": [tool], "grammar": 'root ::= "a"'})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+
+
 def test_a_bias_forbids_or_forces(client: TestClient, served_llm: Any) -> None:
     (token,) = served_llm.tokenize("q", add_special=False)
     for bias in ({str(token): 1000}, [[token, 1000]], [["q", 1000]]):
@@ -247,8 +253,26 @@ def test_another_merge_rule_for_one_answer(client: TestClient) -> None:
     for rule, wanted in (("mean", {0.5}), ("max", {0.0, 1.0})):
         own = {"show_buckets": True, "merge": rule}
         request = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 1, "abcli": own}
-        tokens = client.post(PATH, json=request).json()["choices"][0]["logprobs"]["content"]
+        answer = client.post(PATH, json=request).json()
+        tokens = answer["choices"][0]["logprobs"]["content"]
         assert {view["weight"] for token in tokens for view in token["buckets"]} == wanted
+        assert answer["abcli"]["merge"] == rule
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_tells_the_bases_it_was_made_with(
+    client: TestClient, served_llm: Any, path: str, stream: bool
+) -> None:
+    prompt = {"/v1/completions": {"prompt": "Hello"}, "/v1/responses": {"input": "Hello"}}
+    request = {**prompt.get(path, {"messages": MESSAGES}), "stream": stream}
+    for own, bases in (({}, list(served_llm.bases)), ({"buckets": 1}, [10_000.0])):
+        response = client.post(path, json={**request, "abcli": {**own, "merge": "mean"}})
+        # What a stream ends with tells it, too.
+        text = response.text.rpartition('"abcli":')[2]
+        found = json.JSONDecoder().raw_decode(text)[0] if stream else response.json()["abcli"]
+        assert (found["bases"], found["merge"]) == (bases, "mean")
+        assert found["asked"] == (0 if own else 1)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])

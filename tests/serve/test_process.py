@@ -155,6 +155,8 @@ def test_nonsense_is_refused_and_holds_nobody_up(server: Server, body: bytes) ->
         done.set()
         watching.join()
     assert status in (400, 413)
+    # What is said is what is wrong.
+    assert (" bytes" in answer["error"]["message"]) == (len(body) > 4 * 1024 * 1024)
     assert answer["error"]["message"]
     assert median(seconds) < 0.1
     assert max(seconds) < 2

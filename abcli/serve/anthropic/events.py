@@ -9,12 +9,14 @@ import json
 import uuid
 from collections.abc import Mapping
 from copy import deepcopy
+from types import MappingProxyType
 from typing import Any
 
 from abcli.chat.answer import Answer, Usage
 from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped
 from abcli.chat.calls.events import Event as CallEvent
 from abcli.serve.blocks import Blocks, Events
+from abcli.serve.chat_shapes import own_fields
 
 # A thought of Anthropic's is signed; there is nobody here to check it.
 _BESIDE: dict[str, dict[str, Any]] = {"thinking": {"signature": ""}, "text": {"citations": None}}
@@ -30,9 +32,10 @@ class MessageEvents(Blocks):
 
     thought, text = "thinking", "text"
 
-    def __init__(self, body: Mapping[str, Any], model: str) -> None:
-        """`body` is the request."""
+    def __init__(self, body: Mapping[str, Any], model: str, buckets: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """`body` is the request; `buckets` what is told of bases and merge rule."""
         super().__init__()
+        self._buckets = buckets
         self.message: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex}",
             "type": "message",
@@ -82,8 +85,9 @@ class MessageEvents(Blocks):
         yield from self._close()
         usage = _usage(answer.usage)
         ending = _ending(self._reason(answer), answer.stopped_by or None)
-        self.message.update(ending, usage=usage)
-        yield {"type": "message_delta", "delta": ending, "usage": usage}
+        own = {**self._buckets, **own_fields(answer)}
+        self.message.update(ending, usage=usage, abcli=own)
+        yield {"type": "message_delta", "delta": ending, "usage": usage, "abcli": own}
         yield {"type": "message_stop"}
 
     def _reason(self, answer: Answer) -> str:

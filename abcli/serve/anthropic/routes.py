@@ -55,7 +55,7 @@ async def create_message(service: Service, body: Body) -> Response:
     """Answer a request for a message."""
     chat = await service.prepare(partial(chat_request, body))
     request, (answering,) = await ask_chat(service, chat)
-    told = MessageEvents(body, request.model)
+    told = MessageEvents(body, request.model, service.buckets_of(request.asked[0].generation))
     if request.stream:
         return EventStream(
             _events(told, answering, len(request.asked[0].tokens)),

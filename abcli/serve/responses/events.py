@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from types import MappingProxyType
 from typing import Any
 
 from abcli.chat.answer import Answer, Piece
@@ -16,6 +17,7 @@ from abcli.chat.calls.events import ArgumentsText, CallBegun, CallDropped, CallF
 from abcli.chat.calls.events import Event as CallEvent
 from abcli.sampling import SamplingConfig
 from abcli.serve.blocks import Blocks, Events
+from abcli.serve.chat_shapes import own_fields
 from abcli.serve.responses.request import usable_tools
 
 _ECHOED = ("instructions", "max_output_tokens", "max_tool_calls", "prompt_cache_key", "safety_identifier")
@@ -29,9 +31,10 @@ class ResponseEvents(Blocks):
 
     thought, text = "reasoning", "message"
 
-    def __init__(self, body: Mapping[str, Any], model: str) -> None:
-        """`body` is the request, whose settings the response repeats."""
+    def __init__(self, body: Mapping[str, Any], model: str, buckets: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """`body` is the request, whose settings the response repeats; `buckets` is told of bases and merge rule."""
         super().__init__()
+        self._buckets = buckets
         self.response = _blank_response(body, model)
         self._count = 0
         self._logprobs: list[Mapping[str, Any]] = []
@@ -108,6 +111,7 @@ class ResponseEvents(Blocks):
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
         self.response["status"] = status
+        self.response["abcli"] = {**self._buckets, **own_fields(answer)}
         yield self._lifecycle(status)
 
     def _open(self, kind: str) -> Events:

@@ -39,7 +39,7 @@ async def create_response(service: Service, body: Body) -> Response:
     """Answer a request for a response."""
     chat = await service.prepare(partial(chat_request, body))
     request, (answering,) = await ask_chat(service, chat)
-    told = ResponseEvents(body, request.model)
+    told = ResponseEvents(body, request.model, service.buckets_of(request.asked[0].generation))
     events = _events(service, told, answering)
     if request.stream:
         wire = (await asyncio.to_thread(event, item, item["type"], depth=_DEPTH) async for item in _whole(told, events))
