@@ -7,11 +7,11 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal
 
 from abcli.batch import formats
 from abcli.batch.compression import DamagedError, compression_of, plain_suffix, read_chunks
@@ -35,13 +35,29 @@ from abcli.grammar.check import check
 from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig
 
 InputFormat = Literal["text", "jsonl", "openai", "csv"]
-INPUT_FORMATS: tuple[InputFormat, ...] = get_args(InputFormat)
 
 _ANY_VOCABULARY = 1 << 31
 _TABLES = (".csv", ".tsv")
 _OBJECTS = (".jsonl", ".ndjson", ".json")
 _JSON: tuple[InputFormat, ...] = ("jsonl", "openai")
 _DIGEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class InputParts:
+    """What the prompts are made of, with the files that were named read.
+
+    `separator` is the line between blocks of text (an empty one: blank lines). With a template the input is a table or
+    JSON objects, whose fields it names. `context` comes before the first message of the user of every prompt, `system`
+    is the system message of those without one. `shard` is (I, N), as in `in_shard`.
+    """
+
+    format: Literal["auto"] | InputFormat = "auto"
+    separator: str | None = None
+    template: Template | None = None
+    context: str = ""
+    system: str | None = None
+    shard: tuple[int, int] | None = None
 
 
 def seed_for(run_seed: int, identifier: str) -> int:
@@ -106,24 +122,26 @@ class JobReader(Iterator[Job | BadLine]):
     def __init__(
         self,
         path: Path | None,
-        format: Literal["auto"] | InputFormat,
+        parts: InputParts,
         defaults: GenerationConfig,
         *,
-        separator: str | None = None,
-        template: Template | None = None,
-        context: str = "",
-        system: str | None = None,
         vocabulary_size: int = _ANY_VOCABULARY,
         options: ChatOptions | None = None,
         on_remark: Callable[[str], None] | None = None,
     ) -> None:
-        """See `read_jobs`."""
+        """Open `path` (None or "-": standard input); gzip and zstd are recognised.
+
+        `defaults` are the run's settings; with a run's seed from 0, each line without a seed of its own gets `seed_for`
+        it. `vocabulary_size` bounds the tokens of a logit_bias; `options` are those of lines without their own.
+        `on_remark` gets, once each, what is not enforced of the schemas.
+
+        Raises PromptError for an input that cannot be read at all, UsageError for settings that do not go together; a
+        line that cannot be used becomes a BadLine. BatchError is raised if reading fails later.
+        """
         # Lines that do not choose a seed are told by -1.
         self._defaults = replace(defaults, sampling=replace(defaults.sampling, seed=-1))
         self._seed = defaults.sampling.seed
-        self._template = template
-        self._context = context
-        self._system = system
+        self._parts = parts
         self._vocabulary_size = vocabulary_size
         self._options = options or ChatOptions()
         self._on_remark = on_remark
@@ -133,7 +151,7 @@ class JobReader(Iterator[Job | BadLine]):
         self._stack = ExitStack()
         with ExitStack() as opening:
             opening.callback(self.close)
-            records, self.format = _open(path, format, separator, template, self._stack)
+            records, self.format = _open(path, parts, self._stack)
             self._records = iter(records)
             opening.pop_all()
 
@@ -169,7 +187,7 @@ class JobReader(Iterator[Job | BadLine]):
             extra = _kept_id(value)
             self._claim(identifier, record.line)
             request = self._request(value)
-            messages = formats.with_shared_text(request.messages, self._context, self._system)
+            messages = formats.with_shared_text(request.messages, self._parts.context, self._parts.system)
             generation = self._seeded(request.generation, identifier)
             self._remark(check(generation.sampling))
             extra = {**extra, **request.extra}
@@ -203,11 +221,11 @@ class JobReader(Iterator[Job | BadLine]):
 
     def _request(self, value: str | Mapping[str, Any]) -> formats.Request:
         if isinstance(value, str):
-            if self._template is not None or self.format == "openai":
+            if self._parts.template is not None or self.format == "openai":
                 raise PromptError("the item is a text, not an object", "make every item an object")
             return formats.text_request(value, self._defaults, self._options)
-        if self._template is not None:
-            return formats.text_request(self._template.fill(value), self._defaults, self._options)
+        if self._parts.template is not None:
+            return formats.text_request(self._parts.template.fill(value), self._defaults, self._options)
         build = formats.openai_request if self.format == "openai" else formats.own_request
         return build(value, self._defaults, self._options, self._vocabulary_size)
 
@@ -222,73 +240,23 @@ def _kept_id(value: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return {"id": value["id"]} if not isinstance(value, str) and isinstance(value.get("id"), int) else {}
 
 
-def read_jobs(
-    path: Path | None,
-    format: Literal["auto"] | InputFormat,
-    defaults: GenerationConfig,
-    *,
-    separator: str | None = None,
-    template: Template | None = None,
-    context: str = "",
-    system: str | None = None,
-    vocabulary_size: int = _ANY_VOCABULARY,
-    options: ChatOptions | None = None,
-    on_remark: Callable[[str], None] | None = None,
-) -> JobReader:
-    """Read the prompts in `path` (None or "-": standard input); gzip and zstd are recognised.
+def count_jobs(path: Path | None, parts: InputParts) -> int | None:
+    """How many jobs and bad lines a `JobReader` finds, without looking into them; None for standard input and pipes.
 
-    `defaults` are the run's settings; with a run's seed from 0, each line without a seed of its own gets
-    `seed_for` it. `separator` is the line between blocks of text (an empty one: blank lines). With a template the
-    input is a table or JSON objects, whose fields it names. `context` comes before the first message of the user of
-    every job, `system` is the system message of those without one. `vocabulary_size` bounds the tokens of a
-    logit_bias; `options` are those of lines without their own. `on_remark` gets, once each, what is not enforced of
-    the schemas.
-
-    Raises PromptError for an input that cannot be read at all, UsageError for settings that do not go together;
-    a line that cannot be used becomes a BadLine. BatchError is raised if reading fails later.
-    """
-    return JobReader(
-        path,
-        format,
-        defaults,
-        separator=separator,
-        template=template,
-        context=context,
-        system=system,
-        vocabulary_size=vocabulary_size,
-        options=options,
-        on_remark=on_remark,
-    )
-
-
-def count_jobs(
-    path: Path | None,
-    format: Literal["auto"] | InputFormat,
-    *,
-    separator: str | None = None,
-    template: Template | None = None,
-) -> int | None:
-    """How many jobs and bad lines `read_jobs` finds, without looking into them; None for standard input and pipes.
-
-    Raises what `read_jobs` raises.
+    Raises what it raises.
     """
     if not can_be_read_again(path):
         return None
     with ExitStack() as stack:
-        records, _ = _open(path, format, separator, template, stack, objects=False)
+        records, _ = _open(path, parts, stack, objects=False)
         return sum(1 for _ in records)
 
 
 def _open(
-    path: Path | None,
-    format: Literal["auto"] | InputFormat,
-    separator: str | None,
-    template: Template | None,
-    stack: ExitStack,
-    *,
-    objects: bool = True,
+    path: Path | None, parts: InputParts, stack: ExitStack, *, objects: bool = True
 ) -> tuple[Iterator[Record], InputFormat]:
     """The records of the input and its format; JSON stays text without `objects`. The file is left to `stack`."""
+    format, separator, template = parts.format, parts.separator, parts.template
     named = input_file(path)
     name = str(named) if named is not None else "standard input"
     suffix = plain_suffix(named) if named is not None else ""

@@ -8,24 +8,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import randbelow
-from typing import Any, Literal
+from typing import Any
 
 from abcli.batch.cluster.pool import WorkerSetup
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.progress import RunProgress, left_to_do
 from abcli.batch.reading import (
-    InputFormat,
+    InputParts,
     JobReader,
     can_be_read_again,
     count_jobs,
     in_shard,
     input_digest,
     input_file,
-    read_jobs,
 )
 from abcli.batch.shapes import OutputFormat
 from abcli.batch.sidecar import describe_generation
-from abcli.batch.templates import Template
 from abcli.batch.writing import Output, open_output
 from abcli.chat.known_templates import KNOWN_TEMPLATES
 from abcli.chat.options import ChatOptions, option_fields
@@ -33,18 +31,6 @@ from abcli.chat.template import template_source
 from abcli.hub.locate import portable_name
 from abcli.prepare import Prepared
 from abcli.sampling import NATIVE_RANDOM_SEED, GenerationConfig
-
-
-@dataclass(frozen=True)
-class InputParts:
-    """What the prompts are made of, with the files that were named read."""
-
-    format: Literal["auto"] | InputFormat
-    separator: str | None
-    template: Template | None
-    context: str
-    system: str | None
-    shard: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -63,8 +49,7 @@ class Task:
 
     def count(self) -> int | None:
         """The number of lines of the whole input, None if it cannot be known beforehand."""
-        parts = self.parts
-        return count_jobs(self.source, parts.format, separator=parts.separator, template=parts.template)
+        return count_jobs(self.source, self.parts)
 
     def open_ends(
         self, stack: ExitStack, destination: Path, format: OutputFormat | None, *, ordered: bool, restart: bool
@@ -124,14 +109,10 @@ class Task:
     def _read(self, seed: int) -> JobReader:
         """The input from its beginning, under the run's seed."""
         sampling = replace(self.generation.sampling, seed=seed)
-        return read_jobs(
+        return JobReader(
             self.source,
-            self.parts.format,
+            self.parts,
             replace(self.generation, sampling=sampling),
-            separator=self.parts.separator,
-            template=self.parts.template,
-            context=self.parts.context,
-            system=self.parts.system,
             vocabulary_size=self.found.model.header.vocabulary_size,
             options=self.options,
             on_remark=self.on_remark,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 
 from abcli.calibrate.calibration import CALIBRATED, Calibration
 from abcli.calibrate.gates import lowest_gate
-from abcli.evals.evidence import evidence
+from abcli.evals.evidence import evidence, untuned_profile
 from abcli.evals.model_under_test import Subject
 from abcli.evals.scores import Score as AnswerScore
 from abcli.evals.statistics import Estimate, LengthSummary, summarise
 from abcli.evals.tools import CALIBRATED_ON
-from abcli.profiles.profile import Evidence, Profile, utc_now
-from abcli.version import __version__
+from abcli.profiles.profile import Evidence, Profile
 
 
 class Verdict(Enum):
@@ -74,26 +73,16 @@ def decide(to_native: Estimate, to_spread: Estimate, spread_to_native: Estimate,
 def make_profile(name: str, calibration: Calibration, judgement: Judgement, subject: Subject) -> Profile:
     """The choice as a profile called `name` of the model of `subject`."""
     chosen, settings = calibration.chosen, calibration.settings
-    return Profile(
-        name=name,
-        fingerprint=subject.checked.fingerprint,
-        model=subject.checked.name,
-        architecture=subject.checked.header.architecture,
-        native_base=subject.native_base,
+    task = CALIBRATED_ON if settings.task == "tools" else settings.task
+    scores = tuple(evidence(item, item.configuration) for item in judgement.summary.summaries)
+    found = Evidence(judgement.summary.questions, CALIBRATED, scores)
+    return replace(
+        untuned_profile(name, subject, task, settings.length, found),
         bases=chosen.bases,
         merge=chosen.merge,
         weights=chosen.weights,
         prefill=chosen.prefill,
         prefill_base=chosen.prefill_base,
-        task=CALIBRATED_ON if settings.task == "tools" else settings.task,
-        length=settings.length,
-        created=utc_now(),
-        abcli_version=__version__,
-        evidence=Evidence(
-            judgement.summary.questions,
-            CALIBRATED,
-            tuple(evidence(item, item.configuration) for item in judgement.summary.summaries),
-        ),
         gate=lowest_gate(calibration.gates) if calibration.gates else None,
     )
 

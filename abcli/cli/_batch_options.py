@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from abcli.batch.reading import parse_shard
+from abcli.batch.reading import InputParts, parse_shard
 from abcli.batch.shapes import OutputFormat
-from abcli.batch.task import InputParts
 from abcli.batch.templates import parse_template
 from abcli.chat.files import read_text_file
 from abcli.cli._flags import flag

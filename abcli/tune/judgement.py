@@ -12,19 +12,18 @@ import numpy as np
 from abcli.config import UNTUNED, Tuning
 from abcli.errors import EvaluationDataError, TemplateError, UsageError
 from abcli.evals.configurations import Configuration
-from abcli.evals.evidence import evidence
+from abcli.evals.evidence import evidence, untuned_profile
 from abcli.evals.model_under_test import Subject
 from abcli.evals.runner import TASKS
 from abcli.evals.scores import Score as AnswerScore
 from abcli.evals.scoring import score
 from abcli.evals.statistics import NATIVE, Estimate, LengthSummary, Summary, summarise
 from abcli.evals.traces import Node, Trace
-from abcli.profiles.profile import Everyday, Evidence, Profile, utc_now
+from abcli.profiles.profile import Everyday, Evidence, Profile
 from abcli.text import StageProgress
 from abcli.tune.everyday import answered, opened, prompts, prose, repeats_itself
 from abcli.tune.material import Item
 from abcli.tune.settings import Learned, TuningSettings
-from abcli.version import __version__
 
 TUNED = "tuned"
 # Plain text may become so much less likely.
@@ -99,30 +98,14 @@ def make_profile(
 ) -> Profile:
     """The tuning as a profile with the evidence for it: one bucket of the model's own base."""
     first = judgement.results[0]
-    return Profile(
-        name=name,
-        fingerprint=subject.checked.fingerprint,
-        model=subject.checked.name,
-        architecture=subject.checked.header.architecture,
-        native_base=subject.native_base,
-        bases=(subject.native_base,),
-        merge="confidence",
-        weights=(),
-        prefill="auto",
-        prefill_base=None,
-        task="+".join(map(task_name, settings.tasks)),
-        length=settings.length,
-        created=utc_now(),
-        abcli_version=__version__,
-        evidence=Evidence(
-            first.summary.questions,
-            _label(first, TUNED),
-            tuple(
-                evidence(summary, _label(result, summary.configuration))
-                for result in judgement.results
-                for summary in result.summary.summaries
-            ),
-        ),
+    scores = tuple(
+        evidence(summary, _label(result, summary.configuration))
+        for result in judgement.results
+        for summary in result.summary.summaries
+    )
+    found = Evidence(first.summary.questions, _label(first, TUNED), scores)
+    return replace(
+        untuned_profile(name, subject, "+".join(map(task_name, settings.tasks)), settings.length, found),
         gains=learned.tuning.gains,
         everyday=judgement.everyday,
         head_multipliers=learned.tuning.multipliers,

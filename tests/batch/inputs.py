@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abcli.batch.jobs import BadLine, Job
-from abcli.batch.reading import read_jobs
+from abcli.batch.reading import InputParts, JobReader
 from abcli.sampling import GenerationConfig, SamplingConfig
 
 RUN = GenerationConfig(SamplingConfig(seed=7, temperature=0.5), max_tokens=9)
@@ -24,7 +24,9 @@ def write(directory: Path, content: str | bytes | list[Any], name: str = "input"
 
 
 def jobs(path: Path, **options: Any) -> list[Job | BadLine]:
-    return list(read_jobs(path, options.pop("format", "auto"), options.pop("defaults", RUN), **options))
+    names = InputParts.__dataclass_fields__
+    parts = InputParts(**{name: options.pop(name) for name in names if name in options})
+    return list(JobReader(path, parts, options.pop("defaults", RUN), **options))
 
 
 def job(path: Path, **options: Any) -> Job:

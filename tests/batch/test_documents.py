@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from abcli.batch import documents
 from abcli.batch.jobs import BadLine
-from abcli.batch.reading import count_jobs, read_jobs
+from abcli.batch.reading import InputParts, JobReader, count_jobs
 from abcli.batch.templates import parse_template
 from abcli.errors import PromptError
 from tests.batch.inputs import OTHER, OWN, RUN, jobs, openai, prompts, write
@@ -29,7 +29,7 @@ def test_an_array_of_texts_and_objects(tmp_path: Path, name: str, indent: int | 
     assert [item.identifier for item in found] == ["1", "a", "3"]
     assert [item.line for item in found] == [1, 2, 3]
     assert found[1].generation.max_tokens == 3  # type: ignore[union-attr]
-    assert count_jobs(path, "auto") == 3
+    assert count_jobs(path, InputParts()) == 3
 
 
 @pytest.mark.parametrize("name", ["input", "input.json"])
@@ -42,7 +42,7 @@ def test_objects_over_several_lines(tmp_path: Path, name: str) -> None:
 
 def test_an_array_of_openais_requests(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps([openai(), {**openai(), "custom_id": "r2"}, "text"]))
-    with read_jobs(path, "auto", RUN) as reader:
+    with JobReader(path, InputParts(), RUN) as reader:
         assert reader.format == "openai"
         found = list(reader)
     assert [item.identifier for item in found] == ["r1", "r2", "3"]

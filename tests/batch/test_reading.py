@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from abcli.batch.jobs import BadLine, Job
 from abcli.batch.reading import (
     InputFormat,
+    InputParts,
+    JobReader,
     count_jobs,
     in_shard,
     input_digest,
     parse_shard,
-    read_jobs,
     seed_for,
 )
 from abcli.batch.shapes import Shape
@@ -67,10 +68,10 @@ def test_text_lines_are_jobs(tmp_path: Path) -> None:
 )
 def test_formats_are_recognised(tmp_path: Path, content: str | bytes, name: str, format: InputFormat) -> None:
     path = write(tmp_path, content, name)
-    with read_jobs(path, "auto", RUN) as reader:
+    with JobReader(path, InputParts(), RUN) as reader:
         assert reader.format == format
     packed = write(tmp_path, gzip.compress(path.read_bytes()), f"{name}.gz")
-    with read_jobs(packed, "auto", RUN) as reader:
+    with JobReader(packed, InputParts(), RUN) as reader:
         assert reader.format == format
 
 
@@ -84,7 +85,8 @@ def test_formats_are_recognised(tmp_path: Path, content: str | bytes, name: str,
     ],
 )
 def test_templates_go_with_tables_and_objects(tmp_path: Path, content: str, name: str, format: InputFormat) -> None:
-    reader = read_jobs(write(tmp_path, content, name), "auto", RUN, template=parse_template("Q: {{question}}"))
+    parts = InputParts(template=parse_template("Q: {{question}}"))
+    reader = JobReader(write(tmp_path, content, name), parts, RUN)
     assert reader.format == format
     (found,) = reader
     assert isinstance(found, Job)
@@ -198,9 +200,9 @@ def test_shared_text(tmp_path: Path) -> None:
 def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (None, Path("-")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(gzip.compress(b"one\ntwo\n"))))
-        assert prompts(list(read_jobs(path, "auto", RUN))) == ["one", "two"]
+        assert prompts(list(JobReader(path, InputParts(), RUN))) == ["one", "two"]
         assert input_digest(path) is None
-        assert count_jobs(path, "auto") is None
+        assert count_jobs(path, InputParts()) is None
 
 
 def test_a_pipe_is_read_as_it_fills(tmp_path: Path) -> None:
@@ -209,7 +211,7 @@ def test_a_pipe_is_read_as_it_fills(tmp_path: Path) -> None:
         writer.write(b"one\n")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", type("Stdin", (), {"buffer": file}))
-            reader = read_jobs(None, "auto", RUN)
+            reader = JobReader(None, InputParts(), RUN)
             # The writer has not closed the pipe: waiting for more would never end.
             assert prompts([next(reader)]) == ["one"]
     with pytest.raises(PromptError):
@@ -239,7 +241,7 @@ def test_any_bytes_become_jobs_and_bad_lines(
     assert len({item.line for item in found}) == len(found)
     ids = [item.identifier for item in found if isinstance(item, Job)]
     assert len(set(ids)) == len(ids)
-    assert count_jobs(path, format, separator=separator, template=template) == len(found)
+    assert count_jobs(path, InputParts(format, separator, template)) == len(found)
 
 
 @given(seed=st.integers(0, NATIVE_RANDOM_SEED - 1), ids=st.lists(st.text(), unique=True, min_size=2, max_size=6))

@@ -16,7 +16,7 @@ import pytest
 
 from abcli.batch import writing
 from abcli.batch.jobs import BadLine, Result
-from abcli.batch.reading import read_jobs
+from abcli.batch.reading import InputParts, JobReader
 from abcli.batch.sidecar import sidecar_path
 from abcli.batch.writing import OutputFile, journal_path, open_output
 from abcli.errors import BatchError
@@ -221,7 +221,7 @@ def test_answers_in_text_can_be_prompts_again(tmp_path: Path) -> None:
         for line in range(1, 4):
             output.write(Result(line - 1, line, str(line), f"line {line}\n\nmore", "stop"))
         output.finish()
-    found = list(read_jobs(path, "auto", GenerationConfig(SamplingConfig()), separator="---"))
+    found = list(JobReader(path, InputParts(separator="---"), GenerationConfig(SamplingConfig())))
     assert [job.messages[0].content for job in found] == [  # type: ignore[union-attr]
         f"line {line}\n\nmore" for line in range(1, 4)
     ]

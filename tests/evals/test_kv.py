@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from itertools import groupby, islice
 from uuid import UUID
@@ -16,16 +15,8 @@ from abcli.errors import UsageError
 from abcli.evals.kv import ANSWER_START, INSTRUCTION, kv
 from abcli.evals.placement import QUESTIONS_PER_CONTEXT
 from abcli.evals.questions import Question, TaskSettings
+from tests.evals.counting import count_bytes, count_pieces, nearest
 from tests.support.models import open_model
-
-
-def count_pieces(text: str) -> int:
-    """Words and single digits or marks: like a tokenizer, uneven over identifiers."""
-    return len(re.findall(r"[a-z]+|[^a-z\s]", text, re.IGNORECASE))
-
-
-def count_bytes(text: str) -> int:
-    return len(text.encode())
 
 
 def pairs_of(question: Question) -> dict[str, str]:
@@ -37,10 +28,6 @@ def key_of(question: Question) -> str:
     found = re.fullmatch(r'Key: "([0-9a-f-]{36})"\nCorresponding value:', question.text)
     assert found
     return found[1]
-
-
-def nearest(depth: float, depths: int) -> int:
-    return min(range(depths), key=lambda index: abs(index / max(depths - 1, 1) - depth))
 
 
 @pytest.mark.parametrize(("length", "depths"), [(500, 5), (1024, 5), (1024, 9), (1500, 1), (2500, 2), (700, 8)])
@@ -109,32 +96,6 @@ def test_other_seeds_and_lengths_give_other_objects() -> None:
         for length, seed in ((1000, 0), (1000, 1), (1001, 0))
     ]
     assert not keys[0] & keys[1] | keys[0] & keys[2] | keys[1] & keys[2]
-
-
-def test_the_global_generator_is_neither_read_nor_moved() -> None:
-    random.seed(1)
-    state = random.getstate()
-    first = list(kv(TaskSettings(900, 20), count_pieces))
-    assert random.getstate() == state
-    random.seed(2)
-    assert list(kv(TaskSettings(900, 20), count_pieces)) == first
-
-
-def test_few_measurements_are_made_per_context() -> None:
-    calls = []
-
-    def count(text: str) -> int:
-        calls.append(text)
-        return count_pieces(text)
-
-    questions = list(kv(TaskSettings(8000, 80), count))
-    assert len(calls) <= 12 * len({question.group for question in questions})
-
-
-@pytest.mark.parametrize("field", ["length", "limit", "depths"])
-def test_settings_below_one_are_refused_at_once(field: str) -> None:
-    with pytest.raises(UsageError, match=field):
-        kv(TaskSettings(**{"length": 1000, "limit": 10, field: 0}), count_pieces)
 
 
 @pytest.mark.parametrize("depths", [1, 2, 5, 12])

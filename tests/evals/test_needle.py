@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from abcli.errors import EvaluationDataError, UsageError
 from abcli.evals.needle import ADJECTIVES, ANIMALS, FACTS_PER_1000_TOKENS, LEAST_FACTS, arrange, needle, spread
 from abcli.evals.placement import QUESTIONS_PER_CONTEXT, asked_depths, depth_range
 from abcli.evals.questions import Question, TaskSettings
+from tests.evals.counting import count_bytes, count_pieces, nearest
 from tests.support.models import open_model
 
 FACT = re.compile(r"The secret code of the ([a-z]+ [a-z]+) is (\d{5})\.")
@@ -22,15 +22,6 @@ FACT = re.compile(r"The secret code of the ([a-z]+ [a-z]+) is (\d{5})\.")
 
 def count_words(text: str) -> int:
     return len(text.split())
-
-
-def count_pieces(text: str) -> int:
-    """Words, single digits and marks."""
-    return len(re.findall(r"[^\W\d]+|\d|[^\w\s]", text))
-
-
-def count_bytes(text: str) -> int:
-    return len(text.encode())
 
 
 def facts_of(question: Question) -> dict[str, str]:
@@ -43,10 +34,6 @@ def name_of(question: Question) -> str:
     found = re.search(r"What is the secret code of the ([a-z]+ [a-z]+)\?$", question.text)
     assert found
     return found[1]
-
-
-def nearest(depth: float, depths: int) -> int:
-    return min(range(depths), key=lambda index: abs(index / max(depths - 1, 1) - depth))
 
 
 def test_the_word_lists_have_no_doubles() -> None:
@@ -138,32 +125,6 @@ def test_other_seeds_and_lengths_give_other_facts_and_prose() -> None:
     ]
     assert len({frozenset(FACT.findall(context)) for context in contexts}) == 3
     assert len({FACT.sub("", context) for context in contexts}) == 3
-
-
-def test_the_global_generator_is_neither_read_nor_moved() -> None:
-    random.seed(1)
-    state = random.getstate()
-    first = list(needle(TaskSettings(600, 20), count_pieces))
-    assert random.getstate() == state
-    random.seed(2)
-    assert list(needle(TaskSettings(600, 20), count_pieces)) == first
-
-
-def test_few_measurements_are_made_per_context() -> None:
-    calls = []
-
-    def count(text: str) -> int:
-        calls.append(text)
-        return count_pieces(text)
-
-    questions = list(needle(TaskSettings(4000, 80), count))
-    assert len(calls) <= 12 * len({question.group for question in questions})
-
-
-@pytest.mark.parametrize("field", ["length", "limit", "depths"])
-def test_settings_below_one_are_refused_at_once(field: str) -> None:
-    with pytest.raises(UsageError, match=field):
-        needle(TaskSettings(**{"length": 1000, "limit": 10, field: 0}), count_pieces)
 
 
 @pytest.mark.parametrize("count", [count_words, count_pieces, count_bytes])
