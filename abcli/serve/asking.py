@@ -21,6 +21,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1_000
 MAX_BIASES = 1_024
 MAX_TOP_LOGPROBS = 20
+_LONGEST_NUMBER = 20
 MAX_CONSTRAINT_CHARACTERS = 512 * 1024
 _CONSTRAINTS = ("grammar", "json_schema", "response_format")
 _LIMITS = ("max_completion_tokens", "max_tokens", "n_predict")
@@ -95,7 +96,7 @@ def _biases(fields: Fields, service: Service) -> tuple[tuple[int, float], ...]:
             raise fields.wrong("logit_bias", wanted)
         if isinstance(token, str) and not token.removeprefix("-").isdecimal():
             tokens = service.llm.tokenize(token, add_special=False)
-        elif isinstance(token, str) or type(token) is int:
+        elif type(token) is int or (isinstance(token, str) and len(token) < _LONGEST_NUMBER):
             tokens = [int(token)]
         else:
             raise fields.wrong("logit_bias", wanted)

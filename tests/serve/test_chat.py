@@ -240,6 +240,11 @@ def test_a_number_that_is_none_is_refused(client: TestClient, name: str, value: 
     assert (response.status_code, response.json()["error"]["param"]) == (400, name)
 
 
+def test_a_token_of_thousands_of_digits_is_refused(client: TestClient) -> None:
+    response = client.post(PATH, json={"messages": MESSAGES, "logit_bias": {"9" * 5000: 1}})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "logit_bias")
+
+
 def test_tools_beside_a_grammar_are_blamed(client: TestClient) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     response = client.post(PATH, json={"messages": MESSAGES, "tools": [tool], "grammar": 'root ::= "a"'})
