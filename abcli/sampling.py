@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -312,10 +313,17 @@ def generation_config(
     return replace(base, sampling=replace(base.sampling, **numbers), **limits)
 
 
+def as_float(number: int | float) -> float:
+    """A number as a float, one that is too large for it as infinity."""
+    if isinstance(number, float) or abs(number) <= sys.float_info.max:
+        return float(number)
+    return math.inf if number > 0 else -math.inf
+
+
 def _number(name: str, value: Any, default: Any) -> Any:
     """`value`, which must be of the type of the setting's default."""
-    if isinstance(default, float) and isinstance(value, int):
-        value = float(value)
+    if isinstance(default, float) and type(value) is int:
+        value = as_float(value)
     if isinstance(default, (int, float, str)) and type(value) is not type(default):
         kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type(default)]
         raise UsageError(f"`{name}` is {value!r:.80}", f"make it {kind}", setting=name)

@@ -83,6 +83,8 @@ class ServedModelOptions:
         Raises UsageError for names that are no names or two alike, and what `RunningOptions.config_of` raises.
         """
         if not named and self.models_max is not None:
+            if self.alias:
+                raise UsageError("--alias is given, but no model", "name the models, or leave it out")
             return self._listed(running)
         configs = [running.config_of(name) for name in named or (None,)]
         names = [check_argument(name, "--alias") for name in self.alias or ()]

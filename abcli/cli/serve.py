@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from asyncio import CancelledError
 from contextlib import closing
 from functools import partial
 from typing import Annotated
@@ -71,6 +72,8 @@ def serve(
 def _log(*, requests: bool) -> None:
     """Let the server's lines go to standard error."""
     handler = logging.StreamHandler(sys.stderr)
+    # Requests that a second signal cuts off are no fault.
+    handler.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], CancelledError)))
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name, level in (("abcli.serve", logging.INFO if requests else logging.WARNING), ("uvicorn", logging.ERROR)):
         logger = logging.getLogger(name)

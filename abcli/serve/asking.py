@@ -12,7 +12,7 @@ from abcli.chat.response_format import response_schema
 from abcli.config import MERGE_RULES
 from abcli.errors import UsageError
 from abcli.profiles.profile import NO_PROFILE
-from abcli.sampling import NATIVE_RANDOM_SEED, SETTINGS, GenerationConfig, SamplingConfig, generation_config
+from abcli.sampling import NATIVE_RANDOM_SEED, SETTINGS, GenerationConfig, SamplingConfig, as_float, generation_config
 from abcli.serve.fields import Fields
 from abcli.serve.problems import blaming
 from abcli.serve.service import Service, Wanted
@@ -99,7 +99,7 @@ def _biases(fields: Fields, service: Service) -> tuple[tuple[int, float], ...]:
             tokens = [int(token)]
         else:
             raise fields.wrong("logit_bias", wanted)
-        found.update(dict.fromkeys(tokens, float(bias)))
+        found.update(dict.fromkeys(tokens, as_float(bias)))
     return tuple(found.items())
 
 

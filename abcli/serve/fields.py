@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,13 +51,6 @@ class Fields:
         if type(value) is not int or not least <= value <= largest:
             raise self.wrong(name, f"a whole number from {least} to {largest}")
         return value
-
-    def number(self, name: str, default: float, least: float, largest: float) -> float:
-        """A number within bounds."""
-        value = self._values.get(name, default)
-        if type(value) not in (int, float) or not (math.isfinite(value) and least <= value <= largest):
-            raise self.wrong(name, f"a number from {least:g} to {largest:g}")
-        return float(value)
 
     def inner(self, name: str) -> Fields:
         """The fields of an object within; none where it is not there."""

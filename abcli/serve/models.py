@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Any
 
-from abcli.errors import AbcliError, UsageError
+from abcli.errors import AbcliError, CancelledError, UsageError
 from abcli.serve.problems import RefusedError, refused
 from abcli.serve.service import Served, Settings
 
@@ -58,6 +58,7 @@ class Models:
         self._models = {name: _Model(name, opens) for name, opens in models.items()}
         self._most = len(models) if most is None else most
         self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="abcli-load")
         # Only one model comes or goes at a time.
         self._swapping = asyncio.Lock()
@@ -86,6 +87,15 @@ class Models:
         self._stopping = True
         for served in self.loaded.values():
             served.stop_soon()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end_waiting)
+
+    def _end_waiting(self) -> None:
+        """Tell those who wait for a model that it will not come."""
+        for model in self._models.values():
+            for granted in model.waiting:
+                if not granted.done():
+                    granted.set_exception(CancelledError())
 
     @property
     def accepts(self) -> bool:
@@ -132,14 +142,20 @@ class Models:
         return ", ".join(self._models)
 
     async def take(self, name: str) -> Served:
-        """A model, loaded; `give_back` it. Raises RefusedError where it takes too long or cannot be loaded."""
+        """A model, loaded; `give_back` it.
+
+        Raises RefusedError where it takes too long or cannot be loaded, CancelledError where the server is stopping.
+        """
+        if self._stopping:
+            raise CancelledError
         model = self._models[name]
         if model.served is not None and not model.leaving:
             model.users += 1
             return model.served
         if len(model.waiting) >= self.settings.queue:
             raise refused(429, "rate_limit_error", f"too many requests wait for {name}", Retry_After="5")
-        granted: asyncio.Future[Served] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        granted: asyncio.Future[Served] = self._loop.create_future()
         model.waiting.append(granted)
         if model.coming is None:
             model.coming = asyncio.ensure_future(self._bring(model))

@@ -76,3 +76,9 @@ def test_names_of_models(abcli: Command, tiny_model: Path, arguments: tuple[str,
     outcome = abcli("serve", tiny_model, "--port", 0, *given)
     assert outcome.code == 2
     assert problem in outcome.problem()[0]
+
+
+def test_a_name_for_no_model(abcli: Command) -> None:
+    outcome = abcli("serve", "--port", 0, "--models-max", 1, "--alias", "mine")
+    assert outcome.code == 2
+    assert outcome.problem() == ("--alias is given, but no model", "name the models, or leave it out")

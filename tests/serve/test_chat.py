@@ -232,6 +232,14 @@ def test_what_constraints_need_is_made_before_a_request_comes(
         assert response.status_code == 200
 
 
+@pytest.mark.parametrize("value", ["true", "1" + "0" * 400, "1e999", "NaN", '"1"', "[]"])
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "seed", "max_tokens", "n", "logit_bias", "min_p"])
+def test_a_number_that_is_none_is_refused(client: TestClient, name: str, value: str) -> None:
+    field = f'{{"5": {value}}}' if name == "logit_bias" else value
+    response = client.post(PATH, content=f'{{"messages": {json.dumps(MESSAGES)}, "{name}": {field}}}')
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
+
+
 def test_tools_beside_a_grammar_are_blamed(client: TestClient) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     response = client.post(PATH, json={"messages": MESSAGES, "tools": [tool], "grammar": 'root ::= "a"'})

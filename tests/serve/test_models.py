@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abcli.errors import ModelFileError, UsageError
+from abcli.errors import CancelledError, ModelFileError, UsageError
 from abcli.serve.models import Models
 from abcli.serve.problems import RefusedError
 from abcli.serve.service import Served, Settings
@@ -195,6 +195,26 @@ def test_waiting_has_its_limits() -> None:
         await settled()
 
     run(models, work)
+
+
+def test_who_waits_is_told_that_the_server_stops() -> None:
+    shelf = Shelf()
+    models = shelf.models(1)
+
+    async def work() -> None:
+        await models.take("a")
+        waiting = asyncio.ensure_future(models.take("b"))
+        await settled()
+        models.stop_soon()
+        with pytest.raises(CancelledError):
+            await asyncio.wait_for(waiting, 10)
+        with pytest.raises(CancelledError):
+            await models.take("a")
+        models.give_back("a")
+        await settled()
+
+    run(models, work)
+    assert shelf.open == set()
 
 
 def test_which_model_a_name_means() -> None:

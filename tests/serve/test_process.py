@@ -205,6 +205,9 @@ def test_a_signal_lets_what_runs_end_and_a_second_one_stops_it(tiny_model: Path)
     with served(tiny_model, "-k", 1, "-c", 16384, "-np", 1) as server:
         running = server.send(CHAT, {**ENDLESS, "stream": True})
         waiting = server.send(CHAT, ENDLESS)
+        # One that never says what it wants is cut off.
+        silent = server.connect()
+        silent.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{" % CHAT.encode())
         server.wait_until_busy(1)
         server.process.send_signal(signal.SIGTERM)
         sleep(0.3)
@@ -215,6 +218,8 @@ def test_a_signal_lets_what_runs_end_and_a_second_one_stops_it(tiny_model: Path)
         with running:
             assert b'"error"' in running.makefile("rb").read()
         assert answer_of(waiting)[0] == 503
+        silent.close()
+        assert not any("Traceback" in line for line in server.lines)
 
 
 def test_the_prompt_cache_survives_a_kill(tiny_model: Path, tmp_path: Path) -> None:

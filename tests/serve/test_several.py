@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import signal
 import subprocess
 import sys
 import threading
@@ -234,6 +235,24 @@ def test_a_broken_template_is_told_at_the_start(on_demand: Server, tmp_path: Pat
     found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert found.returncode == 1
     assert found.stderr.startswith("error: the chat template is broken")
+
+
+def test_a_second_signal_does_not_wait_for_a_model(files: tuple[Path, Path, Path]) -> None:
+    with served(*files, "--models-max", 1, *SMALL) as server:
+        holding = server.send("/v1/completions", asking("first", -1, stream=True))
+        assert b"200 OK" in holding.recv(4096)
+        waiting = server.send("/v1/completions", asking("second"))
+        until = monotonic() + PATIENCE
+        while status(server)["second"] != "loading":
+            assert monotonic() < until
+        for _ in range(2):
+            server.process.send_signal(signal.SIGTERM)
+            sleep(0.1)
+        code, answer = answer_of(waiting)
+        assert (code, answer["error"]["message"]) == (503, "the server is stopping")
+        assert server.process.wait(PATIENCE) == 0
+        holding.close()
+        assert not any("Traceback" in line for line in server.lines)
 
 
 def loaded(server: Server) -> list[str]:
