@@ -210,7 +210,7 @@ def sound_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, byt
     return directory, file.name, file.read_bytes()
 
 
-def check_damaged(directory: Path, name: str, data: bytes) -> list[str]:
+def check_damaged(directory: Path, name: str, data: bytes, *, rewrite: bool = True) -> list[str]:
     """The warnings about a file with these bytes; nothing wrong comes out of it, and it can be rewritten."""
     for file in files(directory):
         file.unlink()
@@ -222,7 +222,7 @@ def check_damaged(directory: Path, name: str, data: bytes) -> list[str]:
     warnings = list(cache.warnings)
     if warnings:
         assert files(directory) == []
-    if len(loaded) < len(sound):
+    if rewrite and len(loaded) < len(sound):
         cache.store(FILE_TOKENS)
         assert equal(cache.load(FILE_TOKENS), sound)
     assert cache.warnings == warnings
@@ -250,7 +250,7 @@ def test_every_changed_byte_is_noticed_or_harmless(sound_file: tuple[Path, str, 
     for position in range(len(sound)):
         changed = bytearray(sound)
         changed[position] ^= 1 << position % 8
-        if not check_damaged(directory, name, bytes(changed)):
+        if not check_damaged(directory, name, bytes(changed), rewrite=position % 16 == 0):
             silent.append(position)
     # The version, for a file of another version is no damage, and the zeros between pieces.
     assert silent[:4] == [8, 9, 10, 11]
