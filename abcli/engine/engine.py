@@ -80,6 +80,11 @@ class Engine(Owner):
         return self._backend.bases[: self._backend.buckets]
 
     @property
+    def first_base(self) -> float:
+        """The base that computes a token alone where a gate may let it decide: a bucket's or the leader's."""
+        return self._backend.bases[self._backend.native]
+
+    @property
     def vocabulary_size(self) -> int:
         """The number of logits per bucket."""
         return int(self._logits.shape[2])

@@ -38,18 +38,23 @@ Held: TypeAlias = Callable[[Models, Request, ExitStack], Awaitable[Response]]
 
 
 class JsonResponse(Response):
-    """A JSON value, or its text; half a character is spelled with a backslash."""
+    """A JSON value; half a character is spelled with a backslash."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """The value as bytes."""
-        return (content if isinstance(content, str) else to_json(content)).encode("utf-8", "backslashreplace")
+        return to_json(content).encode("utf-8", "backslashreplace")
 
 
-async def written(value: Callable[[], Any], depth: int = 5) -> JsonResponse:
+async def written(value: Callable[[], Any], depth: int = 5) -> Response:
     """The response with a value that may be large: it is made, and written, where that keeps nobody waiting."""
-    return await asyncio.to_thread(lambda: JsonResponse(json_in_pieces(value(), depth)))
+
+    def response() -> Response:
+        text = json_in_pieces(value(), depth)
+        return Response(text.encode("utf-8", "backslashreplace"), media_type=JsonResponse.media_type)
+
+    return await asyncio.to_thread(response)
 
 
 def post(

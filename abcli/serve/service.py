@@ -198,9 +198,7 @@ class Service(Served):
 
     def buckets_of(self, generation: GenerationConfig) -> dict[str, Any]:
         """The bases and the merge rule of an answer, as clients are told of them."""
-        bases, native = self.llm.bases, self.llm.model.header.native_base
-        if generation.gate == 0:
-            bases = (min(bases, key=lambda base: abs(base - native)),)
+        bases = (self.llm.engine.first_base,) if generation.gate == 0 else self.llm.bases
         return {"bases": list(bases), "merge": generation.merge or self.llm.buckets.merge}
 
     @property
@@ -254,7 +252,6 @@ class Answering(AsyncIterator[Piece]):
         self._queue: asyncio.Queue[Delivery] = asyncio.Queue()
         self._ids: dict[int, str] = {}
         self._ended = False
-        self._timings = wanted.timings
         top = wanted.top
         watcher = None if top is None else Watcher(top, each_bucket=wanted.each_bucket)
         generation = asked.generation if watcher is None else replace(asked.generation, observer=watcher)
@@ -266,6 +263,7 @@ class Answering(AsyncIterator[Piece]):
             monotonic() + service.settings.seconds,
             fresh=wanted.fresh,
             score=top if wanted.score else None,
+            timings=wanted.timings,
             progress=wanted.progress,
             watcher=watcher,
         )
@@ -285,7 +283,7 @@ class Answering(AsyncIterator[Piece]):
         if delivery.error is not None:
             self._end()
             raise delivery.error
-        self.statistics = delivery.statistics if self._timings else None
+        self.statistics = delivery.statistics
         assert delivery.piece is not None  # noqa: S101 - it is the one or the other
         if delivery.piece.answer is not None:
             self._end()

@@ -16,8 +16,9 @@ from abcli.serve.chosen import Chosen, Watcher
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a step gave one answer: a piece, the tokens chosen in it and the numbers so far, the error that ends it, or,
-    before all pieces, how likely the prompt's tokens are after the first, or how much of the prompt is computed.
+    """What a step gave one answer: a piece, the tokens chosen in it and, if wanted, the numbers so far, the error that
+    ends it, or, before all pieces, how likely the prompt's tokens are after the first, or how much of the prompt is
+    computed.
     """
 
     piece: Piece | None = None
@@ -43,8 +44,8 @@ class Ticket:
     """An answer that is wanted. `deliver` is called by the worker's thread, until a piece has the answer or an error.
 
     `deadline` is the time (`time.monotonic`) at which it is given up; `fresh` takes over nothing of other prompts. With
-    `score` it is told how likely the prompt's tokens are, and so many of the likeliest at each place, with `progress`
-    how much of the prompt is computed.
+    `score` it is told how likely the prompt's tokens are, and so many of the likeliest at each place, with `timings`
+    the numbers so far with each piece, with `progress` how much of the prompt is computed.
     """
 
     tokens: Sequence[int]
@@ -55,6 +56,7 @@ class Ticket:
     fresh: bool = False
     score: int | None = None
     progress: bool = False
+    timings: bool = False
     watcher: Watcher | None = None
     gone: bool = False
     """Nobody waits for it any more."""

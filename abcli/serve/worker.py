@@ -313,7 +313,7 @@ class Worker:
                 self._leave(piece.answer.slot)
                 self._count(piece.answer)
             chosen = ticket.watcher.take(len(piece.answer.tokens)) if ticket.watcher is not None else ()
-            statistics = replace(piece.answer.statistics)
+            statistics = replace(piece.answer.statistics) if ticket.timings else None
             self._deliver(ticket, Delivery(ticket.reader.add(piece), chosen, statistics=statistics))
 
     def _count(self, answer: RunningAnswer) -> None:

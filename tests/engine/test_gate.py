@@ -50,6 +50,14 @@ def tiny(tiny_model: Path) -> Iterator[Model]:
         yield model
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("prefill", "first"), [("shared", 10_000.0), ("exact", 16_000.0)])
+def test_the_first_base_is_the_nearest_by_its_logarithm(tiny: Model, kind: Kind, prefill: str, first: float) -> None:
+    # 5,000 is nearer to the native base by its difference.
+    with make_engine(kind, tiny, *config(bases=(5_000.0, 16_000.0), prefill=prefill)) as engine:
+        assert engine.first_base == first
+
+
 def keys(engine: Engine, slot: int, column: int) -> NDArray[np.float32]:
     """The keys [layers, tokens, numbers] of a slot in a column."""
     backend, end = engine._backend, len(engine.tokens(slot))

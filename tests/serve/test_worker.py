@@ -100,6 +100,7 @@ class Rig:
         seconds: float = PATIENCE,
         score: int | None = None,
         progress: bool = False,
+        timings: bool = False,
     ) -> Heard:
         reader = AnswerReader(None, ChatOptions())
         config = GenerationConfig(max_tokens=tokens)
@@ -113,6 +114,7 @@ class Rig:
             fresh,
             score,
             progress,
+            timings,
         )
         heard.append(Heard(ticket))
         self.worker.submit(ticket)
@@ -309,7 +311,7 @@ def test_each_piece_comes_with_the_numbers_so_far(make: Callable[..., Rig]) -> N
     rig = make()
     rig.valve.open()
     rig.worker.start()
-    heard = rig.ask(b"abc", 4)
+    heard = rig.ask(b"abc", 4, timings=True)
     assert heard.answer.usage.completion_tokens == 4
     statistics = [delivery.statistics for delivery in heard.deliveries]
     assert [item.completion_tokens for item in statistics if item is not None] == [1, 2, 3, 4]
