@@ -19,6 +19,7 @@ from abcli.engine.workers import available_cores, plan_workers
 from abcli.errors import OutOfMemoryError
 from abcli.gguf.checked import CheckedModel
 from abcli.native.llama import Device, devices, supports_offload
+from abcli.native.rotating.tables import MOST_DIVIDED_ROWS
 from abcli.text import counted, gibibytes
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -249,7 +250,10 @@ def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
         scratch = min(workers, contexts - 1) * tokens * per_token
         idle = (contexts - 1) * (graph + masks - _few_tokens(shape, stream_cells, config, sequences))
     # Where rows are turned, and as they are made up.
-    tables = shape.table_bytes * (tokens + sequences) if fused and buckets > 1 else 0
+    rows = tokens + sequences if fused and buckets > 1 else 0
+    tables = shape.table_bytes * rows
+    divisors = shape.divisor_bytes * min(rows, MOST_DIVIDED_ROWS) if share else 0
+    on_devices = round(share * tables) + divisors * len(_offload_devices(setup.gpu_layers))
     items = (
         _split("weights", shape.weight_bytes, round(share * weights)),
         _split("caches", caches, round(share * caches)),
@@ -258,7 +262,7 @@ def _predict(setup: Setup, shape: MemoryShape, *, fused: bool) -> Prediction:
         Item("logits", _array_bytes(buckets, config.slots, shape), merging),
         _split("device", device, device),
         _split("transfer", scratch, 0),
-        _split("tables", 2 * tables, round(share * tables)),
+        Item("tables", 2 * tables - round(share * tables) + divisors, on_devices),
         _split("working", contexts * (shape.graph_overhead + shape.work_bytes(tokens)), 0),
         _split("tokenizer", shape.tokenizer_bytes, 0),
         _split("adapters", shape.adapter_bytes, round(share * shape.adapter_bytes)),

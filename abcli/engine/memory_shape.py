@@ -112,6 +112,11 @@ class MemoryShape:
             * sum(len(layer) for layer in model.tuning.multipliers if len(set(layer)) > 1),
         )
 
+    @property
+    def divisor_bytes(self) -> int:
+        """Divisors of the angles of queries and keys, one for each pair, for a row of several bases on a device."""
+        return _FLOAT * (self.queries + self.keys) // 2
+
     def kv_bytes(self, type_k: CacheType, type_v: CacheType, *, flash: bool) -> int:
         """Bytes of one token in the caches of all layers of one context (llama_kv_cache::llama_kv_cache).
 

@@ -81,8 +81,8 @@ def test_the_probe_notices_wrong_rotations(
     path = write_tiny_model(tmp_path / "model.gguf", architecture=architecture, layers=7)
     turn, angles = Tables.turn, Tables._angles
 
-    def other_angles(self: Tables, rotation: Any) -> Any:
-        return 1.1 * angles(self, rotation)
+    def other_angles(self: Tables, *arguments: Any) -> Any:
+        return 1.1 * angles(self, *arguments)
 
     def other_rows(self: Tables, context: int, rows: int, *arguments: Any) -> int:
         # There are four heads of queries and two of keys.

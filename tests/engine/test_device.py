@@ -128,6 +128,7 @@ def test_fused_differs_from_contexts_by_no_more_than_batches_do(model: Model, la
         assert max(divergence(wanted[slot], found[slot]) for slot in (0, 1)) < limit
         kinds = {device.is_cpu for device in engine._backend._context.devices.opened}
         assert False in kinds
+        assert all(device.prefers_few_operations != device.is_cpu for device in engine._backend._context.devices.opened)
         assert layers > 0 or True not in kinds
 
 

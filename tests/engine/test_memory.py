@@ -123,6 +123,26 @@ def test_tables_of_heads_with_bases_of_their_own_are_counted(tmp_path: Path, mon
     assert sorted(taken)[-2] == max(taken)
 
 
+def test_divisors_of_angles_on_a_device_are_counted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = asked(tiny_model, BASES[:2], context_size=1000, engine="fused", gpu_layers=-1)
+    taken: list[int] = []
+    own = TableDevice.memory
+
+    def counted(device: TableDevice, size: int, stack: ExitStack | None = None) -> int:
+        taken.append(size)
+        return own(device, size, stack)
+
+    monkeypatch.setattr(TableDevice, "memory", counted)
+    sums = []
+    for few in (False, True):
+        monkeypatch.setattr(TableDevice, "prefers_few_operations", few)
+        taken.clear()
+        with Model(asked(tiny_model)[0]) as model, fused_engine(model, *setup[1:]):
+            sums.append(sum(taken))
+    monkeypatch.setattr(memory, "_offload_devices", lambda _layers: [Device("GPU0", "stands for one", 0, 0)])
+    assert predict(*setup).item("tables").device == sums[1] - sums[0] > 0
+
+
 def test_the_engine_that_is_still_to_be_chosen_may_be_the_larger_one(tiny_model: Path) -> None:
     totals = [predict(*asked(tiny_model, engine=kind)).total for kind in ("contexts", "fused", "auto")]
     assert totals[2] == max(totals[:2])

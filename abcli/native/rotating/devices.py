@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -18,6 +19,9 @@ from abcli.rope.frequencies import RopeParameters, angular_frequencies
 
 # ggml wants tensors at such addresses at most (TENSORALIGNMENT and the backends' own).
 ALIGNMENT = 256
+
+# Few rows of the widest models have fewer numbers.
+_WIDEST = 1 << 20
 
 # From one base to another, under the parameters of one kind of RoPE.
 DeltaKey = tuple[RopeParameters, float, float]
@@ -66,9 +70,12 @@ class Device(Owner):
             self.backend: int = backend
             self._handle = handle
             self._tensors = stack.enter_context(ExitStack())
-            # A tensor i32 [2] that holds 0 and 1.
-            self.turns = self.tensor(llama.GGML_TYPE_I32, (2,), self.memory(8))
-            api.tensor_set(self.turns, np.arange(2, dtype=np.int32).ctypes.data, 0, 8)
+            # Tensors i32 [2] and [1] that hold 0 and 1, and 1.
+            self.turns, self._one = (
+                self.tensor(llama.GGML_TYPE_I32, (count,), self.memory(4 * count)) for count in (2, 1)
+            )
+            for tensor, first in ((self.turns, 0), (self._one, 1)):
+                api.tensor_set(tensor, np.arange(first, 2, dtype=np.int32).ctypes.data, 0, 4 * (2 - first))
             self._deltas: dict[DeltaKey, int] = {}
             self._stack = stack.pop_all()
 
@@ -89,6 +96,22 @@ class Device(Owner):
             api.tensor_set(tensor, numbers.ctypes.data, 0, numbers.nbytes)
             self._deltas[key] = tensor
         return self._deltas[key]
+
+    @cached_property
+    def prefers_few_operations(self) -> bool:
+        """Whether their number counts more than what they compute; if so, the device has `divided_rotation`."""
+        if self.is_cpu:
+            return False
+        with ExitStack() as stack:
+            context = api.new_context(stack, 4 * api.tensor_overhead())
+            rows, divisors = (api.new_1d(context, llama.GGML_TYPE_F32, count) for count in (_WIDEST, _WIDEST // 2))
+            return bool(api.device_supports(self._handle, self.divided_rotation(context, rows, divisors)))
+
+    def divided_rotation(self, context: int, numbers: int, divisors: int) -> int:
+        """f32 [count] `numbers`, each pair of neighbours turned by 1 / its number in f32 [count / 2] `divisors`."""
+        count = TensorStruct.from_address(numbers).ne[0]
+        mode = api.MODE_NORMAL
+        return int(api.rope(context, numbers, self._one, divisors, count, mode, 0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0))
 
     def supports(self, graph: int) -> bool:
         """Whether every operation of a graph can be computed here."""

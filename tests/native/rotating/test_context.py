@@ -16,7 +16,8 @@ from abcli.native.model import Model
 from abcli.native.rotating import context as context_module
 from abcli.native.rotating import following
 from abcli.native.rotating.context import FusedContext, SlotPart
-from abcli.native.rotating.hook import rope_hook
+from abcli.native.rotating.devices import Device, nodes_of
+from abcli.native.rotating.hook import compute_hook, rope_hook
 from abcli.native.rotating.tables import Tables
 from abcli.native.rotating.turning import InGraph
 from abcli.native.state import StateError, parse_state
@@ -217,6 +218,47 @@ def test_rows_of_the_native_base_are_bit_for_bit_those_of_plain_llama_cpp(model:
         with FusedContext(model, bases, settings, 10_000.0, 2, CancelFlag()) as context:
             found.append(logits_of(context, TOKENS)[1].copy())
     np.testing.assert_array_equal(*found)
+
+
+def continued(context: FusedContext, monkeypatch: pytest.MonkeyPatch) -> tuple[list[np.ndarray], list[list[bytes]]]:
+    """Logits [buckets, vocab] after many rows, few, and many again; and the operations of the graph each time."""
+    graphs = []
+
+    def compute(_self: InGraph, original: Any, scheduler: int, graph: int) -> int:
+        nodes = [(api.TensorStruct.from_address(node).op, node) for node in nodes_of(graph)]
+        graphs.append([api.operation(*node) for node in nodes])
+        return int(original(scheduler, graph))
+
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(InGraph, "compute", compute)
+        for start, end in ((0, 40), (40, 42), (42, 43), (43, 60)):
+            out = np.empty((1, 3, 320), np.float32)
+            context.compute([SlotPart(0, start, TOKENS[start:end])], range(3), out)
+            found.append(out[0])
+    return found, graphs
+
+
+def test_where_operations_are_dear_a_rotation_turns_few_rows_by_one_more(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fused(model) as context:
+        wanted, _ = continued(context, monkeypatch)
+    with FusedContext(model, (10_000.0,) * 3, config(), 10_000.0, 2, CancelFlag()) as context, compute_hook().held():
+        native, plain = continued(context, monkeypatch)
+    monkeypatch.setattr(Device, "prefers_few_operations", True)
+    with fused(model) as context:
+        found, graphs = continued(context, monkeypatch)
+    for right, own, other in zip(wanted, native, found, strict=True):
+        np.testing.assert_allclose(other, right, atol=1e-5)
+        np.testing.assert_array_equal(other[1], own[1])
+    views = {b"VIEW", b"RESHAPE", b"PERMUTE", b"TRANSPOSE", b"NONE"}
+    extra = [
+        len([name for name in graph if name not in views]) - len([name for name in other if name not in views])
+        for graph, other in zip(graphs, plain, strict=True)
+    ]
+    # There are two rotations in each of two layers; 40 and 17 tokens of three buckets are 120 and 51 rows.
+    assert extra == [4 * 3, 4, 4, 4]
 
 
 def test_the_sequences_of_neighbouring_slots_have_no_gaps(model: Model) -> None:
