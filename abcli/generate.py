@@ -188,6 +188,7 @@ class Generator(Owner):
             stack.pop_all()
         answer = Answer(slot, sampler.seed, Statistics(len(prompt), len(prompt) - left))
         lookup = Lookup() if config.lookup is not None and self._engine.forgets else None
+        self._budget.begin()
         self._running[slot] = _Running(answer, config, sampler, stream, on_progress, begin, left, left, lookup)
         return answer
 

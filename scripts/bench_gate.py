@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--engine", choices=["fused", "contexts"], default="fused")
-    parser.add_argument("--cpu", action="store_true", help="CPU time of one thread, prompts left out")
+    parser.add_argument("--cpu", action="store_true", help="CPU time of one thread; one by one, prompts left out")
     parser.add_argument("--slots", type=int, default=1, help="answers at once")
     chosen = parser.parse_args()
     usual = {"profile": "none", "ctx_size": 512, "threads": int(chosen.cpu), "slots": chosen.slots}
@@ -75,10 +75,11 @@ def together(contenders: Contenders, chosen: argparse.Namespace) -> None:
     """All answers of a contender at once."""
     prompts = files("abcli.tune").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()[: chosen.prompts]
     speeds: dict[str, float] = {}
+    clock = process_time if chosen.cpu else perf_counter
     for name, (llm, gate) in contenders.items():
-        begin = perf_counter()
+        begin = clock()
         answers = llm.generate_many(prompts, max_tokens=chosen.tokens, temp=0, ignore_eos=True, gate=gate)
-        speeds[name] = len(prompts) * chosen.tokens / (perf_counter() - begin)
+        speeds[name] = len(prompts) * chosen.tokens / (clock() - begin)
         share = sum(answer.asked for answer in answers) / len(answers)
         ratio = speeds[name] / speeds["6 buckets"] if "6 buckets" in speeds else float("nan")
         print(f"{name:14} {speeds[name]:7.1f} tokens/s  {ratio:5.2f}x six  all asked for {share:.0%} of the tokens")

@@ -1,9 +1,9 @@
 """What look-up drafts cost and save in time: answers with `lookup="auto"` and without, side by side in one process.
 
-One prompt asks for a file with one word changed, the others for prose. Both take turns, one answer after the other,
-greedily and with the same number of tokens. Printed are for each prompt the median of the ratios of the times per token
-after the first, within a turn (above 1: drafts save time), how many of the looked-up tokens were right, and whether the
-answers are equal.
+Two prompts ask for a text with a few words changed, the others for prose. Both settings take turns, one answer after
+the other, greedily and with the same number of tokens. Printed are for each prompt the median of the ratios of the
+times per token after the first, within a turn (above 1: drafts save time), how many of the looked-up tokens were right,
+and whether the answers are equal.
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ EDIT = (
     + inspect.getsource(lookup.Budget)
     + "```"
 )
+CORRECT = """Correct the spelling mistakes in this text and repeat all of it:
+
+The old lighthous stood on the northern cliff, where the wind never rested. Every evening the keeper climbed the one \
+hundred and forty steps, trimmed the lamp and wrote the wether into his book. In the winter of 1911 a schooner from \
+Bergen ran aground below the cliff, and the keeper, his wife and their two sons pulled eleven men from the water \
+before the mast broke. Nobody in the village forgot that night, and the names of the eleven are cut into the stone \
+beside the door.
+"""
 PROMPTS = (
-    ("edit", EDIT),
+    ("code", EDIT),
+    ("text", CORRECT),
     ("prose", "Write a short story about a lighthouse keeper and a storm."),
     ("prose", "Explain to a child how a volcano comes to be, in three paragraphs."),
 )

@@ -47,17 +47,37 @@ def test_drafts_grow_while_they_are_right_and_end_where_they_lose_time() -> None
     lengths, lost = [], 0.0
     for budget in (right, wrong):
         budget.chosen(0.010)
-    for _ in range(8):
+    for _ in range(20):
         lengths.append(right.tokens)
         right.tried(lengths[-1], lengths[-1], 0.010 * (1 + 0.6 * lengths[-1]))
     assert lengths == sorted(lengths)
     assert lengths[-1] > 16
     for _ in range(1000):
+        again = 0.010
         if drafted := wrong.tokens:
             wrong.tried(drafted, 0, 0.010 * (1 + 0.6 * drafted))
-            lost += 0.6 * drafted
-        wrong.chosen(0.010)
-    assert lost < 1.5 + 0.005 * 1000
+            # The token after a draft takes longer, too.
+            again = 0.013
+            lost += 0.6 * drafted + 0.3
+        wrong.chosen(again)
+    assert lost < 1.0 + 0.3 + 0.005 * 1000
+    # What one answer won is not the next one's to lose.
+    right.begin()
+    assert right.tokens <= 2
+
+
+def test_a_wrong_guess_makes_drafts_shorter_and_so_does_their_cost() -> None:
+    lengths = {}
+    for cost in (0.3, 0.6):
+        budget = Budget()
+        budget.chosen(0.010)
+        for _ in range(20):
+            budget.tried(10, 10, 0.010 * (1 + cost * 10))
+        before = budget.tokens
+        budget.tried(10, 0, 0.010 * (1 + cost * 10))
+        lengths[cost] = budget.tokens
+        assert 0 < budget.tokens < before / 2
+    assert lengths[0.6] < lengths[0.3]
 
 
 def chaotic(seed: int, buckets_agree: bool) -> Any:

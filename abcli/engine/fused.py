@@ -22,8 +22,11 @@ from abcli.rope.bases import nearest_base
 
 _HINT = "use `engine=contexts` with this model"
 _EXPERTS_KEY = "expert_count"
-# A further batch takes as long as about so many further tokens in the same one (135M, Q8_0, 2 cores: 20).
+# A further batch takes as long as about so many further tokens of prompts in the same one (135M, Q8_0, 2 cores: 20).
 _BATCH_ROWS = 16
+# The same for rows of decoding: of idle slots so many are computed along. A device reads the weights meanwhile; CPUs
+# compute row by row (135M, 2 cores: a batch costs as much as half a row of Q4_1, and two of Q8_0).
+_IDLE_ROWS, _IDLE_ROWS_CPU = 16, 1
 
 
 class FusedBackend(Owner):
@@ -57,6 +60,8 @@ class FusedBackend(Owner):
             scaling = repr([rope.parameters for rope in self._context.observation.ropes])
             self.cell_format = (scaling, f"{version()}, all layers in one cache")
             self._piece = min(self._context.batch_size, self._context.ubatch_size)
+            on_cpu = all(device.is_cpu for device in self._context.devices.opened)
+            self._idle_rows = _IDLE_ROWS_CPU if on_cpu else _IDLE_ROWS
             self.outputs = min(config.outputs, self.piece(self.buckets), TILED_TOKENS - 1)
             self.native_outputs = min(config.outputs * self.buckets, self._piece, TILED_TOKENS - 1)
             self._stack = stack.pop_all()
@@ -139,7 +144,7 @@ class FusedBackend(Owner):
     ) -> dict[int, float]:
         """Compute those of `columns` that are `neighbours`.
 
-        Neighbouring slots go into one batch; idle ones between them get a token that is dropped again.
+        Neighbouring slots go into one batch; idle ones between them, where few, get a token that is dropped again.
         """
         merged: dict[int, float] = {}
         rows = {part.slot: part for part in parts}
@@ -152,7 +157,7 @@ class FusedBackend(Owner):
             if len(length) == 1 and max(length) < self._slot_cells
         }
         limit = self.piece(len(neighbours)) if self._context.slots_follow(neighbours) else 1
-        for slots in _runs(list(rows), limit, idle, _BATCH_ROWS // len(neighbours)):
+        for slots in _runs(list(rows), limit, idle, self._idle_rows // len(neighbours)):
             group = [rows.get(slot) or idle[slot] for slot in slots]
             self._run(partial(self._compute_batch, group, columns, neighbours, merge, merged, careful=careful))
             for slot in idle.keys() & set(slots):

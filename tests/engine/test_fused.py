@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from abcli.config import Buckets, ContextConfig
+from abcli.engine import fused
 from abcli.engine.backend import TILED_TOKENS
 from abcli.engine.engine import Engine
 from abcli.errors import CancelledError, ContextFullError, NativeError, UnsupportedModelError
@@ -207,10 +208,13 @@ def test_several_slots_with_gaps_go_in_any_order(tiny: Model) -> None:
             assert_equal(stepped(engine, chosen), stepped(reference, chosen))
 
 
-@pytest.mark.parametrize("bases", [BASES, BASES[:1]])
+@pytest.mark.parametrize(("bases", "like_device"), [(BASES, True), (BASES, False), (BASES[:1], False)])
 def test_idle_slots_between_others_keep_what_they_hold(
-    tiny: Model, bases: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+    tiny: Model, bases: tuple[float, ...], like_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """They are computed along where that costs less than a batch of their own for those behind them."""
+    if like_device:
+        monkeypatch.setattr(fused, "_IDLE_ROWS_CPU", fused._IDLE_ROWS)
     settings = config(slots=7, bases=bases, context_size=64)
     batches = []
     compute = FusedContext.compute
@@ -227,7 +231,8 @@ def test_idle_slots_between_others_keep_what_they_hold(
         # Slot 2 is full and 0 empty.
         for chosen in ({0: 1, 4: 2}, {5: 3, 3: 4}, {0: 5, 1: 6, 3: 7}, dict.fromkeys((0, 1, 3, 4, 5, 6), 8)):
             assert_equal(stepped(engine, chosen), stepped(reference, chosen))
-        assert batches == [[0], [4], [3, 4, 5], [0, 1], [3], [0, 1], [3, 4, 5, 6]]
+        between = [[3, 4, 5]] if like_device or len(bases) == 1 else [[3], [5]]
+        assert batches == [[0], [4], *between, [0, 1], [3], [0, 1], [3, 4, 5, 6]]
         for slot in range(7):
             assert list(engine.tokens(slot)) == list(reference.tokens(slot))
             assert lengths(engine, slot) == {len(engine.tokens(slot))}
