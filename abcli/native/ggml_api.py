@@ -141,6 +141,8 @@ graph_nodes = ggml_function("ggml_graph_nodes", _pointer, _pointer)
 graph_tensor = ggml_function("ggml_graph_get_tensor", _pointer, _pointer, _text)
 # enum ggml_status ggml_backend_sched_graph_compute_async(ggml_backend_sched_t sched, struct ggml_cgraph * graph);
 scheduler_compute = ggml_function("ggml_backend_sched_graph_compute_async", _int, _pointer, _pointer)
+# void ggml_backend_tensor_get_async(backend, const struct ggml_tensor * tensor, void * data, offset, size);
+tensor_get_async = ggml_function("ggml_backend_tensor_get_async", None, *[_pointer] * 3, *[_size] * 2)
 # void ggml_backend_tensor_copy(const struct ggml_tensor * src, struct ggml_tensor * dst);
 tensor_copy = ggml_function("ggml_backend_tensor_copy", None, _pointer, _pointer)
 # ggml_backend_buffer_t ggml_backend_alloc_ctx_tensors(struct ggml_context * ctx, ggml_backend_t backend);

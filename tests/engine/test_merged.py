@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from abcli.generate import Generator
 from abcli.merge import Merger
 from abcli.native.model import Model
 from abcli.native.rotating.mixing import LogitsMixer
+from abcli.native.rotating.turning import InGraph
 from abcli.native.sampler import SamplerChain
 from abcli.sampling import GenerationConfig, SamplingConfig
 from tests.support.engines import fused_engine
@@ -60,6 +61,42 @@ def test_merged_logits_are_those_of_the_buckets(model: Model, rule: MergeRule) -
                 assert merging.agreement(slot) == pytest.approx(merged.agreement, abs=1e-5)
         assert merging.step({0: 1}, "product")[0].shape == (3, model.vocabulary_size)
         assert merging.agreement(0) is None
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_rows_that_are_merged_stay_where_they_are(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    came: list[int] = []
+    get = InGraph.get
+
+    def counting(self: InGraph, original: Callable[..., None], *arguments: int) -> None:
+        def copy(*where: int) -> None:
+            came.append(where[-1])
+            original(*where)
+
+        get(self, copy, *arguments)
+
+    monkeypatch.setattr(InGraph, "get", counting)
+    everything = 4 * len(BASES) * model.vocabulary_size
+    with engine(model) as one:
+        one.prefill(0, TOKENS)
+        wanted = one.step({0: 7})[0].copy()
+        merged = Merger(len(BASES), model.vocabulary_size).merge(wanted, "mean").logits
+        found = []
+        for rule in ("mean", "mean", None, "mean"):
+            one.truncate(0, len(TOKENS))
+            came.clear()
+            found.append((one.step({0: 7}, rule)[0].copy(), list(came)))
+        # Whether a device can merge is known when it has.
+        assert [sizes for _, sizes in found] == [[everything], [], [everything], []]
+        np.testing.assert_array_equal(found[2][0], wanted)
+        for row in (found[0][0], found[1][0], found[3][0]):
+            assert np.abs(row[0] - merged).max() < 2e-5
+        # Where merging fails all the same, they come.
+        monkeypatch.setattr(LogitsMixer, "mix", lambda *_: None)
+        one.truncate(0, len(TOKENS))
+        came.clear()
+        np.testing.assert_array_equal(one.step({0: 7}, "mean")[0], wanted)
+        assert came == [everything]
 
 
 @pytest.mark.parametrize("grammar", ["", 'root ::= "abc" [a-z]*'])

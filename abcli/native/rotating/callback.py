@@ -65,7 +65,13 @@ class ByCallback(Owner):
         make()
 
     def run(
-        self, decode: Callable[[], None], rows: int = 0, visit: Visit | None = None, *, compute: bool = True
+        self,
+        decode: Callable[[], None],
+        rows: int = 0,
+        visit: Visit | None = None,
+        *,
+        compute: bool = True,
+        stay: bool = False,
     ) -> None:
         """See `Turning.run`."""
         self._visit, self._compute, self._turns, self._failed = visit, compute, rows > 0, False
@@ -73,6 +79,9 @@ class ByCallback(Owner):
             decode()
         finally:
             self._failure.raise_kept()
+
+    def fetch(self) -> None:
+        """See `Turning.fetch`; they never stay."""
 
     def _call(self, tensor: int, ask: bool, _data: int | None) -> bool:
         if self._failed:

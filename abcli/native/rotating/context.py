@@ -204,12 +204,14 @@ class FusedContext(Sequences):
             self._tables.fill(Layout(bases, len(parts), len(tokens)), positions)
         if careful:
             visit = self._cells.check(np.repeat([part.sequence for part in batch], len(tokens)), positions)
-        self._run(lambda: self.decode(batch), turned, visit)
+        stay = merge is not None and len(columns) == self.buckets and self._mixer.has_mixed(merge, len(parts))
+        self._run(lambda: self.decode(batch), turned, visit, stay=stay)
         if merge is not None and logits is not None:
             self._synchronize()
             agreements = self._mixer.mix(self._way.logits, merge, [part[0] for part in logits])
             if agreements is not None:
                 return agreements
+            self._way.fetch()
         self.fetch(rows)
         return None
 
@@ -277,13 +279,11 @@ class FusedContext(Sequences):
         self.reserve(slot, [column], position, (self._token,))
         self.truncate(self.sequence(slot, column), position)
 
-    def _run(
-        self, decode: Callable[[], None], rows: int = 0, visit: Visit | None = None, *, compute: bool = True
-    ) -> None:
+    def _run(self, decode: Callable[[], None], rows: int = 0, visit: Visit | None = None, **how: bool) -> None:
         """Compute a batch; see `Turning.run`. What llama.cpp had put off is then done."""
         if self._way.copies is not None:
             self._way.copies = not self._mirrored
-        self._way.run(decode, rows, visit, compute=compute)
+        self._way.run(decode, rows, visit, **how)
         self._mirrored = self._copied = False
 
     def prove_sharing(self, source: int) -> str:

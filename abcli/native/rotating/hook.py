@@ -31,6 +31,8 @@ _COMPUTE = ctypes.CFUNCTYPE(_int, _pointer, _pointer)
 _PRODUCT = ctypes.CFUNCTYPE(_pointer, *[_pointer] * 3)
 # void ggml_backend_tensor_copy(const struct ggml_tensor * src, struct ggml_tensor * dst);
 _COPY = ctypes.CFUNCTYPE(None, _pointer, _pointer)
+# void ggml_backend_tensor_get_async(backend, const struct ggml_tensor * tensor, void * data, offset, size);
+_GET = ctypes.CFUNCTYPE(None, *[_pointer] * 3, *[ctypes.c_size_t] * 2)
 
 
 class Actor(Protocol):
@@ -44,6 +46,9 @@ class Actor(Protocol):
 
     def copy(self, original: Callable[..., None], source: int, target: int) -> None:
         """In place of `ggml_backend_tensor_copy`."""
+
+    def get(self, original: Callable[..., None], backend: int, tensor: int, *where: int) -> None:
+        """In place of `ggml_backend_tensor_get_async`; `where` is an address, an offset and a size."""
 
 
 class Rotator(Protocol):
@@ -177,6 +182,20 @@ def copy_hook() -> Hook:
             actor.copy(original, source, target)
 
     return Hook(api.tensor_copy, _COPY, replacement)
+
+
+@cache
+def get_hook() -> Hook:
+    """The hook of `ggml_backend_tensor_get_async`. Raises PointerError where it cannot be had."""
+
+    def replacement(original: Callable[..., None], *arguments: int) -> None:
+        actor: Actor | None = getattr(_threads, "actor", None)
+        if actor is None:
+            original(*arguments)
+        else:
+            actor.get(original, *arguments)
+
+    return Hook(api.tensor_get_async, _GET, replacement)
 
 
 @cache

@@ -46,6 +46,10 @@ class LogitsMixer(Owner):
             if mixture is not None:
                 mixture.close()
 
+    def has_mixed(self, rule: MergeRule, slots: int) -> bool:
+        """Whether so many slots were mixed by the rule the last time."""
+        return any(mixture and key[2:] == (slots, rule) for key, mixture in self._mixtures.items())
+
     def mix(self, logits: int, rule: MergeRule, rows: Sequence[NDArray[np.float32]]) -> list[float] | None:
         """Write the merged logits of each slot to `rows` (float32 [vocabulary]); the slots' agreements.
 

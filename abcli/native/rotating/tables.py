@@ -172,7 +172,7 @@ class _Divisors:
         if len(angles) != len(self._numbers):
             self._numbers = np.full((len(angles), *self._numbers.shape[1:]), np.inf, np.float32)
         with np.errstate(divide="ignore", over="ignore"):
-            self._numbers[..., : angles.shape[-1]] = 1.0 / angles
+            self._numbers[..., : angles.shape[-1]] = (1.0 / angles).astype(np.float32)
         api.tensor_set(self._whole, self._numbers.ctypes.data, 0, self._numbers.nbytes)
 
     def turn(self, context: int, rows: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import llama_cpp.llama_cpp as llama
@@ -20,7 +21,7 @@ from abcli.native.ggml_api import TensorStruct
 from abcli.native.owner import Owner
 from abcli.native.rotating.devices import nodes_of
 from abcli.native.rotating.graph import asked_parameters
-from abcli.native.rotating.hook import acting, compute_hook, copy_hook, rope_hook
+from abcli.native.rotating.hook import acting, compute_hook, copy_hook, get_hook, hook_obstacle, rope_hook
 from abcli.native.rotating.tables import Rotation, Tables, weights_of
 
 # llama.cpp's name for its logits.
@@ -46,14 +47,23 @@ class Turning(Protocol):
         """
 
     def run(
-        self, decode: Callable[[], None], rows: int = 0, visit: Visit | None = None, *, compute: bool = True
+        self,
+        decode: Callable[[], None],
+        rows: int = 0,
+        visit: Visit | None = None,
+        *,
+        compute: bool = True,
+        stay: bool = False,
     ) -> None:
         """Call `decode`, which computes one batch of `rows` rows that are to be turned, or of rows that are not (0).
 
         `visit` gets every node of the graph before it is computed (see `input_of`); without `compute`, llama.cpp gives
-        the tokens their cells and computes nothing. Raises what `decode` and `visit` raise, and NativeError if turning
-        fails.
+        the tokens their cells and computes nothing. With `stay`, the logits may stay where they were computed, until
+        `fetch`. Raises what `decode` and `visit` raise, and NativeError if turning fails.
         """
+
+    def fetch(self) -> None:
+        """Let llama.cpp have the logits of the last batch, if they stayed."""
 
     def close(self) -> None:
         """Free what it holds; a second call does nothing."""
@@ -102,7 +112,9 @@ class InGraph(Owner):
         self._failure = Failure()
         self._visit: Visit | None = None
         self._compute = True
-        self._turns = False
+        self._turns = self._stay = False
+        # llama.cpp's own copying of the logits, if it was left out.
+        self._left: Callable[[], None] | None = None
         self.copies: bool | None = True
         # How many rows the graph that llama.cpp holds turns; 0 for one that turns none.
         self._rows = 0
@@ -112,9 +124,11 @@ class InGraph(Owner):
         self.free_nodes = 0
         self._stack = ExitStack()
         if tables is not None:
-            for hook in (rope_hook(), compute_hook(), copy_hook()):
-                hook.acquire()
-                self._stack.callback(hook.release)
+            for hook in (rope_hook, compute_hook, copy_hook, get_hook):
+                # Without the last one all logits come to the host.
+                if hook is not get_hook or not hook_obstacle(get_hook):
+                    hook().acquire()
+                    self._stack.callback(hook().release)
 
     def make(self, parameters: Any, make: Callable[[], None]) -> None:
         """See `Turning.make`."""
@@ -124,10 +138,16 @@ class InGraph(Owner):
         self._call(make)
 
     def run(
-        self, decode: Callable[[], None], rows: int = 0, visit: Visit | None = None, *, compute: bool = True
+        self,
+        decode: Callable[[], None],
+        rows: int = 0,
+        visit: Visit | None = None,
+        *,
+        compute: bool = True,
+        stay: bool = False,
     ) -> None:
         """See `Turning.run`."""
-        self._visit, self._compute, self._turns = visit, compute, rows > 0
+        self._visit, self._compute, self._turns, self._stay, self._left = visit, compute, rows > 0, stay, None
         if visit is not None or not compute:
             with compute_hook().held():
                 self._call(decode)
@@ -179,6 +199,19 @@ class InGraph(Owner):
         """Copy a stream of the cache, unless it is done otherwise."""
         if self.copies:
             original(source, target)
+
+    def get(self, original: Callable[..., None], backend: int, tensor: int, *where: int) -> None:
+        """Copy a tensor to the host, unless it is the logits and they stay."""
+        if self._stay and TensorStruct.from_address(tensor).name == _LOGITS:
+            self._left = partial(original, backend, tensor, *where)
+        else:
+            original(backend, tensor, *where)
+
+    def fetch(self) -> None:
+        """See `Turning.fetch`."""
+        if self._left is not None:
+            self._left()
+            self._left = None
 
     @property
     def logits(self) -> int:

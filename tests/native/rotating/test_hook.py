@@ -17,7 +17,7 @@ from abcli.native.context import BatchPart, Context
 from abcli.native.llama import CancelFlag
 from abcli.native.model import Model
 from abcli.native.rotating.context import FusedContext, SlotPart
-from abcli.native.rotating.hook import acting, compute_hook, hook_obstacle, rope_hook
+from abcli.native.rotating.hook import acting, compute_hook, get_hook, hook_obstacle, rope_hook
 from abcli.native.rotating.image import PointerError, address_of
 
 BASES = (5_000.0, 10_000.0, 20_000.0)
@@ -53,7 +53,7 @@ def test_the_functions_can_be_replaced_here() -> None:
     assert hook_obstacle() == ""
 
 
-@pytest.mark.parametrize("make", [rope_hook, compute_hook])
+@pytest.mark.parametrize("make", [rope_hook, compute_hook, get_hook])
 def test_the_last_user_puts_the_pointer_back(make: Any) -> None:
     hook = make()
     original = hook._pointer.function
