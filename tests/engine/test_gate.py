@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from abcli.config import Buckets, ContextConfig
+from abcli.engine import fused
 from abcli.engine.contexts import ContextsBackend
 from abcli.engine.engine import Engine
 from abcli.engine.fused import FusedBackend
@@ -166,7 +167,12 @@ def test_a_sliding_window_longer_owed_than_it_is(tmp_path: Path, kind: Kind) -> 
             np.testing.assert_allclose(engine.step({0: number})[0], reference.step({0: number})[0], atol=1e-4)
 
 
-def test_slots_that_are_sure_are_left_alone_in_batches_of_others(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("like_device", [True, False])
+def test_slots_that_are_sure_are_left_alone_in_batches_of_others(
+    tiny: Model, like_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if like_device:
+        monkeypatch.setattr(fused, "_IDLE_ROWS_CPU", fused._IDLE_ROWS)
     batches: list[list[int]] = []
     decode = Sequences.decode
 
@@ -181,8 +187,8 @@ def test_slots_that_are_sure_are_left_alone_in_batches_of_others(tiny: Model, mo
         engine.step(
             dict.fromkeys(range(SLOTS), 5), gates={slot: lambda _row, let=slot == 1: let for slot in range(SLOTS)}
         )
-        # The native bucket of all slots in one batch; then the others of slots 0 and 2, and slot 1 between them.
-        assert batches == [[6, 7, 8], [0, 1, 2, 3, 4, 5]]
+        # The native bucket of all slots is one batch; then the others of slots 0 and 2, with slot 1 between on a device.
+        assert batches == [[6, 7, 8], *([[0, 1, 2, 3, 4, 5]] if like_device else [[0, 1], [4, 5]])]
         backend = engine._backend
         assert [backend.length(1, column) for column in range(3)] == [30, 31, 30]
         assert {backend.length(slot, column) for slot in (0, 2) for column in range(3)} == {31}
