@@ -187,7 +187,7 @@ def test_slots_that_are_sure_are_left_alone_in_batches_of_others(
         engine.step(
             dict.fromkeys(range(SLOTS), 5), gates={slot: lambda _row, let=slot == 1: let for slot in range(SLOTS)}
         )
-        # The native bucket of all slots is one batch; then the others of slots 0 and 2, with slot 1 between on a device.
+        # The native bucket of all slots is one batch; then the others of slots 0 and 2, on a device with 1 between.
         assert batches == [[6, 7, 8], *([[0, 1, 2, 3, 4, 5]] if like_device else [[0, 1], [4, 5]])]
         backend = engine._backend
         assert [backend.length(1, column) for column in range(3)] == [30, 31, 30]
