@@ -30,7 +30,7 @@ MAX_BUCKETS = 16
 DEFAULT_BUCKETS = 6
 DEFAULT_CONTEXT = 4096
 # The lowest gate of docs/buckets.md at which nothing measured is lost.
-USUAL_GATE = 0.9
+USUAL_GATE = 0.95
 # llama.cpp pads a context to a multiple of this (llama-context.cpp).
 CONTEXT_STEP = 256
 MAX_CONTEXT = 2**31 - CONTEXT_STEP

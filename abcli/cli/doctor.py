@@ -106,5 +106,5 @@ def advice(report: dict[str, Any]) -> Iterator[str]:
         yield f"only {gibibytes(memory['free'])} of memory are free: close programs, or take a smaller -c or --buckets"
     if memory.get("load", 0) > memory.get("processors", 1):
         yield f"other programs keep the cores busy (load {memory['load']} on {memory['processors']}): wait, or end them"
-    yield "slow answers: --buckets 3 or --gate 0.9 ask for less; abcli bench MODEL measures what is fast here"
+    yield "slow answers: --buckets 3 or --gate 0.5 ask for less; abcli bench MODEL measures what is fast here"
     yield "slow prompts: --prompt-cache keeps long ones; slow first answers: engines are tried once for each model"

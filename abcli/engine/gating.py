@@ -15,8 +15,8 @@ from abcli.engine.make import Kind
 from abcli.engine.patience import OutOfTimeError, Patience
 from abcli.gguf.checked import CheckedModel
 
-# So large a share of the tokens may be unsure: more than in answers out of a text, less than in prose.
-_USUAL_SHARE = 0.6
+# So large a share of the tokens may be unsure: as in answers out of a text at most, less than in prose.
+_USUAL_SHARE = 0.7
 _PROMPT_TOKENS = 32
 _SECONDS = 0.8
 _ROUNDS = 3
