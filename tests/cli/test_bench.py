@@ -46,6 +46,7 @@ def rows(found: dict[str, Any]) -> list[tuple[int, str]]:
     return [(row["buckets"], row["engine"]) for row in found["rows"]]
 
 
+@pytest.mark.usefixtures("nothing_found_out")
 def test_the_object_has_both_engines_and_the_limits(tiny_model: Path, abcli: Command) -> None:
     found = report(abcli, tiny_model, *SIZE, "--buckets", 3)
     kinds = ("raw", "contexts", "fused")
