@@ -103,11 +103,9 @@ def test_one_context_for_all_buckets(tmp_path: Path, log: list[str]) -> None:
         assert prediction.item(part).host / 2**20 == pytest.approx(largest[kind], rel=0.1, abs=0.02)
 
 
-def test_tables_of_heads_with_bases_of_their_own_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", layers=3)
-    checked, context, buckets = asked(path, BASES[:2], context_size=1000, engine="fused")
-    # The last layer has one base, and shares the table of all such layers.
-    tuned = checked.with_tuning(Tuning(multipliers=((0.5, 2.0), (1.5, 1.0), (1.0, 1.0))))
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each buffer that tables take, as they take them."""
     taken: list[int] = []
     own = TableDevice.memory
 
@@ -116,6 +114,14 @@ def test_tables_of_heads_with_bases_of_their_own_are_counted(tmp_path: Path, mon
         return own(device, size, stack)
 
     monkeypatch.setattr(TableDevice, "memory", counted)
+    return taken
+
+
+def test_tables_of_heads_with_bases_of_their_own_are_counted(tmp_path: Path, taken: list[int]) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", layers=3)
+    checked, context, buckets = asked(path, BASES[:2], context_size=1000, engine="fused")
+    # The last layer has one base, and shares the table of all such layers.
+    tuned = checked.with_tuning(Tuning(multipliers=((0.5, 2.0), (1.5, 1.0), (1.0, 1.0))))
     with Model(tuned) as model, fused_engine(model, context, buckets):
         pass
     assert predict(checked, context, buckets).item("tables").total == 0
@@ -123,16 +129,10 @@ def test_tables_of_heads_with_bases_of_their_own_are_counted(tmp_path: Path, mon
     assert sorted(taken)[-2] == max(taken)
 
 
-def test_divisors_of_angles_on_a_device_are_counted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divisors_of_angles_on_a_device_are_counted(
+    tiny_model: Path, taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = asked(tiny_model, BASES[:2], context_size=1000, engine="fused", gpu_layers=-1)
-    taken: list[int] = []
-    own = TableDevice.memory
-
-    def counted(device: TableDevice, size: int, stack: ExitStack | None = None) -> int:
-        taken.append(size)
-        return own(device, size, stack)
-
-    monkeypatch.setattr(TableDevice, "memory", counted)
     sums = []
     for few in (False, True):
         monkeypatch.setattr(TableDevice, "prefers_few_operations", few)

@@ -159,43 +159,30 @@ def rope_hook() -> Hook:
     return Hook(api.rope, _ROPE, replacement)
 
 
+def _actor_hook(function: Any, kind: Any, method: Callable[[Actor], Callable[..., Any]]) -> Hook:
+    def replacement(original: Callable[..., Any], *arguments: int) -> Any:
+        actor: Actor | None = getattr(_threads, "actor", None)
+        return original(*arguments) if actor is None else method(actor)(original, *arguments)
+
+    return Hook(function, kind, replacement)
+
+
 @cache
 def compute_hook() -> Hook:
     """The hook of `ggml_backend_sched_graph_compute_async`. Raises PointerError where it cannot be had."""
-
-    def replacement(original: Callable[..., int], scheduler: int, graph: int) -> int:
-        actor: Actor | None = getattr(_threads, "actor", None)
-        return original(scheduler, graph) if actor is None else actor.compute(original, scheduler, graph)
-
-    return Hook(api.scheduler_compute, _COMPUTE, replacement)
+    return _actor_hook(api.scheduler_compute, _COMPUTE, lambda actor: actor.compute)
 
 
 @cache
 def copy_hook() -> Hook:
     """The hook of `ggml_backend_tensor_copy`. Raises PointerError where it cannot be had."""
-
-    def replacement(original: Callable[..., None], source: int, target: int) -> None:
-        actor: Actor | None = getattr(_threads, "actor", None)
-        if actor is None:
-            original(source, target)
-        else:
-            actor.copy(original, source, target)
-
-    return Hook(api.tensor_copy, _COPY, replacement)
+    return _actor_hook(api.tensor_copy, _COPY, lambda actor: actor.copy)
 
 
 @cache
 def get_hook() -> Hook:
     """The hook of `ggml_backend_tensor_get_async`. Raises PointerError where it cannot be had."""
-
-    def replacement(original: Callable[..., None], *arguments: int) -> None:
-        actor: Actor | None = getattr(_threads, "actor", None)
-        if actor is None:
-            original(*arguments)
-        else:
-            actor.get(original, *arguments)
-
-    return Hook(api.tensor_get_async, _GET, replacement)
+    return _actor_hook(api.tensor_get_async, _GET, lambda actor: actor.get)
 
 
 @cache

@@ -124,11 +124,11 @@ class InGraph(Owner):
         self.free_nodes = 0
         self._stack = ExitStack()
         if tables is not None:
-            for hook in (rope_hook, compute_hook, copy_hook, get_hook):
-                # Without the last one all logits come to the host.
-                if hook is not get_hook or not hook_obstacle(get_hook):
-                    hook().acquire()
-                    self._stack.callback(hook().release)
+            # Without the last one all logits come to the host.
+            last = () if hook_obstacle(get_hook) else (get_hook(),)
+            for hook in (rope_hook(), compute_hook(), copy_hook(), *last):
+                hook.acquire()
+                self._stack.callback(hook.release)
 
     def make(self, parameters: Any, make: Callable[[], None]) -> None:
         """See `Turning.make`."""
