@@ -73,11 +73,7 @@ class TuningOptions:
     minutes: Annotated[float, flag("The most minutes of learning, and of each control.", "--minutes")] = 60.0
     contexts: Annotated[int, flag("Contexts in a step.", "--contexts")] = 8
     rate: Annotated[float, flag("Learning rate.", "--rate")] = 0.03
-    guard: Annotated[float, flag("Weight of staying the model it was; with --bound the least.", "--guard")] = 1.0
-    bound: Annotated[
-        float | None,
-        flag("Nats per token to stay within of the model it was: beyond, the weight rises.", "--bound"),
-    ] = None
+    guard: Annotated[float, flag("Weight of staying the model it was.", "--guard")] = 1.0
     gains: Annotated[bool, flag("Learn a factor on the output of each attention head.", "--gains/--no-gains")] = True
     bases: Annotated[bool, flag("Learn a factor on the RoPE base of each head of keys.", "--bases/--no-bases")] = False
     controls: Annotated[
@@ -120,8 +116,7 @@ class TuningOptions:
         for name, value, least, most in (
             ("--minutes", self.minutes, 1e-3, 1e5),
             ("--rate", self.rate, 1e-6, 1.0),
-            ("--guard", self.guard, 0.0 if self.bound is None else 1e-6, 1e6),
-            ("--bound", 1.0 if self.bound is None else self.bound, 1e-6, 100.0),
+            ("--guard", self.guard, 0.0, 1e6),
         ):
             if not isfinite(value) or not least <= value <= most:
                 raise UsageError(f"{name} {value:g} is impossible", f"choose {least:g} to {most:g}")
@@ -144,7 +139,6 @@ class TuningOptions:
             self.guard,
             self.seed,
             learned=tuple(kind for kind, asked in kinds.items() if asked),
-            bound=self.bound,
         )
         return TuningSettings(self.tasks, self.length, sources, self.text, training, self.controls)
 

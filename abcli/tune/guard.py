@@ -1,8 +1,9 @@
-"""What keeps a tuned model the model it was: the distance of its words from the untuned one's, on other work."""
+"""What keeps a tuned model the model it was: how far its words are from the untuned one's, on other work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -10,6 +11,21 @@ from torch import Tensor
 
 from abcli.tune.batches import text_rows
 from abcli.tune.twin import Heads, Twin
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a tuned model is from the untuned one on a text, in nats per token, as tensors of one number."""
+
+    divergence: Tensor
+    """The mean Kullback-Leibler divergence of the untuned model from the tuned one."""
+    loss: Tensor
+    """By how much the text has become less likely; below 0 it is likelier."""
+
+    @property
+    def penalty(self) -> Tensor:
+        """What a learner is to keep small. That a text becomes likelier is not punished twice, and not rewarded."""
+        return self.divergence + self.loss.relu()
 
 
 class Guard:
@@ -22,11 +38,13 @@ class Guard:
         self._twin = twin
         self._rows, self._wanted = rows.to(twin.device), wanted.to(twin.device)
 
-    def divergence(self, heads: Heads, *, frugal: bool = False) -> Tensor:
-        """The mean Kullback-Leibler divergence, in nats per token, of the untuned model from the tuned one."""
+    def drift(self, heads: Heads, *, frugal: bool = False) -> Drift:
+        """How far the model is that `heads` make; `frugal` is that of `Twin.logits`."""
         known = self._twin.spoken(self._untuned).log_softmax(-1)
         found = self._twin.logits(self._rows, heads, self._wanted, frugal=frugal).log_softmax(-1)
-        return (known.exp() * (known - found)).sum(-1).mean()
+        less = known - found
+        following = self._rows.tokens[0, self._wanted[:, 1] + 1]
+        return Drift((known.exp() * less).sum(-1).mean(), less.gather(1, following[:, None]).mean())
 
     @cached_property
     def _untuned(self) -> Tensor:

@@ -28,19 +28,19 @@ class TrainingSettings:
     single: bool = False
     """Learn one number for all heads."""
     learned: tuple[Kind, ...] = ("gains",)
-    bound: float | None = None
-    """In nats per token: where the tuned model is further from the untuned one, the guard's weight rises."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step found, in nats per token: the loss on the questions, and the divergences of the guards."""
+    """What a step found, in nats per token: the loss on the questions, and on a text of each kind of guard the
+    divergence, and by how much its loss has changed."""
 
     number: int
     share: float
     """Of the way, 0 to 1."""
     loss: float
     divergences: tuple[float, ...]
+    changes: tuple[float, ...]
 
 
 @dataclass(frozen=True)

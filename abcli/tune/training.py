@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple
-from math import cos, isfinite, pi, sqrt
+from math import cos, isfinite, pi
 from pathlib import Path
 from random import Random
 from time import monotonic
@@ -24,8 +24,6 @@ from abcli.tune.twin import Heads, Twin
 
 # They stay within e^-2 and e^2: beyond, a gain turns a head off or lets it drown the others.
 _LARGEST_LOGARITHM = 2.0
-# By so much the weight of a guard changes in a step, at most, and to so much.
-_LARGEST_CHANGE, _LARGEST_WEIGHT = 2.0, 1e6
 
 
 class Learner:
@@ -84,8 +82,10 @@ class Learner:
                 group["lr"] = self._settings.rate * 0.5 * (1 + cos(pi * self.share))
             self._optimiser.zero_grad()
             loss = self._ask(groups)
-            divergences = tuple(self._guard(kind, self._weight(number)) for number, kind in enumerate(guards))
-            if not all(map(isfinite, (loss, *divergences))):
+            drifts = [self._guard(kind) for kind in guards]
+            divergences = tuple(divergence for divergence, _ in drifts)
+            changes = tuple(change for _, change in drifts)
+            if not all(map(isfinite, (loss, *divergences, *changes))):
                 raise UnsupportedModelError(
                     f"the model's answers are no numbers in torch (step {len(self.steps) + 1}: loss {loss})",
                     "try a lower `rate`, or another model",
@@ -96,7 +96,7 @@ class Learner:
                     logarithms.clamp_(-_LARGEST_LOGARITHM, _LARGEST_LOGARITHM)
             number = len(self.steps) + 1
             self._seconds += monotonic() - begin
-            self.steps.append(Step(number, self._share_after(number), loss, divergences))
+            self.steps.append(Step(number, self._share_after(number), loss, divergences, changes))
             self._store()
             on_step(self.steps[-1])
         return self.tuning
@@ -122,23 +122,11 @@ class Learner:
             loss += float(one.detach())
         return loss
 
-    def _weight(self, kind: int) -> float:
-        """The weight of a kind of guards: what the divergences of the steps before have made of it."""
-        weight = self._settings.guard_weight
-        if self._settings.bound is not None:
-            for step in self.steps:
-                # Its square root, since one text differs from the next: they come in turn.
-                change = sqrt(max(0.0, step.divergences[kind]) / self._settings.bound)
-                weight *= min(max(change, 1 / _LARGEST_CHANGE), _LARGEST_CHANGE)
-                weight = min(max(weight, self._settings.guard_weight), _LARGEST_WEIGHT)
-        return weight
-
-    def _guard(self, kind: Sequence[Guard], weight: float) -> float:
-        """Add the gradient of the divergence from the untuned model on the next text of a kind."""
-        guard = kind[len(self.steps) % len(kind)]
-        found = guard.divergence(self._heads(), frugal=self._frugal)
-        (weight * found).backward()
-        return float(found.detach())
+    def _guard(self, kind: Sequence[Guard]) -> tuple[float, float]:
+        """Add the gradient of the penalty on the next text of a kind; divergence and change of loss there."""
+        drift = kind[len(self.steps) % len(kind)].drift(self._heads(), frugal=self._frugal)
+        (self._settings.guard_weight * drift.penalty).backward()
+        return float(drift.divergence.detach()), float(drift.loss.detach())
 
     def _store(self) -> None:
         if self._file is None:
@@ -158,8 +146,8 @@ class Learner:
             # Nothing but numbers: a file cannot make this run anything.
             state: dict[str, Any] = torch.load(self._file, map_location=self._twin.device, weights_only=True)
             steps = [
-                Step(int(number), float(share), float(loss), tuple(map(float, all_)))
-                for number, share, loss, all_ in state["steps"]
+                Step(int(number), float(share), float(loss), tuple(map(float, divergences)), tuple(map(float, changes)))
+                for number, share, loss, divergences, changes in state["steps"]
             ]
             seconds = float(state["seconds"])
             logarithms = {kind: state["logarithms"][kind] for kind in self._logarithms}

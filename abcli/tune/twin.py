@@ -33,6 +33,8 @@ Angles: TypeAlias = tuple[Tensor, Tensor]
 
 # The only Gemma 3 of so many layers divides its scores by another root (27B; llama.cpp's gemma3.cpp).
 _GEMMA_27B_LAYERS = 62
+# Queries that are attended with at once.
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,26 @@ class Twin:
         queries = self._rotated(queries, (angles[0].unsqueeze(3), angles[1].unsqueeze(3))).flatten(2, 3)
         keys = self._rotated(keys, angles)
         keys, values = (part.repeat_interleave(each, 2).transpose(1, 2) for part in (keys, values))
-        outputs = functional.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys, values, attn_mask=mask, scale=1 / self._score_divisor
-        ).transpose(1, 2)
+        outputs = self._attended(queries.transpose(1, 2), keys, values, mask).transpose(1, 2)
         if gain is not None:
             outputs = outputs * gain[:, None]
         return self._project(outputs.reshape(rows, length, -1), f"{name}attn_output")
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """Attention in blocks of queries, each over the keys up to its end: nobody sees what comes later."""
+        length = queries.shape[2]
+        blocks = [(begin, min(begin + _BLOCK, length)) for begin in range(0, length, _BLOCK)]
+        outputs = [
+            functional.scaled_dot_product_attention(
+                queries[:, :, begin:end],
+                keys[:, :, :end],
+                values[:, :, :end],
+                attn_mask=mask[:, :, begin:end, :end],
+                scale=1 / self._score_divisor,
+            )
+            for begin, end in blocks
+        ]
+        return torch.cat(outputs, 2)
 
     def _rotated(self, heads: Tensor, angles: Angles) -> Tensor:
         cosines, sines = angles

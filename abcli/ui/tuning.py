@@ -13,8 +13,10 @@ from abcli.ui.everyday import everyday_lines
 
 def step_line(what: str, step: Step) -> str:
     """A point of the curves of losses."""
-    kept = " and ".join(f"{divergence:.4f}" for divergence in step.divergences)
-    return f"{what}: step {step.number}, {step.share:.0%}, loss {step.loss:.3f}, divergence on other texts {kept}"
+    apart = " and ".join(f"{divergence:.4f}" for divergence in step.divergences)
+    changes = " and ".join(f"{change:+.4f}" for change in step.changes)
+    others = f"other texts: divergence {apart}, loss {changes}"
+    return f"{what}: step {step.number}, {step.share:.0%}, loss {step.loss:.3f}, {others}"
 
 
 def result_lines(judgement: Judgement) -> Iterator[str]:

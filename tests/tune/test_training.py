@@ -16,8 +16,10 @@ from tests.support.models import checked_model
 from tests.support.tiny_gguf import write_tiny_model
 
 torch = pytest.importorskip("torch", reason="abcli[tune] is not installed")
-from abcli.tune.batches import asked_rows  # noqa: E402
-from abcli.tune.guard import Guard  # noqa: E402
+from torch.nn.functional import kl_div, nll_loss  # noqa: E402
+
+from abcli.tune.batches import asked_rows, text_rows  # noqa: E402
+from abcli.tune.guard import Drift, Guard  # noqa: E402
 from abcli.tune.training import Learner  # noqa: E402
 from abcli.tune.twin import Heads, Twin  # noqa: E402
 
@@ -88,27 +90,30 @@ def test_learning_lowers_the_loss(twin: Twin, guards: list[list[Guard]], kinds: 
 def test_a_guard_keeps_the_model_what_it_was(twin: Twin, guards: list[list[Guard]]) -> None:
     def divergence(weight: float) -> float:
         tuning = Learner(twin, replace(SETTINGS, steps=30, guard_weight=weight)).learn(GROUPS, guards)
-        return float(sum(guard.divergence(as_tensors(tuning)) for guard in guards[0]))
+        return float(sum(guard.drift(as_tensors(tuning)).divergence for guard in guards[0]))
 
     loose, tight = divergence(0.0), divergence(100.0)
     assert tight < loose / 4
     gains, multipliers = (torch.ones(twin.shapes[kind]) for kind in KINDS[-1])
-    assert float(guards[0][0].divergence(Heads(gains, multipliers))) == pytest.approx(0, abs=1e-6)
-    assert float(guards[0][1].divergence(Heads(1.5 * gains))) > 1e-3
-    assert float(guards[0][1].divergence(Heads(None, 1.5 * multipliers))) > 1e-3
+    assert float(guards[0][0].drift(Heads(gains, multipliers)).divergence) == pytest.approx(0, abs=1e-6)
+    assert float(guards[0][1].drift(Heads(1.5 * gains)).divergence) > 1e-3
+    assert float(guards[0][1].drift(Heads(None, 1.5 * multipliers)).divergence) > 1e-3
 
 
-def test_within_a_bound_the_weight_is_the_least_and_beyond_it_rises(twin: Twin, guards: list[list[Guard]]) -> None:
-    def divergences(steps: int, bound: float | None) -> list[float]:
-        learner = Learner(twin, replace(SETTINGS, steps=steps, contexts=1, guard_weight=0.01, bound=bound))
-        learner.learn(GROUPS, guards)
-        return [step.divergences[0] for step in learner.steps]
-
-    free = divergences(60, None)
-    bound = max(free) / 4
-    assert np.mean(divergences(60, bound)[-10:]) < 1.5 * bound
-    # One that is never reached changes nothing.
-    assert divergences(4, 1e3) == divergences(4, None)
+def test_a_guard_tells_how_far_a_model_is(twin: Twin, guards: list[list[Guard]]) -> None:
+    """Against what torch itself computes: divergence, and the loss on a text's own tokens after its context."""
+    text, begin, gains = TEXTS[1], 10, torch.full(twin.shapes["gains"], 1.5)
+    rows, wanted = text_rows([text], [begin])
+    with torch.no_grad():
+        untuned, tuned = (twin.logits(rows, heads, wanted).log_softmax(-1) for heads in (Heads(), Heads(gains)))
+        drift = guards[0][1].drift(Heads(gains))
+    following = torch.tensor(text[begin:])
+    loss = nll_loss(tuned, following) - nll_loss(untuned, following)
+    divergence = kl_div(tuned, untuned, log_target=True, reduction="batchmean")
+    assert float(drift.loss) == pytest.approx(float(loss), abs=1e-5)
+    assert float(drift.divergence) == pytest.approx(float(divergence), abs=1e-5)
+    apart = torch.tensor(0.25)
+    assert [float(Drift(apart, torch.tensor(change)).penalty) for change in (-0.5, 0.5)] == [0.25, 0.75]
 
 
 @pytest.mark.parametrize("kinds", KINDS)
