@@ -21,20 +21,21 @@ class Drift:
     """The mean Kullback-Leibler divergence of the untuned model from the tuned one."""
     loss: Tensor
     """By how much the text has become less likely; below 0 it is likelier."""
-
-    @property
-    def penalty(self) -> Tensor:
-        """What a learner is to keep small. That a text becomes likelier is not punished twice, and not rewarded."""
-        return self.divergence + self.loss.relu()
+    penalty: Tensor
+    """What a learner is to keep small."""
 
 
 class Guard:
     """A text of two tokens or more that the tuned model should find as likely as the untuned one."""
 
-    def __init__(self, twin: Twin, text: Sequence[int], begin: int = 1) -> None:
-        """The tokens of `text` before number `begin` are context only."""
+    def __init__(self, twin: Twin, text: Sequence[int], begin: int = 1, *, own: bool = False) -> None:
+        """The tokens of `text` before number `begin` are context only; `own` are words of the untuned model itself.
+
+        Other words must not become less likely either. With that on its own, too, more answers repeated themselves.
+        """
         rows, wanted = text_rows([text], [begin])
         self.text = tuple(text)
+        self._own = own
         self._twin = twin
         self._rows, self._wanted = rows.to(twin.device), wanted.to(twin.device)
 
@@ -44,7 +45,9 @@ class Guard:
         found = self._twin.logits(self._rows, heads, self._wanted, frugal=frugal).log_softmax(-1)
         less = known - found
         following = self._rows.tokens[0, self._wanted[:, 1] + 1]
-        return Drift((known.exp() * less).sum(-1).mean(), less.gather(1, following[:, None]).mean())
+        divergence, loss = (known.exp() * less).sum(-1).mean(), less.gather(1, following[:, None]).mean()
+        # That a text becomes likelier is not punished twice, and not rewarded.
+        return Drift(divergence, loss, divergence if self._own else divergence + loss.relu())
 
     @cached_property
     def _untuned(self) -> Tensor:

@@ -123,7 +123,7 @@ def _twin_and_guards(
             "report it with the model",
         )
     guards = [[Guard(twin, text) for text in texts if len(text) > 1]]
-    if said := [Guard(twin, chat.prompt + chat.tokens, len(chat.prompt)) for chat in chats if chat.tokens]:
+    if said := [Guard(twin, chat.prompt + chat.tokens, len(chat.prompt), own=True) for chat in chats if chat.tokens]:
         guards.append(said)
     return twin, guards, divergence
 

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="abcli[tune] is not installed")
 from torch.nn.functional import kl_div, nll_loss  # noqa: E402
 
 from abcli.tune.batches import asked_rows, text_rows  # noqa: E402
-from abcli.tune.guard import Drift, Guard  # noqa: E402
+from abcli.tune.guard import Guard  # noqa: E402
 from abcli.tune.training import Learner  # noqa: E402
 from abcli.tune.twin import Heads, Twin  # noqa: E402
 
@@ -100,20 +100,22 @@ def test_a_guard_keeps_the_model_what_it_was(twin: Twin, guards: list[list[Guard
     assert float(guards[0][1].drift(Heads(None, 1.5 * multipliers)).divergence) > 1e-3
 
 
-def test_a_guard_tells_how_far_a_model_is(twin: Twin, guards: list[list[Guard]]) -> None:
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("gain", [0.5, 0.9, 1.1, 1.5])
+def test_a_guard_tells_how_far_a_model_is(twin: Twin, gain: float, own: bool) -> None:
     """Against what torch itself computes: divergence, and the loss on a text's own tokens after its context."""
-    text, begin, gains = TEXTS[1], 10, torch.full(twin.shapes["gains"], 1.5)
+    text, begin, gains = TEXTS[1], 10, torch.full(twin.shapes["gains"], gain)
     rows, wanted = text_rows([text], [begin])
     with torch.no_grad():
         untuned, tuned = (twin.logits(rows, heads, wanted).log_softmax(-1) for heads in (Heads(), Heads(gains)))
-        drift = guards[0][1].drift(Heads(gains))
+        drift = Guard(twin, text, begin, own=own).drift(Heads(gains))
     following = torch.tensor(text[begin:])
-    loss = nll_loss(tuned, following) - nll_loss(untuned, following)
-    divergence = kl_div(tuned, untuned, log_target=True, reduction="batchmean")
-    assert float(drift.loss) == pytest.approx(float(loss), abs=1e-5)
-    assert float(drift.divergence) == pytest.approx(float(divergence), abs=1e-5)
-    apart = torch.tensor(0.25)
-    assert [float(Drift(apart, torch.tensor(change)).penalty) for change in (-0.5, 0.5)] == [0.25, 0.75]
+    loss = float(nll_loss(tuned, following) - nll_loss(untuned, following))
+    divergence = float(kl_div(tuned, untuned, log_target=True, reduction="batchmean"))
+    expected = divergence if own else divergence + max(loss, 0)
+    assert [float(part) for part in (drift.divergence, drift.loss, drift.penalty)] == pytest.approx(
+        [divergence, loss, expected], abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("kinds", KINDS)
