@@ -32,15 +32,16 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step found, in nats per token: the loss on the questions, and on a text of each kind of guard the
-    divergence, and by how much its loss has changed."""
+    """What a step found, in nats per token: the loss on the questions, and one text of each kind of guard."""
 
     number: int
     share: float
     """Of the way, 0 to 1."""
     loss: float
     divergences: tuple[float, ...]
+    """Of the untuned model from the tuned one, on the texts."""
     changes: tuple[float, ...]
+    """Of the loss on the texts, from the untuned model to the tuned one."""
 
 
 @dataclass(frozen=True)

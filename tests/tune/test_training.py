@@ -77,6 +77,21 @@ def test_a_row_asks_what_each_question_asks_alone(twin: Twin) -> None:
     assert loss(groups) == pytest.approx(np.mean(alone), abs=1e-4)
 
 
+def test_blocks_of_queries_see_what_one_block_sees(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several answers on one context, in blocks that end within it, at the end of an answer and within one."""
+    asked = asked_rows(GROUPS)
+
+    def logits() -> list[list[float]]:
+        with torch.no_grad():
+            found: list[list[float]] = twin.logits(asked.rows, Heads(), asked.wanted).tolist()
+        return found
+
+    whole = logits()
+    for block in (1, 7, asked.rows.tokens.shape[1] - 1):
+        monkeypatch.setattr("abcli.tune.twin._BLOCK", block)
+        np.testing.assert_allclose(logits(), whole, atol=1e-5)
+
+
 @pytest.mark.parametrize("kinds", KINDS)
 def test_learning_lowers_the_loss(twin: Twin, guards: list[list[Guard]], kinds: tuple[Kind, ...]) -> None:
     tuning = Learner(twin, replace(SETTINGS, steps=30, learned=kinds)).learn(GROUPS, guards)
